@@ -1,0 +1,193 @@
+"""weight = 4-bit part + salient part: the parts that are stored, their names, shapes and dtypes.
+
+`part_specs` is the one place that says what a stored layer is made of; the empty module, the loader,
+the format test and the README's table all ask it. Every shape is a function of `(out, in, scheme)`.
+Not here: devices, modules, configs, files.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svdq_hf.grid import Grid, expand, quantize, row_blocks
+from svdq_hf.packing import pack, packed_width, unpack_into
+from svdq_hf.sparse import salient_count, take_out
+
+FORMAT_VERSION = 1
+"""Version of the stored format; a file of version 1 loads for ever."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored: `k` salient entries (a count, or a share below 1), the rest on `grid`."""
+
+    k: int | float = 256
+    grid: Grid = field(default_factory=Grid)
+
+
+class PartSpec(NamedTuple):
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec]:
+    """The tensors stored for a weight `[out, in]`, by name.
+
+    weight: packed codes; weight_scale; salient_values `[k]`, FP32; salient_rows and salient_columns
+    `[k]`, sorted by row, then by column.
+
+    >>> {name: spec.shape for name, spec in part_specs(8, 96, Scheme(k=3)).items()}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'weight': (8, 64), 'weight_scale': (8, 2),
+     'salient_values': (3,), 'salient_rows': (3,), 'salient_columns': (3,)}
+    """
+    k = salient_count(scheme.k, out, in_features)
+    return {
+        "weight": PartSpec((out, packed_width(in_features)), torch.int8),
+        "weight_scale": PartSpec(scheme.grid.scale_shape(out, in_features), scheme.grid.scale_dtype),
+        "salient_values": PartSpec((k,), torch.float32),
+        "salient_rows": PartSpec((k,), torch.int32),
+        "salient_columns": PartSpec((k,), torch.int32),
+    }
+
+
+def decompose(weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Split `weight` `[out, in]`, float32, into the parts of `part_specs`.
+
+    The entries at (rows, columns), `[k]` each, sorted as `top_positions` sorts them, are taken out
+    first; the scales are fitted to the rest. At a salient position the code is zero, so the weight
+    is the sum of the two parts.
+
+    >>> scheme, index = Scheme(k=1), torch.tensor([0], dtype=torch.int32)
+    >>> parts = decompose(torch.tensor([[100.0, 7.0]]), index, index, scheme)
+    >>> parts["salient_values"].tolist(), reconstruct(parts, 2, scheme).tolist()
+    ([100.0], [[100.0, 7.0]])
+    """
+    rest, values = take_out(weight, rows, columns)
+    salient = None
+    if scheme.grid.scale == "sigma":  # the one rule to which a zero is not the same as no weight
+        salient = torch.zeros_like(weight, dtype=torch.bool)
+        salient[rows.long(), columns.long()] = True
+    codes, scale = quantize(rest, scheme.grid, salient)
+    return {
+        "weight": pack(codes),
+        "weight_scale": scale,
+        "salient_values": values,
+        "salient_rows": rows,
+        "salient_columns": columns,
+    }
+
+
+def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> Tensor:
+    """The weight `[out, in]`, float32, that the parts stand for."""
+    dense = torch.empty(parts["weight"].shape[0], in_features, device=parts["weight"].device)
+    for rows, block in dense_blocks(parts, in_features, scheme.grid.columns(in_features)):
+        dense[rows] = block
+    return dense
+
+
+def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) -> float:
+    """`|weight - reconstructed| / |weight|` in the Frobenius norm, 0 for a weight of zeros.
+
+    >>> scheme, none = Scheme(k=0), torch.empty(0, dtype=torch.int32)
+    >>> parts = decompose(torch.eye(4), none, none, scheme)
+    >>> relative_error(torch.eye(4), parts, scheme) < 2**-8  # the rounding of a bfloat16 scale
+    True
+    """
+    error = total = 0.0
+    top = float(weight.abs().max()) or 1.0  # in units of the largest weight no square overflows
+    for rows, block in dense_blocks(parts, weight.shape[1], scheme.grid.columns(weight.shape[1])):
+        error += float(((weight[rows] - block) / top).double().square().sum())
+        total += float((weight[rows] / top).double().square().sum())
+    return float((error / total) ** 0.5) if total else 0.0
+
+
+def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again.
+
+    group: columns that share a scale. A block is valid until the next one is asked for, so a dense
+    copy of the weight never exists.
+    """
+    packed, scale = parts["weight"], parts["weight_scale"]
+    out, padded = packed.shape[0], 2 * packed.shape[1]
+    blocks = row_blocks(out, padded)
+    height = blocks[0].stop if blocks else 0
+    codes = torch.empty(height, padded, dtype=torch.int8, device=packed.device)
+    buffer = torch.empty(height, padded, device=packed.device)
+    # Which salient entries fall into which block: the rows are sorted, so each block has a stretch.
+    edges = torch.tensor([block.start for block in blocks] + [out], device=packed.device)
+    stretches = torch.searchsorted(parts["salient_rows"].long(), edges).tolist()
+    flat = parts["salient_rows"].long() * padded + parts["salient_columns"].long()
+    for number, rows in enumerate(blocks):
+        count = rows.stop - rows.start
+        dense = buffer[:count]
+        unpack_into(packed[rows], codes[:count])
+        dense.copy_(codes[:count])
+        _multiply(dense, scale if scale.shape[0] == 1 else scale[rows], group, in_features)
+        entries = slice(stretches[number], stretches[number + 1])
+        positions = flat[entries] - rows.start * padded
+        dense.view(-1).index_add_(0, positions, parts["salient_values"][entries])
+        yield rows, dense[:, :in_features]
+
+
+def _multiply(dense: Tensor, scale: Tensor, group: int, in_features: int) -> None:
+    """Multiply `dense` `[rows, padded]` in place by its scales `[rows or 1, groups]`."""
+    groups = scale.shape[1]
+    if groups == 1:
+        dense.mul_(scale.float())
+    elif groups * group == dense.shape[1]:
+        dense.view(dense.shape[0], groups, group).mul_(scale.float().unsqueeze(-1))
+    else:  # the padding belongs to no group, or the last group goes beyond it
+        dense[:, :in_features].mul_(expand(scale, group, in_features))
+
+
+def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
+    """Refuse parts that are not what `decompose` writes, whoever wrote them.
+
+    Raises:
+        ValueError: a part is missing; a shape or dtype is not that of `part_specs`; a scale or a
+            salient value is NaN or infinite; a position is out of range, out of order or there
+            twice; the code at a salient position or in the padding is not zero.
+    """
+    out = parts["weight"].shape[0] if parts.get("weight") is not None else 0
+    for name, spec in part_specs(out, in_features, scheme).items():
+        part = parts.get(name)
+        if part is None:
+            raise ValueError(f"{name} is missing")
+        if (tuple(part.shape), part.dtype) != spec:
+            raise ValueError(
+                f"{name} is {list(part.shape)} {part.dtype}, "
+                f"where the config says {list(spec.shape)} {spec.dtype}"
+            )
+    for name in ("weight_scale", "salient_values"):
+        if not torch.isfinite(parts[name]).all():
+            raise ValueError(f"{name} has a NaN or an infinity")
+    _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
+
+
+def _check_positions(packed: Tensor, rows: Tensor, columns: Tensor, in_features: int) -> None:
+    out = packed.shape[0]
+    for name, index, size in (
+        ("salient_rows", rows, out),
+        ("salient_columns", columns, in_features),
+    ):
+        wrong = index[(index < 0) | (index >= size)]
+        if wrong.numel():
+            raise ValueError(f"{name} has {int(wrong[0])}, which is not in 0..{size - 1}")
+    order = rows.long() * in_features + columns.long()
+    if (order[1:] <= order[:-1]).any():
+        raise ValueError("salient positions are out of order, or one is there twice")
+    width = packed.shape[1]
+    for block in row_blocks(out, 2 * width):
+        codes = torch.empty(block.stop - block.start, 2 * width, dtype=torch.int8, device=packed.device)
+        unpack_into(packed[block], codes)
+        inside = (rows >= block.start) & (rows < block.stop)
+        if codes[rows[inside].long() - block.start, columns[inside].long()].any():
+            raise ValueError("weight has a code that is not zero at a salient position")
+        if codes[:, in_features:].any():
+            raise ValueError("weight has a code that is not zero in its padding")

@@ -1,0 +1,113 @@
+"""`svdq::linear`, the one op: its schema, shapes without data, gradients, and default kernel.
+
+Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
+`y = x @ W.T + bias` with `W = scale * code + salient`. Gradients exist for x, bias and
+salient_values; backward keeps no dense weight. Faster kernels register themselves for their device
+and nothing else changes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdq_hf.kernels import reference
+
+_STORED = (
+    "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns"
+)
+LINEAR = "svdq::linear"
+INPUT_GRADIENT = "svdq::input_gradient"
+
+torch.library.define(LINEAR, f"(Tensor x, {_STORED}, Tensor? bias, int in_features, int group) -> Tensor")
+torch.library.define(INPUT_GRADIENT, f"(Tensor gradient, {_STORED}, int in_features, int group) -> Tensor")
+
+
+@torch.library.impl(LINEAR, "CompositeExplicitAutograd")
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    salient_values: Tensor,
+    salient_rows: Tensor,
+    salient_columns: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group: int,
+) -> Tensor:
+    _check(x, weight, in_features)
+    return reference.linear(
+        x,
+        weight,
+        weight_scale,
+        salient_values,
+        salient_rows,
+        salient_columns,
+        bias,
+        in_features,
+        group,
+    )
+
+
+torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd", reference.input_gradient)
+
+
+def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    _check(x, weight, others[-2])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _input_gradient_shape(gradient: Tensor, *others: Any) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], others[-2])
+
+
+def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"input {list(x.shape)} does not end in the layer's {in_features} features")
+    if not x.is_floating_point():
+        raise ValueError(f"input is {x.dtype}; the layer computes in floating point")
+    if x.device != weight.device:
+        raise ValueError(f"input is on {x.device} and the weight on {weight.device}; move one of them")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *stored, bias, in_features, group = inputs
+    for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
+    ctx.save_for_backward(x if for_values else None, *stored)
+    ctx.bias_dtype = bias.dtype if for_bias else None
+    ctx.in_features, ctx.group = in_features, group
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, *stored = ctx.saved_tensors
+    for_x = for_values = for_bias = None
+    if ctx.needs_input_grad[0]:
+        for_x = torch.ops.svdq.input_gradient(gradient, *stored, ctx.in_features, ctx.group)
+    if x is not None:
+        for_values = _values_gradient(x, gradient, rows=stored[3], columns=stored[4])
+    if ctx.bias_dtype is not None:
+        for_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return for_x, None, None, for_values, None, None, for_bias, None, None
+
+
+GATHERED = 1 << 22
+"""Products of activation and gradient held at a time: 16 MiB of float32."""
+
+
+def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """For each salient entry, `sum over tokens of gradient[:, row] * x[:, column]`: `[k]`, float32."""
+    tokens, gradients = x.flatten(0, -2), gradient.flatten(0, -2)
+    step = max(1, GATHERED // max(1, tokens.shape[0]))
+    pieces = [
+        (
+            gradients.index_select(1, rows[start : start + step]).float()
+            * tokens.index_select(1, columns[start : start + step]).float()
+        ).sum(0)
+        for start in range(0, rows.shape[0], step)
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros(0, device=x.device)
+
+
+torch.library.register_fake(LINEAR, _linear_shape)
+torch.library.register_fake(INPUT_GRADIENT, _input_gradient_shape)
+torch.library.register_autograd(LINEAR, _backward, setup_context=_save)

@@ -1,0 +1,65 @@
+"""The op in plain torch: the oracle that every faster kernel is tested against, and the fallback.
+
+A block of rows at a time is dequantized into one buffer, the salient weights are added, and torch's
+own product does the rest; a dense weight never exists. The block is rounded to the dtype of the
+activations, as the weight of a dense layer in that dtype is.
+"""
+
+import torch
+from torch import Tensor
+
+from svdq_hf.decompose import dense_blocks
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    salient_values: Tensor,
+    salient_rows: Tensor,
+    salient_columns: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group: int,
+) -> Tensor:
+    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`, for the arguments of `svdq::linear`."""
+    parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
+    out = weight.shape[0]
+    tokens = x.reshape(-1, in_features)
+    y = x.new_empty(tokens.shape[0], out)
+    for rows, block in dense_blocks(parts, in_features, group):
+        torch.mm(tokens, block.to(x.dtype).T, out=y[:, rows])
+    if bias is not None:
+        y += bias.to(x.dtype)
+    return y.view(*x.shape[:-1], out)
+
+
+def input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    salient_values: Tensor,
+    salient_rows: Tensor,
+    salient_columns: Tensor,
+    in_features: int,
+    group: int,
+) -> Tensor:
+    """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
+    parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
+    tokens = gradient.reshape(-1, gradient.shape[-1])
+    total = gradient.new_zeros(tokens.shape[0], in_features)
+    for rows, block in dense_blocks(parts, in_features, group):
+        total.addmm_(tokens[:, rows], block.to(gradient.dtype))
+    return total.view(*gradient.shape[:-1], in_features)
+
+
+def _parts(
+    weight: Tensor, weight_scale: Tensor, values: Tensor, rows: Tensor, columns: Tensor
+) -> dict[str, Tensor]:
+    return {
+        "weight": weight,
+        "weight_scale": weight_scale,
+        "salient_values": values,
+        "salient_rows": rows,
+        "salient_columns": columns,
+    }

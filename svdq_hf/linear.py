@@ -1,0 +1,117 @@
+"""SVDQLinear: a linear layer of plain buffers, and nothing hidden.
+
+No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one override is `_apply`:
+whatever dtype the model is cast to, the scales and the salient weights stay what they are.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.decompose import Scheme, part_specs, reconstruct
+from svdq_hf.kernels import op as _op  # noqa: F401  # defines torch.ops.svdq
+
+_FLOAT_PARTS = ("weight_scale", "salient_values")
+
+
+class SVDQLinear(nn.Module):
+    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in 4 bits but for k entries.
+
+    The stored tensors are those of `part_specs`; made empty, and filled by `load_parts` or by
+    loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
+    parameter of packed bytes; the rest are buffers.
+
+    scheme: what is stored. dtype: of the bias. compute_dtype: None, or what the input is cast to
+    for the product (the output has the input's dtype). transposed: the layer stands for one that
+    kept its weight as `[in, out]` (GPT-2's Conv1D), and dequantizes to such a one.
+    """
+
+    weight: nn.Parameter
+    weight_scale: Tensor
+    salient_values: nn.Parameter
+    salient_rows: Tensor
+    salient_columns: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme | None = None,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compute_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme or Scheme()
+        self.compute_dtype = compute_dtype
+        self.transposed = transposed
+        self.group = self.scheme.grid.columns(in_features)
+        self.facts: dict[str, float] = {}
+        """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
+        for name, spec in part_specs(out_features, in_features, self.scheme).items():
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            if name in ("weight", "salient_values"):
+                setattr(self, name, nn.Parameter(empty, requires_grad=name == "salient_values"))
+            else:
+                self.register_buffer(name, empty)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name, without the bias."""
+        names = part_specs(self.out_features, self.in_features, self.scheme)
+        return {name: getattr(self, name).detach() for name in names}
+
+    def load_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of `decompose`."""
+        for name, part in parts.items():
+            current = getattr(self, name)
+            if isinstance(current, nn.Parameter):
+                part = nn.Parameter(part, requires_grad=current.requires_grad)
+            setattr(self, name, part)
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, in]`, float32, that the layer stands for."""
+        return reconstruct(self.parts(), self.in_features, self.scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        compute = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        y: Tensor = torch.ops.svdq.linear(
+            compute,
+            self.weight,
+            self.weight_scale,
+            self.salient_values,
+            self.salient_rows,
+            self.salient_columns,
+            self.bias,
+            self.in_features,
+            self.group,
+        )
+        return y.to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
+        stored = [getattr(self, name) for name in _FLOAT_PARTS]
+        stored += [tensor.grad for tensor in stored if tensor.grad is not None]
+        kept = {id(tensor): tensor.dtype for tensor in stored}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            dtype = kept.get(id(tensor), moved.dtype)
+            # Cast from the original: the way back from a narrower dtype would have lost bits.
+            return moved if moved.dtype == dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        grid = self.scheme.grid
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, k={self.salient_values.numel()}, group_size={grid.group_size}"
+        )
+        return text + (", transposed=True" if self.transposed else "")

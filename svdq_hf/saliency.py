@@ -1,0 +1,142 @@
+"""Scores: which weights of a matrix matter most. The k best of them stay in FP32.
+
+A score is one function, `weight [out, in] -> scores [out, in]`, and what else it needs are its
+keyword-only parameters, by name: see `NEEDS`. Sources: `svd` is arXiv 2512.01343 (abs of the rank-8
+part of the weight itself); the others are the baselines that every comparison has to show.
+Not here: how many are kept (`sparse`), and how (`decompose`).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from svdq_hf import svd as svd_
+
+NEEDS = {
+    "rank": "rank of the principal structure (config)",
+    "seed": "seed of anything random (config)",
+    "group": "columns that share a scale, an int (from the config and the layer)",
+}
+"""What a score may ask for, as keyword-only parameters."""
+
+OUTLIER = 3.0
+"""In `relative`: entries beyond this many root mean squares of their group are outliers of it."""
+
+
+class Scored(NamedTuple):
+    """Scores `[out, in]`, and what was measured on the way (numbers for the report, by name)."""
+
+    scores: Tensor
+    facts: dict[str, float]
+
+
+ScoreFunction = Callable[..., Tensor | Scored]
+
+_SCORES: dict[str, ScoreFunction] = {}
+
+
+def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Make a score known under `name`, for `SVDQConfig(saliency=name)`; a decorator.
+
+    The function takes `weight` `[out, in]`, float32, and as keyword-only parameters any of `NEEDS`;
+    it returns scores `[out, in]`, the larger the more salient, or a `Scored`.
+
+    Raises:
+        ValueError: the name is taken (and not `replace`), or a parameter is none of `NEEDS`.
+
+    >>> @register_saliency("last_columns", replace=True)
+    ... def last_columns(weight):
+    ...     return torch.arange(weight.shape[1]).expand_as(weight)
+    >>> "last_columns" in saliency_names()
+    True
+    """
+
+    def register(function: ScoreFunction) -> ScoreFunction:
+        if name in _SCORES and not replace:
+            raise ValueError(f"saliency {name!r} is registered already; pass replace=True to replace it")
+        unknown = [need for need in _needs(function) if need not in NEEDS]
+        if unknown:
+            raise ValueError(
+                f"saliency {name!r} asks for {unknown}; a score may ask for {list(NEEDS)}, as keyword-only"
+            )
+        _SCORES[name] = function
+        return function
+
+    return register
+
+
+def saliency_names() -> list[str]:
+    """The names of all registered scores."""
+    return sorted(_SCORES)
+
+
+def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
+    """The scores `[out, in]` of `weight` `[out, in]`, float32, by the score called `name`.
+
+    inputs: values for `NEEDS`; the score gets those it asks for.
+
+    Raises:
+        ValueError: no such score, or it returned something that is not one number per weight.
+    """
+    check_name(name)
+    function = _SCORES[name]
+    result = function(weight, **{need: inputs[need] for need in _needs(function)})
+    scored = result if isinstance(result, Scored) else Scored(result, {})
+    shape = tuple(scored.scores.shape) if isinstance(scored.scores, Tensor) else type(scored.scores)
+    if shape != tuple(weight.shape):
+        raise ValueError(f"saliency {name!r} returned {shape} for a weight {tuple(weight.shape)}")
+    return scored
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless a score is registered as `name`."""
+    if name not in _SCORES:
+        raise ValueError(
+            f"saliency={name!r}: must be one of {saliency_names()}, or be made known with register_saliency"
+        )
+
+
+def _needs(function: ScoreFunction) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+@register_saliency("svd")
+def _svd(weight: Tensor, *, rank: int, seed: int) -> Scored:
+    """Absolute value of the rank-`rank` part: alignment with the principal structure."""
+    structure = svd_.principal(weight, rank, seed=seed)
+    return Scored(structure.matrix().abs_(), {"sigma_ratio": structure.sigma_ratio})
+
+
+@register_saliency("magnitude")
+def _magnitude(weight: Tensor) -> Tensor:
+    return weight.abs()
+
+
+@register_saliency("random")
+def _random(weight: Tensor, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+@register_saliency("relative")
+def _relative(weight: Tensor, *, group: int) -> Tensor:
+    """abs(w) over the root mean square of its group, taken without the group's outliers."""
+    out, in_features = weight.shape
+    size = torch.nn.functional.pad(weight.abs(), (0, -in_features % group)).view(out, -1, group)
+    real = torch.ones(in_features, device=weight.device)
+    real = torch.nn.functional.pad(real, (0, -in_features % group)).view(1, -1, group)
+    typical = _root_mean_square(size, real)
+    inliers = real * (size <= OUTLIER * typical)
+    typical = _root_mean_square(size, inliers)
+    return (size / typical.clamp(min=torch.finfo(torch.float32).tiny)).view(out, -1)[:, :in_features]
+
+
+def _root_mean_square(size: Tensor, weights: Tensor) -> Tensor:
+    """Of `[out, groups, group]` over the last dimension, where `weights` is 1; scaled to be safe."""
+    top = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    total = (weights * (size / top).square()).sum(-1, keepdim=True)
+    return top * (total / weights.sum(-1, keepdim=True).clamp(min=1)).sqrt()

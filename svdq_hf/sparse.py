@@ -1,0 +1,74 @@
+"""k entries of a matrix: how many, which, take out.
+
+The positions are (row, column), sorted by row and then by column, because a slice of rows (tensor
+parallelism) or a stack of matrices (fused q, k, v) then is a slice or a concatenation of positions.
+Not here: what makes an entry worth keeping (`saliency`).
+"""
+
+import torch
+from torch import Tensor
+
+
+def salient_count(k: int | float, out: int, in_features: int) -> int:
+    """Entries kept in a matrix `[out, in]`: `k` itself, or its share of `out * in` below 1.
+
+    Never more than the matrix has.
+
+    >>> salient_count(256, 768, 768), salient_count(0.01, 100, 50), salient_count(256, 2, 3)
+    (256, 50, 6)
+    """
+    numel = out * in_features
+    return min(numel, round(k * numel) if isinstance(k, float) and k < 1 else int(k))
+
+
+def top_positions(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest entries of `scores` `[out, in]`, as sorted rows `[k]` and columns `[k]`, int32.
+
+    Among equal scores the first in reading order win, so the choice depends neither on the number
+    of threads nor on the library's version.
+
+    Raises:
+        ValueError: a score is NaN.
+
+    >>> rows, columns = top_positions(torch.tensor([[1.0, 5.0], [5.0, 5.0]]), 2)
+    >>> rows.tolist(), columns.tolist()
+    ([0, 1], [1, 0])
+    """
+    if torch.isnan(scores).any():
+        raise ValueError("a score is NaN: scores must be numbers, the larger the more salient")
+    flat = scores.reshape(-1)
+    if k == 0:
+        chosen = torch.empty(0, dtype=torch.int64, device=scores.device)
+    else:
+        threshold = _kth_largest(flat, k)
+        above = (flat > threshold).nonzero().squeeze(1)
+        ties = (flat == threshold).nonzero().squeeze(1)
+        chosen = torch.cat([above, ties[: k - above.numel()]]).sort().values
+    columns_per_row = scores.shape[1]
+    return (chosen // columns_per_row).int(), (chosen % columns_per_row).int()
+
+
+def _kth_largest(flat: Tensor, k: int) -> Tensor:
+    """The k-th largest of `flat` `[n]`, a 0-d tensor; sampling first leaves little to sort."""
+    stride = max(1, flat.numel() // 65536)
+    sample = flat[::stride]
+    # A guess that is too low on purpose: about twice as many entries as asked for pass it.
+    rank = min(sample.numel(), 2 * k // stride + 64)
+    guess = sample.topk(rank, sorted=False).values.min()
+    candidates = flat[flat >= guess]
+    pool = candidates if candidates.numel() >= k else flat
+    return pool.topk(k, sorted=False).values.min()
+
+
+def take_out(matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Split `matrix` `[out, in]` into a copy with zeros at the positions and the values there, `[k]`.
+
+    >>> rest, values = take_out(torch.ones(2, 2), torch.tensor([0]), torch.tensor([1]))
+    >>> rest.tolist(), values.tolist()
+    ([[1.0, 0.0], [1.0, 1.0]], [1.0])
+    """
+    rows, columns = rows.long(), columns.long()
+    values = matrix[rows, columns]
+    rest = matrix.clone()
+    rest[rows, columns] = 0
+    return rest, values
