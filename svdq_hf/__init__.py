@@ -1,0 +1,29 @@
+"""Data-free 4-bit quantization for Transformers; importing it registers "svdq" with transformers.
+
+>>> from svdq_hf import SVDQConfig
+>>> SVDQConfig(k=256).quant_method
+'svdq'
+"""
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.footprint import Footprint, LayerFootprint, footprint, read_footprint
+from svdq_hf.linear import SVDQLinear
+from svdq_hf.quantizer import SVDQHfQuantizer, dequantize_model, quantize_model
+from svdq_hf.saliency import Scored, register_saliency, saliency_names
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Footprint",
+    "LayerFootprint",
+    "SVDQConfig",
+    "SVDQHfQuantizer",
+    "SVDQLinear",
+    "Scored",
+    "dequantize_model",
+    "footprint",
+    "quantize_model",
+    "read_footprint",
+    "register_saliency",
+    "saliency_names",
+]

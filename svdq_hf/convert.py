@@ -1,0 +1,227 @@
+"""Pick the linear layers of a model and replace them: the only such loop.
+
+Three uses of it: empty layers on the meta device before a checkpoint is loaded (`quantizer`), layers
+quantized in place (`convert_layers`), and the way back (`restore_layers`). Any `nn.Module` will do.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as hf_logging
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.decompose import decompose, relative_error
+from svdq_hf.linear import SVDQLinear
+from svdq_hf.saliency import score
+from svdq_hf.sparse import salient_count, top_positions
+
+Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
+
+FEWEST_ROWS = 8
+"""Layers with fewer rows are gates or tiny heads: nothing to win, much to lose."""
+
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def quantize_weight(
+    weight: Tensor, config: SVDQConfig, name: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Quantize `weight` `[out, in]` of the layer `name`: its stored parts, and the facts measured.
+
+    Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
+    the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
+
+    Raises:
+        ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
+            it names the layer.
+    """
+    try:
+        if weight.dtype not in SOURCE_DTYPES:
+            raise ValueError(f"weight is {weight.dtype}; it must be one of {list(map(str, SOURCE_DTYPES))}")
+        if not torch.isfinite(weight).all():
+            raise ValueError("weight has a NaN or an infinity: the checkpoint is damaged")
+        return _quantize_dense(weight.float(), config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _quantize_dense(weight: Tensor, config: SVDQConfig) -> tuple[dict[str, Tensor], dict[str, float]]:
+    out, in_features = weight.shape
+    k = salient_count(config.k, out, in_features)
+    rows = columns = torch.empty(0, dtype=torch.int32, device=weight.device)
+    facts = {}
+    if k:
+        group = config.scheme.grid.columns(in_features)
+        needs = {"rank": config.rank, "seed": config.seed, "group": group}
+        scored = score(config.saliency, weight, needs)
+        rows, columns = top_positions(scored.scores, k)
+        facts = scored.facts
+        del scored  # as large as the weight
+    parts = decompose(weight, rows, columns, config.scheme)
+    return parts, {"relative_error": relative_error(weight, parts, config.scheme), **facts}
+
+
+def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
+    """The linear layers of `model` that `config` quantizes, by name.
+
+    Raises:
+        ValueError: there are none, or the model is quantized already.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, SVDQLinear) for module in modules.values()):
+        raise ValueError("the model is quantized already; dequantize() it first to quantize it anew")
+    asked = list(config.modules_to_not_convert or [])
+    skips = default_skips(model) + asked
+    linear = {name: module for name, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+    chosen = {
+        name: module
+        for name, module in linear.items()
+        if should_convert_module(name, skips) and _shape(module)[0] >= FEWEST_ROWS
+    }
+    for pattern in asked:
+        if all(should_convert_module(name, [pattern]) for name in linear):
+            logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to quantize "
+            f"({len(linear)} in all, kept dense by {sorted(set(skips))})"
+        )
+    _warn_of_experts(modules)
+    return chosen
+
+
+def default_skips(model: nn.Module) -> list[str]:
+    """Names of modules that stay dense unless nothing is said; part of format version 1.
+
+    Everything outside the base model (heads), the output embeddings, tied weights, and what the
+    model itself keeps in FP32.
+    """
+    skips = _shared_weights(model)
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        skips += [name for name, child in model.named_children() if child is not base]
+    embeddings = getattr(model, "get_output_embeddings", None)
+    output = embeddings() if callable(embeddings) else None
+    skips += [name for name, module in model.named_modules() if output is not None and module is output]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = {*tied.keys(), *tied.values()}
+    skips += [name.removesuffix(".weight") for name in ties if name.endswith(".weight")]
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        skips += list(getattr(model, attribute, None) or [])
+    return sorted(set(skips))
+
+
+def _shared_weights(model: nn.Module) -> list[str]:
+    """Modules whose weight is also another's."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".weight"):
+            users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    return [name for names in users.values() if len(names) > 1 for name in names]
+
+
+def _warn_of_experts(modules: dict[str, nn.Module]) -> None:
+    dense = [
+        name
+        for name, module in modules.items()
+        if "expert" in type(module).__name__.lower()
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    ]
+    if dense:
+        logger.warning(
+            "fused experts stay dense in this release: %d modules, %s%s",
+            len(dense),
+            ", ".join(dense[:3]),
+            ", ..." if len(dense) > 3 else "",
+        )
+
+
+def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQLinear:
+    """An SVDQLinear of the shape of a dense layer, with nothing in it yet."""
+    out, in_features = _shape(module)
+    layer = SVDQLinear(
+        in_features,
+        out,
+        config.scheme,
+        bias=module.bias is not None,
+        dtype=_weight(module).dtype,
+        device=device,
+        compute_dtype=config.torch_compute_dtype,
+        transposed=isinstance(module, Conv1D),
+    )
+    return layer.train(module.training)
+
+
+def replace_layers(model: nn.Module, config: SVDQConfig) -> list[str]:
+    """Replace the layers of `layers_to_convert` by empty ones on the meta device; their names."""
+    chosen = layers_to_convert(model, config)
+    for name, module in chosen.items():
+        model.set_submodule(name, empty_layer(module, config))
+    return list(chosen)
+
+
+def convert_layers(model: nn.Module, config: SVDQConfig) -> None:
+    """Quantize the layers of a model in place, one by one; each dense weight is let go at once.
+
+    Raises:
+        ValueError: see `quantize_weight` and `layers_to_convert`; layers done by then stay done.
+    """
+    for name, module in progress(layers_to_convert(model, config).items(), "Quantizing"):
+        weight = _weight(module)
+        layer = empty_layer(module, config)
+        parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name)
+        layer.load_parts(parts)
+        layer.bias = module.bias  # type: ignore[assignment]
+        model.set_submodule(name, layer)
+
+
+def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every SVDQLinear by the dense layer that it stands for, in `dtype`."""
+    layers = dict(svdq_layers(model))
+    for name, layer in progress(layers.items(), "Dequantizing"):
+        model.set_submodule(name, dense_layer(layer, dtype))
+
+
+def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:
+    """The `nn.Linear` (or `Conv1D`) that an SVDQLinear stands for."""
+    out, in_features = layer.out_features, layer.in_features
+    with torch.device("meta"):
+        dense: nn.Module
+        if layer.transposed:
+            dense = Conv1D(out, in_features)
+        else:
+            dense = nn.Linear(in_features, out, bias=layer.bias is not None)
+    weight = layer.dequantize().to(dtype)
+    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return dense.train(layer.training)
+
+
+def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
+    """The quantized layers of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQLinear))
+
+
+def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
+    """A progress bar that `transformers.utils.logging.disable_progress_bar` switches off."""
+    return hf_logging.tqdm(items, desc=title)  # type: ignore[no-any-return]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight of a dense layer, as it stores it."""
+    if not isinstance(module.weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight")
+    return module.weight.detach()
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a dense layer."""
+    shape = _weight(module).shape
+    return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
