@@ -5,7 +5,7 @@ quantized in place (`convert_layers`), and the way back (`restore_layers`). Any 
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -158,12 +158,10 @@ def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> 
     return layer.train(module.training)
 
 
-def replace_layers(model: nn.Module, config: SVDQConfig) -> list[str]:
-    """Replace the layers of `layers_to_convert` by empty ones on the meta device; their names."""
-    chosen = layers_to_convert(model, config)
+def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
+    """Replace the `chosen` layers, by name, by empty ones on the meta device."""
     for name, module in chosen.items():
         model.set_submodule(name, empty_layer(module, config))
-    return list(chosen)
 
 
 def convert_layers(model: nn.Module, config: SVDQConfig) -> None:

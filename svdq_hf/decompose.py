@@ -100,7 +100,7 @@ def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) 
     True
     """
     error = total = 0.0
-    top = float(weight.abs().max()) or 1.0  # in units of the largest weight no square overflows
+    top = max(-float(weight.min()), float(weight.max())) or 1.0  # in its units no square overflows
     for rows, block in dense_blocks(parts, weight.shape[1], scheme.grid.columns(weight.shape[1])):
         error += float(((weight[rows] - block) / top).double().square().sum())
         total += float((weight[rows] / top).double().square().sum())

@@ -98,7 +98,7 @@ def footprint(model: nn.Module) -> Footprint:
     """The footprint of a quantized model in memory (parameters and persistent buffers, each once)."""
     layers = []
     counted: set[int] = set()
-    for name, layer in svdq_layers(model):
+    for name, layer in sorted(svdq_layers(model), key=lambda named: _natural(named[0])):
         stored = [getattr(layer, part) for part in PARTS]
         counted.update(map(id, stored))
         size = sum(tensor.nbytes for tensor in stored)
@@ -114,7 +114,7 @@ def file_metadata(model: nn.Module) -> dict[str, str]:
         name: {"shape": [layer.out_features, layer.in_features], **layer.facts}
         for name, layer in svdq_layers(model)
     }
-    return {"svdq_format_version": str(FORMAT_VERSION), METADATA_KEY: json.dumps(layers)}
+    return {METADATA_KEY: json.dumps(layers)}
 
 
 def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ Policy, not mechanism: which tensors a layer is loaded from, what is refused, wh
 are those of transformers 5.20 to 5.23.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     convert_layers,
+    layers_to_convert,
     quantize_weight,
     replace_layers,
     restore_layers,
@@ -83,14 +85,18 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     ) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
-        names = replace_layers(model, self.quantization_config)
-        if self.pre_quantized:
-            _restore_facts(model, checkpoint_files or [])
-        else:
+        chosen = layers_to_convert(model, self.quantization_config)
+        facts = _facts(model, chosen, checkpoint_files or []) if self.pre_quantized else {}
+        if facts:  # a layer that the file never had (a pooler, a new head) is a dense one to train
+            chosen = {name: chosen[name] for name in facts}
+        replace_layers(model, chosen, self.quantization_config)
+        for name, layer in svdq_layers(model):
+            layer.facts = numbers(facts.get(name, {}))
+        if not self.pre_quantized:
             # Salient weights are kept from the checkpoint's precision: with dtype=bfloat16 the loader
             # would round an FP32 weight before it is quantized.
             strict = set(model._keep_in_fp32_modules_strict or ())
-            model._keep_in_fp32_modules_strict = strict | {rf"^{name}\.weight$" for name in names}
+            model._keep_in_fp32_modules_strict = strict | {rf"^{re.escape(name)}\.weight$" for name in chosen}
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -212,7 +218,7 @@ def _check_loaded(name: str, layer: SVDQLinear, pre_quantized: bool) -> None:
     if any(tensor.is_meta for tensor in stored.values()):
         return  # offloaded to disk: its tensors are read, one by one, when it runs
     missing = [part for part, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
-    if len(missing) == len(parts):
+    if len(missing) == len(parts) and not pre_quantized:
         raise ValueError(
             f"{name}: the checkpoint has no weights for this layer, and random ones cannot be trusted in "
             f"4 bits; load with modules_to_not_convert=[{name!r}] to keep it dense and train it"
@@ -228,15 +234,22 @@ def _check_loaded(name: str, layer: SVDQLinear, pre_quantized: bool) -> None:
         ) from error
 
 
-def _restore_facts(model: PreTrainedModel, files: Iterable[str | Path]) -> None:
-    """Give the layers what their quantizing had measured, from the files' headers."""
-    facts = stored_facts(file for file in files if str(file).endswith(".safetensors"))
+def _facts(
+    model: PreTrainedModel, names: Iterable[str], files: Iterable[str | Path]
+) -> dict[str, dict[str, Any]]:
+    """What the files' headers say of those of the layers that they know.
+
+    A model may have been saved with or without the prefix of its base model.
+    """
+    stored = stored_facts(file for file in files if str(file).endswith(".safetensors"))
     prefix = f"{model.base_model_prefix}."
-    for name, layer in svdq_layers(model):
-        for stored in (name, name.removeprefix(prefix), prefix + name):
-            if stored in facts:
-                layer.facts = numbers(facts[stored])
-                break
+    variants = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
+    return {
+        name: stored[variant]
+        for name, spellings in variants.items()
+        for variant in spellings
+        if variant in stored
+    }
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice

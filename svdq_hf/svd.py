@@ -55,9 +55,11 @@ def principal(weight: Tensor, rank: int, *, method: Method = "krylov", seed: int
     rank = min(rank, smaller)
     block = max(BLOCK_COLUMNS, rank + 8)
     basis_columns = block * (STEPS + 1)
-    # Unit scale: neither the Gram matrix of 1e30 nor that of 1e-30 is a float32.
-    scale = float(weight.abs().max()) or 1.0
-    matrix = weight.float() / scale
+    # Neither the Gram matrix of 1e30 nor that of 1e-30 is a float32; ordinary weights need no copy.
+    low, high = (float(end) for end in weight.aminmax())
+    top = max(-low, high)
+    scale = 1.0 if 1e-6 < top < 1e6 or top == 0 else top
+    matrix = weight.float() if scale == 1.0 else weight.float() / scale
     flipped = matrix.shape[0] < matrix.shape[1]
     if flipped:
         matrix = matrix.T  # from here on [larger, smaller]

@@ -1,0 +1,178 @@
+"""The command `svdq`: quantize, inspect, demo. It parses, calls, and prints; nothing else.
+
+Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers.utils import logging as hf_logging
+
+from svdq_hf.checkpoint import folder_bytes, local_folder, quantize_checkpoint
+from svdq_hf.config import SVDQConfig
+from svdq_hf.demo import SENTENCES, DemoResult, run_demo
+from svdq_hf.footprint import Footprint, dense_bytes, read_footprint
+
+MEGABYTE = 10**6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.json or not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    try:
+        result: dict[str, object] = options.run(options)
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        print(f"svdq {options.command}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="svdq", description="Data-free 4-bit quantization for Transformers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    quantize = commands.add_parser("quantize", help="a model -> a folder with the quantized model")
+    quantize.add_argument("model", help="a folder, or the Hub's user/model")
+    quantize.add_argument("out", help="folder to write; must not be there, or be empty")
+    _add_config(quantize)
+    quantize.set_defaults(run=_quantize)
+    inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
+    inspect.add_argument("folder")
+    inspect.set_defaults(run=_inspect)
+    demo = commands.add_parser("demo", help="the whole round on the embedded all-MiniLM-L6-v2")
+    demo.add_argument("--out", help="folder to keep the quantized model in")
+    _add_config(demo)
+    demo.set_defaults(run=_demo)
+    for command in (quantize, inspect, demo):
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    """The choices of SVDQConfig; its own defaults hold where an option is not given."""
+    add = command.add_argument_group("choices").add_argument
+    missing = argparse.SUPPRESS
+    add("--k", type=_number, default=missing, help="salient weights per layer, or a share below 1")
+    add("--rank", type=int, default=missing, help="rank of the principal structure")
+    add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
+    add("--group-size", type=_group_size, default=missing, help="columns per scale, 'row' or 'tensor'")
+    add("--scale", default=missing, help="mse, absmax or sigma")
+    add("--seed", type=int, default=missing)
+    add("--skip", nargs="+", default=missing, dest="modules_to_not_convert", metavar="MODULE")
+
+
+def _config(options: argparse.Namespace) -> SVDQConfig:
+    names = ("k", "rank", "saliency", "group_size", "scale", "seed", "modules_to_not_convert")
+    return SVDQConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _group_size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _quantize(options: argparse.Namespace) -> dict[str, object]:
+    config, started = _config(options), time.perf_counter()
+    source = local_folder(options.model)
+    result = quantize_checkpoint(source, options.out, config)
+    seconds = time.perf_counter() - started
+    before, after = folder_bytes(source), folder_bytes(options.out)
+    if not options.json:
+        console = _console()
+        console.print(_totals(result))
+        console.print(
+            f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
+            f"see its layers with: svdq inspect {options.out}"
+        )
+    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, object]:
+    result = read_footprint(options.folder)
+    if not options.json:
+        console = _console()
+        console.print(_layers(result))
+        console.print(_totals(result))
+    return result.to_dict()
+
+
+def _demo(options: argparse.Namespace) -> dict[str, object]:
+    result = run_demo(_config(options), options.out)
+    if not options.json:
+        console = _console()
+        console.print(_sentences(result))
+        console.print(
+            f"embeddings, cosine to FP32: {result.embedding_cosine:.4f}; "
+            f"reloaded model equal bit for bit: {'yes' if result.reload_equal else 'NO'}\n"
+            f"{result.bytes_fp32 / MEGABYTE:.1f} MB -> {result.bytes_svdq / MEGABYTE:.1f} MB "
+            f"({result.bits_per_weight:.2f} bits per weight in the linear layers; embeddings stay FP32); "
+            f"loaded and quantized in {result.load_seconds:.1f} s"
+        )
+    if not result.reload_equal:
+        raise RuntimeError("the reloaded model differs from the saved one")
+    return result.to_dict()
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; 120 columns in a pipe or a file, so that no name is folded."""
+    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=not sys.stdout.isatty())
+
+
+def _layers(result: Footprint) -> Table:
+    facts = list(dict.fromkeys(fact for layer in result.layers for fact in layer.facts))
+    table = Table(title="quantized layers", box=SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    for title in ("out x in", "k", "bits/weight", *(fact.replace("_", " ") for fact in facts)):
+        table.add_column(title, justify="right")
+    for layer in result.layers:
+        measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
+        shape = f"{layer.out} x {layer.in_features}"
+        table.add_row(layer.name, shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
+    return table
+
+
+def _totals(result: Footprint) -> Table:
+    table = Table(title="totals", box=SIMPLE_HEAD, show_header=False)
+    errors = [layer.facts["relative_error"] for layer in result.layers if "relative_error" in layer.facts]
+    rows = {
+        "quantized layers": str(len(result.layers)),
+        "weights in them": f"{result.weights:,}",
+        "bits per weight": f"{result.bits_per_weight:.3f}",
+        "kept in FP32": f"{result.salient_share:.3%}",
+        "their bytes": f"{result.quantized_bytes:,} (in FP32 {dense_bytes(result.layers):,})",
+        "dense bytes": f"{result.dense_bytes:,}",
+    }
+    if errors:
+        rows["relative error"] = f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def _sentences(result: DemoResult) -> Table:
+    table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
+    table.add_column("sentences", overflow="fold")
+    table.add_column("FP32", justify="right")
+    table.add_column("4-bit", justify="right")
+    for pair, dense, quantized in zip(SENTENCES, result.similarity_fp32, result.similarity_svdq, strict=True):
+        table.add_row("\n".join(pair), f"{dense:.3f}", f"{quantized:.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

