@@ -71,7 +71,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.group_size = group_size
         self.scale = scale
         self.clip_sigma = clip_sigma
-        self.modules_to_not_convert = modules_to_not_convert
+        names = modules_to_not_convert
+        self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
         self._check(from_file="format_version" in stored)
@@ -95,6 +96,19 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         """`compute_dtype` as torch's own."""
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a stored dict; `kwargs` that are choices of ours go before it, checked."""
+        choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
+        config = cls(**{**config_dict, **choices})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Change choices, checked; returns the keys that are none."""
+        unused: dict[str, Any] = super().update(**kwargs)
+        self._check(from_file=False)
+        return unused
+
     def to_dict(self) -> dict[str, Any]:
         """All choices and the format's version, as JSON can hold them."""
         return {**super().to_dict(), "requires": REQUIRES}
@@ -112,7 +126,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
-        listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         _require(names is None or listed, "modules_to_not_convert", names, "None or a list of names")
         Grid(self.group_size, self.scale, self.clip_sigma)  # checks itself
         if not from_file:  # a stored model loads where its author's own score is not known
@@ -132,12 +146,17 @@ def _check_stored(stored: dict[str, Any]) -> None:
     method = stored.get("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method={method!r}: must be {QUANT_METHOD!r}")
-    known = [name for name in SVDQConfig.__init__.__annotations__ if name not in ("stored", "return")]
+    known = _choices()
     for key, value in stored.items():
         if key not in _STORED_ONLY:
             close = difflib.get_close_matches(key.lower(), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")
+
+
+def _choices() -> list[str]:
+    """The names of what a user can choose."""
+    return [name for name in SVDQConfig.__init__.__annotations__ if name not in ("stored", "return")]
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

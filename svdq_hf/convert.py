@@ -6,7 +6,7 @@ quantized in place (`convert_layers`), and the way back (`restore_layers`). Any 
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as hf_logging
 
+from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import decompose, relative_error
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.saliency import score
+from svdq_hf.saliency import data_needs, no_data, score
 from svdq_hf.sparse import salient_count, top_positions
 
 Item = TypeVar("Item")
@@ -30,9 +31,11 @@ SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def quantize_weight(
-    weight: Tensor, config: SVDQConfig, name: str
+    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weight` `[out, in]` of the layer `name`: its stored parts, and the facts measured.
+
+    inputs: what the layer saw, for the scores that need data.
 
     Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
     the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
@@ -46,25 +49,54 @@ def quantize_weight(
             raise ValueError(f"weight is {weight.dtype}; it must be one of {list(map(str, SOURCE_DTYPES))}")
         if not torch.isfinite(weight).all():
             raise ValueError("weight has a NaN or an infinity: the checkpoint is damaged")
-        return _quantize_dense(weight.float(), config)
+        return _quantize_dense(weight.float().contiguous(), config, inputs)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _quantize_dense(weight: Tensor, config: SVDQConfig) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _quantize_dense(
+    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     out, in_features = weight.shape
     k = salient_count(config.k, out, in_features)
     rows = columns = torch.empty(0, dtype=torch.int32, device=weight.device)
     facts = {}
     if k:
-        group = config.scheme.grid.columns(in_features)
-        needs = {"rank": config.rank, "seed": config.seed, "group": group}
-        scored = score(config.saliency, weight, needs)
+        scored = score(config.saliency, weight, score_inputs(config, in_features, inputs))
         rows, columns = top_positions(scored.scores, k)
         facts = scored.facts
         del scored  # as large as the weight
     parts = decompose(weight, rows, columns, config.scheme)
     return parts, {"relative_error": relative_error(weight, parts, config.scheme), **facts}
+
+
+def score_inputs(
+    config: SVDQConfig, in_features: int, inputs: InputStatistics | None = None
+) -> dict[str, Any]:
+    """What a score may ask for (`saliency.NEEDS`), as far as it is known for a layer."""
+    group = config.scheme.grid.columns(in_features)
+    known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
+    if inputs is not None:
+        known |= {"input_norm": inputs.norm, "tokens": inputs.tokens}
+        if inputs.gram is not None:
+            known["input_gram"] = inputs.gram
+    return known
+
+
+def collect_for(
+    model: nn.Module, layers: Mapping[str, nn.Module], saliency: str, batches: Iterable[Any] | None
+) -> dict[str, InputStatistics]:
+    """The statistics that a score needs of `layers`; empty for a score that needs no data.
+
+    Raises:
+        ValueError: the score needs data and `batches` is None; see also `collect_inputs`.
+    """
+    needs = data_needs(saliency)
+    if not needs:
+        return {}
+    if batches is None:
+        raise no_data(saliency)
+    return collect_inputs(model, layers, batches, gram="input_gram" in needs)
 
 
 def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
@@ -164,16 +196,22 @@ def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SV
         model.set_submodule(name, empty_layer(module, config))
 
 
-def convert_layers(model: nn.Module, config: SVDQConfig) -> None:
+def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] | None = None) -> None:
     """Quantize the layers of a model in place, one by one; each dense weight is let go at once.
 
     Raises:
-        ValueError: see `quantize_weight` and `layers_to_convert`; layers done by then stay done.
+        ValueError: see `quantize_weight`, `layers_to_convert` and `collect_for`; layers done by then
+            stay done.
     """
-    for name, module in progress(layers_to_convert(model, config).items(), "Quantizing"):
+    chosen = layers_to_convert(model, config)
+    seen = collect_for(model, chosen, config.saliency, batches)
+    for name in progress(list(chosen), "Quantizing"):
+        module = chosen.pop(name)
         weight = _weight(module)
         layer = empty_layer(module, config)
-        parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name)
+        parts, layer.facts = quantize_weight(
+            weight.T if layer.transposed else weight, config, name, seen.pop(name, None)
+        )
         layer.load_parts(parts)
         layer.bias = module.bias  # type: ignore[assignment]
         model.set_submodule(name, layer)

@@ -154,7 +154,8 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
             salient value is NaN or infinite; a position is out of range, out of order or there
             twice; the code at a salient position or in the padding is not zero.
     """
-    out = parts["weight"].shape[0] if parts.get("weight") is not None else 0
+    packed = parts.get("weight")
+    out = packed.shape[0] if packed is not None and packed.ndim == 2 else 0
     for name, spec in part_specs(out, in_features, scheme).items():
         part = parts.get(name)
         if part is None:

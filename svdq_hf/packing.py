@@ -40,8 +40,9 @@ def pack(codes: Tensor) -> Tensor:
     out, in_features = codes.shape
     padding = 2 * packed_width(in_features) - in_features
     nibbles = torch.nn.functional.pad(codes, (0, padding)).sub_(LOWEST).view(torch.uint8)
-    low, high = nibbles.view(out, -1, 2, HALF).unbind(2)  # [out, blocks, 32] each
-    return (low | (high << 4)).reshape(out, -1).view(torch.int8)
+    width = packed_width(in_features)
+    low, high = nibbles.view(out, width // HALF, 2, HALF).unbind(2)  # [out, blocks, 32] each
+    return (low | (high << 4)).reshape(out, width).view(torch.int8)
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
@@ -59,8 +60,9 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 
 def unpack_into(packed: Tensor, padded: Tensor) -> None:
     """Unpack bytes `[rows, width]` into a given int8 buffer `[rows, 2 * width]`, padding included."""
-    halves = padded.view(packed.shape[0], -1, 2, HALF)
-    blocks = packed.view(packed.shape[0], -1, HALF)
+    rows, width = packed.shape
+    halves = padded.view(rows, width // HALF, 2, HALF)
+    blocks = packed.view(rows, width // HALF, HALF)
     torch.bitwise_and(blocks, 0x0F, out=halves[:, :, 0])
     torch.bitwise_right_shift(
         blocks.view(torch.uint8), 4, out=halves[:, :, 1].view(torch.uint8)

@@ -33,6 +33,7 @@ from svdq_hf.convert import (
 from svdq_hf.decompose import check_parts
 from svdq_hf.footprint import file_metadata, numbers, stored_facts
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.saliency import data_needs, no_data
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
@@ -68,7 +69,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what would load silently wrong."""
+        """Refuse what cannot work, or would load silently wrong, before anything is loaded."""
+        saliency = self.quantization_config.saliency
+        if not self.pre_quantized and data_needs(saliency):
+            raise no_data(saliency)
         device_map = kwargs.get("device_map")
         devices = device_map if isinstance(device_map, dict) else {}
         places = [name for name, device in devices.items() if device == "disk"]
@@ -169,8 +173,13 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def quantize_model(model: nn.Module, config: SVDQConfig | None = None) -> nn.Module:
+def quantize_model(
+    model: nn.Module, config: SVDQConfig | None = None, batches: Iterable[Any] | None = None
+) -> nn.Module:
     """Quantize a model that is in memory, in place; returns it.
+
+    batches: for the scores that need data ("awq", "spqr"): what the model takes, a few of them, each
+    a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
 
     For a transformers model everything else is set as `from_pretrained` sets it, so that
     `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
@@ -183,7 +192,7 @@ def quantize_model(model: nn.Module, config: SVDQConfig | None = None) -> nn.Mod
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
-    convert_layers(model, config)
+    convert_layers(model, config, batches)
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
         model.is_quantized = True

@@ -2,7 +2,8 @@
 
 A score is one function, `weight [out, in] -> scores [out, in]`, and what else it needs are its
 keyword-only parameters, by name: see `NEEDS`. Sources: `svd` is arXiv 2512.01343 (abs of the rank-8
-part of the weight itself); the others are the baselines that every comparison has to show.
+part of the weight itself); `awq` and `spqr` are the scores that paper takes from arXiv 2306.00978 and
+2306.03078 (the scores only, not the methods of these names); the others are baselines.
 Not here: how many are kept (`sparse`), and how (`decompose`).
 """
 
@@ -19,8 +20,17 @@ NEEDS = {
     "rank": "rank of the principal structure (config)",
     "seed": "seed of anything random (config)",
     "group": "columns that share a scale, an int (from the config and the layer)",
+    "input_norm": "norm of each input over the calibration batches, [in]",
+    "input_gram": "X.T @ X over the calibration batches, [in, in]",
+    "tokens": "tokens in the calibration batches",
 }
 """What a score may ask for, as keyword-only parameters."""
+
+FROM_DATA = ("input_norm", "input_gram", "tokens")
+"""Those of `NEEDS` that only batches can give."""
+
+DAMPING = 0.01
+"""Added to the Hessian's diagonal, as a share of its mean: what GPTQ and SpQR use."""
 
 OUTLIER = 3.0
 """In `relative`: entries beyond this many root mean squares of their group are outliers of it."""
@@ -79,9 +89,11 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
     inputs: values for `NEEDS`; the score gets those it asks for.
 
     Raises:
-        ValueError: no such score, or it returned something that is not one number per weight.
+        ValueError: no such score, it needs data and there is none, or it returned something that is
+            not one number per weight.
     """
-    check_name(name)
+    if any(need not in inputs for need in score_needs(name)):
+        raise no_data(name)
     function = _SCORES[name]
     result = function(weight, **{need: inputs[need] for need in _needs(function)})
     scored = result if isinstance(result, Scored) else Scored(result, {})
@@ -89,6 +101,29 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
     if shape != tuple(weight.shape):
         raise ValueError(f"saliency {name!r} returned {shape} for a weight {tuple(weight.shape)}")
     return scored
+
+
+def score_needs(name: str) -> list[str]:
+    """What the score called `name` asks for, of `NEEDS`.
+
+    >>> score_needs("svd"), score_needs("awq")
+    (['rank', 'seed'], ['input_norm'])
+    """
+    check_name(name)
+    return _needs(_SCORES[name])
+
+
+def data_needs(name: str) -> list[str]:
+    """Those of its needs that only calibration batches can give; empty for a data-free score."""
+    return [need for need in score_needs(name) if need in FROM_DATA]
+
+
+def no_data(name: str) -> ValueError:
+    """The error for a score that needs data and has none."""
+    return ValueError(
+        f"saliency {name!r} needs {data_needs(name)}, which only data can give: load the model dense and "
+        "call quantize_model(model, config, batches)"
+    )
 
 
 def check_name(name: str) -> None:
@@ -140,3 +175,20 @@ def _root_mean_square(size: Tensor, weights: Tensor) -> Tensor:
     top = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     total = (weights * (size / top).square()).sum(-1, keepdim=True)
     return top * (total / weights.sum(-1, keepdim=True).clamp(min=1)).sqrt()
+
+
+@register_saliency("awq")
+def _awq(weight: Tensor, *, input_norm: Tensor) -> Tensor:
+    """abs(W_ij) * norm(X_j): the weight's share in the output, input by input."""
+    return weight.abs() * input_norm
+
+
+@register_saliency("spqr")
+def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
+    """W_ij^2 / [H^-1]_jj with H = 2/N X^T X, damped; its root, which orders the weights alike."""
+    hessian = input_gram.double() * (2 / tokens)
+    diagonal = hessian.diagonal()
+    damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero say nothing
+    diagonal += damping
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return weight.abs() * inverse.diagonal().rsqrt().float()

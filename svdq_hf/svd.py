@@ -82,7 +82,8 @@ def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     eigenvalues, eigenvectors = torch.linalg.eigh(wide.T @ wide)
     values = eigenvalues.flip(0).clamp_(min=0).sqrt_()
     right = eigenvectors.flip(1)[:, :rank]
-    left = (wide @ right) / values[:rank].clamp(min=torch.finfo(torch.float64).tiny)
+    floor = float(values[0]) * torch.finfo(torch.float64).eps or 1.0  # a sigma of 0 has left vector 0
+    left = (wide @ right) / values[:rank].clamp(min=floor)
     return left.float(), values.float(), right.float()
 
 
@@ -100,4 +101,6 @@ def _krylov_basis(matrix: Tensor, block: int, seed: int) -> Tensor:
             following -= done @ (done.T @ following)
             following = torch.linalg.qr(following).Q
         basis[:, end - block : end] = following
-    return basis
+    # Of a matrix of low rank the space is soon exhausted, and what follows is noise, not orthogonal.
+    orthonormal: Tensor = torch.linalg.qr(basis).Q
+    return orthonormal

@@ -86,8 +86,24 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if x is not None:
         for_values = _values_gradient(x, gradient, rows=stored[3], columns=stored[4])
     if ctx.bias_dtype is not None:
-        for_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
     return for_x, None, None, for_values, None, None, for_bias, None, None
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.in_features, ctx.group = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
+    """For `gradient @ W`: what a gradient penalty asks for."""
+    gradient, *stored = ctx.saved_tensors
+    for_gradient = for_values = None
+    if ctx.needs_input_grad[0]:
+        for_gradient = torch.ops.svdq.linear(second, *stored, None, ctx.in_features, ctx.group)
+    if ctx.needs_input_grad[3]:
+        for_values = _values_gradient(second, gradient, rows=stored[3], columns=stored[4])
+    return for_gradient, None, None, for_values, None, None, None, None
 
 
 GATHERED = 1 << 22
@@ -96,7 +112,7 @@ GATHERED = 1 << 22
 
 def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """For each salient entry, `sum over tokens of gradient[:, row] * x[:, column]`: `[k]`, float32."""
-    tokens, gradients = x.flatten(0, -2), gradient.flatten(0, -2)
+    tokens, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     step = max(1, GATHERED // max(1, tokens.shape[0]))
     pieces = [
         (
@@ -111,3 +127,4 @@ def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor)
 torch.library.register_fake(LINEAR, _linear_shape)
 torch.library.register_fake(INPUT_GRADIENT, _input_gradient_shape)
 torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
+torch.library.register_autograd(INPUT_GRADIENT, _backward_gradient, setup_context=_save_gradient)

@@ -1,0 +1,144 @@
+"""What each layer sees: statistics of its inputs over a few batches, for the scores that need data.
+
+One pass over the batches with forward hooks. Per layer it keeps the sum of squares of each input
+(float64) and, only where a score asks for it, the Gram matrix of the inputs in float32: `4 in^2`
+bytes, freed with the statistics, and off by at most (batches + 1) * 2**-24 of its diagonal from
+accumulating. Padding has no say: tokens that a batch's mask hides are left out. Not here: scores.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class InputStatistics:
+    """Over all tokens X `[tokens, in]` that one layer saw.
+
+    square_sum: `[in]`, float64, the diagonal of `X.T @ X`; gram: `X.T @ X` `[in, in]`, or None.
+    """
+
+    tokens: int = 0
+    square_sum: Tensor | None = None
+    gram: Tensor | None = field(default=None, repr=False)
+
+    def add(self, tokens: Tensor, with_gram: bool) -> None:
+        """Count the inputs `[tokens, in]` of one call."""
+        tokens = tokens.float()
+        squares = tokens.double().square().sum(0)
+        self.tokens += tokens.shape[0]
+        self.square_sum = squares if self.square_sum is None else self.square_sum + squares
+        if with_gram:
+            gram = tokens.T @ tokens
+            self.gram = gram if self.gram is None else self.gram.add_(gram)
+
+    @property
+    def norm(self) -> Tensor:
+        """Euclidean norm of each input over all tokens, `[in]`, float32."""
+        if self.square_sum is None:
+            raise ValueError("no token was seen")
+        return self.square_sum.sqrt().float()
+
+
+def collect_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], *, gram: bool = False
+) -> dict[str, InputStatistics]:
+    """Run `model` on the batches and return what each of `layers` (by name) saw.
+
+    A batch is what the model takes: a mapping of keyword arguments, a tuple of positional ones, or
+    one tensor. The model runs without gradients and in evaluation mode, and is left as it was.
+
+    Raises:
+        ValueError: no batch, a layer that never ran, or inputs that are NaN or infinite.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> seen = collect_inputs(layer, {"": layer}, [torch.tensor([[3.0, 0.0], [4.0, 1.0]])])
+    >>> seen[""].tokens, seen[""].norm.tolist()
+    (2, [5.0, 1.0])
+    """
+    seen = {name: InputStatistics() for name in layers}
+    masks: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(_Recorder(name, seen[name], masks, gram))
+        for name, layer in layers.items()
+    ]
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                masks[:] = _masks(batch)
+                _call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, statistics in seen.items():
+        if statistics.square_sum is None or statistics.tokens == 0:
+            raise ValueError(f"{name}: no batch reached this layer; pass batches that run the whole model")
+        if not torch.isfinite(statistics.square_sum).all():
+            raise ValueError(f"{name}: its inputs have a NaN or an infinity")
+    return seen
+
+
+@dataclass
+class _Recorder:
+    """A forward hook that counts the inputs of one layer."""
+
+    name: str
+    statistics: InputStatistics
+    masks: list[Tensor]
+    gram: bool
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach()
+        tokens = x.reshape(-1, x.shape[-1])
+        mask = _mask_of(self.name, tuple(x.shape[:-1]), self.masks)
+        self.statistics.add(tokens if mask is None else tokens[mask.reshape(-1).to(x.device)], self.gram)
+
+
+def _masks(batch: Any) -> list[Tensor]:
+    """The batch's masks `[batch, tokens]`, True where a token counts: encoder's, then decoder's."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
+    return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.ndim == 2]
+
+
+def _mask_of(name: str, shape: tuple[int, ...], masks: list[Tensor]) -> Tensor | None:
+    """The mask that fits inputs of `shape`: `[batch, tokens]`, or flattened to one dimension.
+
+    Where encoder and decoder are of one length, a decoder's layer takes the decoder's mask, unless
+    it reads the encoder (keys and values of its cross attention).
+    """
+    fitting = [mask for mask in masks if shape in (tuple(mask.shape), (mask.numel(),))]
+    if len(fitting) < 2:
+        return fitting[0] if fitting else None
+    reads_encoder = "decoder" not in name or ("enc" in name.split("decoder", 1)[1] and _is_key_or_value(name))
+    return fitting[0] if reads_encoder else fitting[1]
+
+
+def _is_key_or_value(name: str) -> bool:
+    return name.rpartition(".")[2] in ("k", "v", "k_proj", "v_proj", "key", "value")
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

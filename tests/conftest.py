@@ -1,0 +1,74 @@
+"""What more than one test module needs: the devices present, a seed, and stored parts to look at."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from svdq_hf.decompose import Scheme, decompose
+from svdq_hf.grid import Grid
+from svdq_hf.sparse import salient_count, top_positions
+
+# derandomize: the same examples on every run, so that CI fails on a change and not on luck.
+settings.register_profile("svdq", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("svdq")
+
+# The matrices here are small: threads that wait for each other cost more than they bring, above all
+# beside other test processes.
+torch.set_num_threads(1)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Split(NamedTuple):
+    weight: Tensor
+    parts: dict[str, Tensor]
+    scheme: Scheme
+
+
+@pytest.fixture
+def split() -> Callable[..., Split]:
+    """A random weight `[out, in]`, its stored parts (salient: the k largest) and their scheme."""
+
+    def make(out: int, in_features: int, k: int | float = 4, *, device: str = "cpu", **grid: object) -> Split:
+        weight = torch.randn(out, in_features).to(device)
+        scheme = Scheme(k, Grid(**grid))
+        rows, columns = top_positions(weight.abs(), salient_count(k, out, in_features))
+        return Split(weight, decompose(weight, rows, columns, scheme), scheme)
+
+    return make
+
+
+@pytest.fixture
+def dense_by_hand() -> Callable[[Mapping[str, Tensor], int, int], np.ndarray]:
+    """The weight in float64 from the raw bytes, by the format's text alone: no code of the package."""
+
+    def dense(parts: Mapping[str, Tensor], in_features: int, group: int) -> np.ndarray:
+        packed = parts["weight"].detach().cpu().numpy().view(np.uint8)
+        column = np.arange(in_features)
+        byte = packed[:, 32 * (column // 64) + column % 32]
+        codes = np.where(column % 64 < 32, byte & 15, byte >> 4).astype(np.float64) - 8
+        weight = codes * parts["weight_scale"].detach().cpu().double().numpy()[:, column // group]
+        values, rows, columns = (
+            parts[f"salient_{name}"].detach().cpu().numpy() for name in ("values", "rows", "columns")
+        )
+        for value, row, at in zip(values, rows, columns, strict=True):
+            assert codes[row, at] == 0
+            weight[row, at] = value
+        return weight
+
+    return dense

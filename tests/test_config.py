@@ -1,0 +1,243 @@
+import json
+
+import pytest
+import torch
+
+from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.decompose import FORMAT_VERSION, Scheme
+from svdq_hf.grid import Grid
+from svdq_hf.saliency import saliency_names
+
+CONFIGS = {
+    "default": {},
+    "a share": {"k": 0.01},
+    "no salient weights": {"k": 0},
+    "all choices": {
+        "k": 64,
+        "rank": 4,
+        "saliency": "magnitude",
+        "bits": 4,
+        "group_size": 128,
+        "scale": "sigma",
+        "clip_sigma": 3,
+        "modules_to_not_convert": ["lm_head", r"layers\.0\."],
+        "compute_dtype": "bfloat16",
+        "seed": 7,
+    },
+    "rows": {"group_size": "row", "compute_dtype": torch.float16},
+    "an empty list": {"modules_to_not_convert": []},
+}
+every_config = pytest.mark.parametrize("choices", CONFIGS.values(), ids=CONFIGS)
+
+
+def test_the_defaults_are_those_of_the_readme():
+    assert {key: value for key, value in SVDQConfig().to_dict().items() if key != "requires"} == {
+        "quant_method": "svdq",
+        "format_version": 1,
+        "k": 256,
+        "rank": 8,
+        "saliency": "svd",
+        "bits": 4,
+        "group_size": 64,
+        "scale": "mse",
+        "clip_sigma": 2.5,
+        "modules_to_not_convert": None,
+        "compute_dtype": None,
+        "seed": 0,
+    }
+
+
+@every_config
+def test_a_config_survives_dict_and_json(choices):
+    config = SVDQConfig(**choices)
+    assert SVDQConfig(**config.to_dict()) == config
+    assert SVDQConfig.from_dict(config.to_dict()) == config
+    assert SVDQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert SVDQConfig.from_dict(json.loads(config.to_json_string())) == config
+
+
+@every_config
+def test_a_stored_config_says_method_version_and_remedy(choices):
+    stored = json.loads(SVDQConfig(**choices).to_json_string())
+    assert stored["quant_method"] == QUANT_METHOD == "svdq"
+    assert stored["format_version"] == FORMAT_VERSION == 1
+    assert "pip install svdq_hf" in stored["requires"]
+
+
+def test_a_changed_dict_does_not_change_the_config():
+    config = SVDQConfig(modules_to_not_convert=["head"])
+    config.to_dict()["modules_to_not_convert"].append("body")
+    assert config.modules_to_not_convert == ["head"]
+
+
+def test_configs_are_equal_when_all_choices_are():
+    assert SVDQConfig(k=3) == SVDQConfig(k=3)
+    assert SVDQConfig(k=3) != SVDQConfig(k=4)
+    assert SVDQConfig() != SVDQConfig().to_dict()
+
+
+def test_the_paper_preset_is_one_absmax_scale_a_matrix():
+    assert SVDQConfig.paper() == SVDQConfig(
+        k=256, rank=8, saliency="svd", group_size="tensor", scale="absmax", modules_to_not_convert=None
+    )
+    assert SVDQConfig.paper(k=64, scale="sigma", rank=4) == SVDQConfig(
+        k=64, rank=4, group_size="tensor", scale="sigma"
+    )
+
+
+def test_the_scheme_is_what_is_stored():
+    config = SVDQConfig(k=5, group_size=32, scale="sigma", clip_sigma=3.0)
+    assert config.scheme == Scheme(5, Grid(32, "sigma", 3.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "dtype"),
+    [
+        (None, None, None),
+        ("bfloat16", "bfloat16", torch.bfloat16),
+        ("torch.float16", "float16", torch.float16),
+        (torch.float32, "float32", torch.float32),
+    ],
+)
+def test_compute_dtype_is_stored_by_name(given, name, dtype):
+    config = SVDQConfig(compute_dtype=given)
+    assert config.compute_dtype == name
+    assert config.torch_compute_dtype == dtype
+
+
+COUNT = "an int from 0 on"
+BAD = [
+    ("k", -1, COUNT),
+    ("k", 1.0, "a float between 0 and 1"),
+    ("k", 0.0, "a float between 0 and 1"),
+    ("k", -0.5, "a float between 0 and 1"),
+    ("k", 2.5, "a float between 0 and 1"),
+    ("k", float("nan"), "a float between 0 and 1"),
+    ("k", True, COUNT),
+    ("k", "256", COUNT),
+    ("k", None, COUNT),
+    ("rank", 0, "an int from 1 on"),
+    ("rank", -8, "an int from 1 on"),
+    ("rank", 8.0, "an int from 1 on"),
+    ("rank", True, "an int from 1 on"),
+    ("rank", None, "an int from 1 on"),
+    ("seed", -1, COUNT),
+    ("seed", 0.5, COUNT),
+    ("seed", None, COUNT),
+    ("bits", 3, "4"),
+    ("bits", 8, "4"),
+    ("bits", 4.0, "4"),
+    ("bits", "4", "4"),
+    ("saliency", None, "the name of a score"),
+    ("saliency", 3, "the name of a score"),
+    ("saliency", "SVD", "'svd'"),
+    ("saliency", "hessian", "register_saliency"),
+    ("group_size", 0, "a multiple of 64"),
+    ("group_size", 48, "a divisor of 64"),
+    ("group_size", "column", "'row' or 'tensor'"),
+    ("group_size", None, "'row' or 'tensor'"),
+    ("group_size", -1, "'row' or 'tensor'"),
+    ("scale", "minmax", "['mse', 'absmax', 'sigma']"),
+    ("scale", None, "['mse', 'absmax', 'sigma']"),
+    ("clip_sigma", 0, "a number above 0"),
+    ("clip_sigma", float("inf"), "a number above 0"),
+    ("clip_sigma", "2.5", "a number above 0"),
+    ("modules_to_not_convert", "lm_head", "None or a list of names"),
+    ("modules_to_not_convert", [1], "None or a list of names"),
+    ("modules_to_not_convert", {"a": 1}, "None or a list of names"),
+    ("compute_dtype", "int8", "('float32', 'bfloat16', 'float16')"),
+    ("compute_dtype", torch.float64, "('float32', 'bfloat16', 'float16')"),
+    ("compute_dtype", 16, "('float32', 'bfloat16', 'float16')"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD, ids=lambda part: repr(part))
+def test_a_bad_value_is_refused_by_key_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(ValueError, match=f"^{key}=") as error:
+        SVDQConfig(**{key: value})
+    assert f"{key}={value!r}" in str(error.value)
+    assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, value, _ in BAD if key != "saliency"])
+def test_a_bad_value_is_refused_from_a_file_too(key, value):
+    with pytest.raises(ValueError, match=f"^{key}="):
+        SVDQConfig.from_dict({"quant_method": "svdq", "format_version": 1, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("groupsize", "group_size"),
+        ("GROUP_SIZE", "group_size"),
+        ("saliancy", "saliency"),
+        ("modules_to_convert", "modules_to_not_convert"),
+        ("bit", "bits"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_near_one(key, meant):
+    with pytest.raises(ValueError, match=f"^{key}=5: .*; did you mean '{meant}'\\?$"):
+        SVDQConfig(**{key: 5})
+
+
+def test_an_unknown_key_far_from_any_is_refused_with_all_of_them():
+    with pytest.raises(ValueError, match=r"^zzz=1: SVDQConfig knows no such key, only ") as error:
+        SVDQConfig(zzz=1)
+    assert "did you mean" not in str(error.value)
+    for key in ("k", "rank", "saliency", "group_size", "modules_to_not_convert", "seed"):
+        assert repr(key) in str(error.value)
+
+
+def test_a_format_of_the_future_is_refused_with_the_remedy():
+    future = FORMAT_VERSION + 1
+    with pytest.raises(ValueError, match=f"^format_version={future}: .*pip install --upgrade svdq_hf"):
+        SVDQConfig.from_dict({**SVDQConfig().to_dict(), "format_version": future})
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.0, "1", True, None])
+def test_a_format_version_that_is_none_is_refused(version):
+    with pytest.raises(ValueError, match=r"^format_version=.*: must be an int from 1 on"):
+        SVDQConfig(format_version=version)
+
+
+def test_another_method_is_refused():
+    with pytest.raises(ValueError, match=r"^quant_method='gptq': must be 'svdq'"):
+        SVDQConfig.from_dict({"quant_method": "gptq"})
+
+
+def test_a_stored_model_loads_where_its_score_is_not_known():
+    stored = {"quant_method": "svdq", "format_version": 1, "saliency": "somebodys_own"}
+    assert "somebodys_own" not in saliency_names()
+    assert SVDQConfig.from_dict(stored).saliency == "somebodys_own"
+    del stored["format_version"]
+    with pytest.raises(ValueError, match=r"^saliency='somebodys_own': must be one of"):
+        SVDQConfig.from_dict(stored)
+
+
+@pytest.mark.parametrize("name", saliency_names())
+def test_every_registered_score_is_accepted(name):
+    assert SVDQConfig(saliency=name).saliency == name
+
+
+def test_a_config_is_not_hashable_since_it_can_change():
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(SVDQConfig())
+
+
+def test_tuple_of_names_is_a_list_of_names():
+    config = SVDQConfig(modules_to_not_convert=("a",))
+    assert config.modules_to_not_convert == ["a"]
+    assert SVDQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_choices_that_come_beside_a_dict_or_later_are_checked_too():
+    assert SVDQConfig.from_dict({"k": 5}, k=7).k == 7
+    assert SVDQConfig.from_dict({}, return_unused_kwargs=True, revision="x")[1] == {"revision": "x"}
+    for change in (lambda: SVDQConfig.from_dict({}, k=-5), lambda: SVDQConfig().update(k=-5)):
+        with pytest.raises(ValueError, match="k=-5: must be"):
+            change()
+
+
+def test_true_is_no_number():
+    with pytest.raises(ValueError, match="clip_sigma=True"):
+        SVDQConfig(clip_sigma=True)
