@@ -115,12 +115,13 @@ def _mask_of(name: str, shape: tuple[int, ...], masks: list[Tensor]) -> Tensor |
     fitting = [mask for mask in masks if shape in (tuple(mask.shape), (mask.numel(),))]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    reads_encoder = "decoder" not in name or ("enc" in name.split("decoder", 1)[1] and _is_key_or_value(name))
-    return fitting[0] if reads_encoder else fitting[1]
+    return fitting[1] if "decoder" in name and not _reads_encoder(name) else fitting[0]
 
 
-def _is_key_or_value(name: str) -> bool:
-    return name.rpartition(".")[2] in ("k", "v", "k_proj", "v_proj", "key", "value")
+def _reads_encoder(name: str) -> bool:
+    """Whether a decoder's layer, by its name, makes the keys or values of a cross attention."""
+    path, _, leaf = name.partition("decoder")[2].lower().rpartition(".")
+    return ("enc" in path or "cross" in path) and leaf in ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
 def _call(model: nn.Module, batch: Any) -> None:
