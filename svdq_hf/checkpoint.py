@@ -16,8 +16,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from svdq_hf.card import write_card
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint, footprint
+from svdq_hf.hub import explained
+from svdq_hf.readme import README, read_text
 
 REPORT_FILE = "svdq_report.json"
 COMPANIONS = (".json", ".txt", ".model", ".jinja")
@@ -47,6 +50,8 @@ def quantize_checkpoint(model: str | Path, out: str | Path, config: SVDQConfig) 
         _copy_companions(source, work)
         result = footprint(quantized)
         (work / REPORT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        name = None if Path(model).is_dir() else str(model)
+        write_card(work, base_model=name, base_card=read_text(source / README, "replace"))
         if target.exists():
             target.rmdir()  # empty, or this fails and nothing is lost
         os.rename(work, target)
@@ -65,8 +70,9 @@ def local_folder(model: str | Path) -> Path:
     name = str(model)
     if name.count("/") > 1 or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"{name}: no such folder (and not a Hub name, which is user/model)")
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
-    return Path(snapshot_download(name, allow_patterns=patterns))
+    patterns = ["*.safetensors", README, *(f"*{suffix}" for suffix in COMPANIONS)]
+    with explained(name):
+        return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def folder_bytes(folder: str | Path) -> int:

@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, inspect, demo. It parses, calls, and prints; nothing else.
+"""The command `svdq`: quantize, inspect, evaluate, push, demo. It parses, calls, and prints; nothing else.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.
 """
@@ -18,7 +18,9 @@ from transformers.utils import logging as hf_logging
 from svdq_hf.checkpoint import folder_bytes, local_folder, quantize_checkpoint
 from svdq_hf.config import SVDQConfig
 from svdq_hf.demo import SENTENCES, DemoResult, run_demo
+from svdq_hf.evaluation import command as command_line
 from svdq_hf.footprint import Footprint, dense_bytes, read_footprint
+from svdq_hf.hub import push_folder
 
 MEGABYTE = 10**6
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hf_logging.disable_progress_bar()
     try:
         result: dict[str, object] = options.run(options)
-    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
         print(f"svdq {options.command}: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -51,11 +53,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     inspect.add_argument("folder")
     inspect.set_defaults(run=_inspect)
+    push = commands.add_parser("push", help="a quantized folder -> the Hub")
+    push.add_argument("folder")
+    push.add_argument("repo_id", metavar="user/model")
+    push.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    push.add_argument("--replace", action="store_true", help="give up another model that is there")
+    push.add_argument("--revision", help="branch to push to")
+    push.set_defaults(run=_push)
     demo = commands.add_parser("demo", help="the whole round on the embedded all-MiniLM-L6-v2")
     demo.add_argument("--out", help="folder to keep the quantized model in")
     _add_config(demo)
     demo.set_defaults(run=_demo)
-    for command in (quantize, inspect, demo):
+    evaluate = commands.add_parser("evaluate", help="what quantizing costs: GLUE or perplexity, a report")
+    command_line.add_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+    for command in (quantize, inspect, push, demo, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -88,10 +100,9 @@ def _group_size(text: str) -> int | str:
 
 def _quantize(options: argparse.Namespace) -> dict[str, object]:
     config, started = _config(options), time.perf_counter()
-    source = local_folder(options.model)
-    result = quantize_checkpoint(source, options.out, config)
+    result = quantize_checkpoint(options.model, options.out, config)
     seconds = time.perf_counter() - started
-    before, after = folder_bytes(source), folder_bytes(options.out)
+    before, after = folder_bytes(local_folder(options.model)), folder_bytes(options.out)
     if not options.json:
         console = _console()
         console.print(_totals(result))
@@ -109,6 +120,28 @@ def _inspect(options: argparse.Namespace) -> dict[str, object]:
         console.print(_layers(result))
         console.print(_totals(result))
     return result.to_dict()
+
+
+def _push(options: argparse.Namespace) -> dict[str, object]:
+    url = push_folder(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        replace=options.replace,
+    )
+    if not options.json:
+        print(url)
+    return {"url": url}
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, object]:
+    result = command_line.run(options)
+    if not options.json:
+        _console().print(
+            f"{result['cells']} cells in {result['seconds']:.0f} s; read {options.out}/report.html"
+        )
+    return result
 
 
 def _demo(options: argparse.Namespace) -> dict[str, object]:

@@ -5,6 +5,7 @@ quantized in place (`convert_layers`), and the way back (`restore_layers`). Any 
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -44,9 +45,10 @@ def quantize_weight(
         ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
             it names the layer.
     """
+    check_source_dtype(name, weight.dtype)
     try:
-        if weight.dtype not in SOURCE_DTYPES:
-            raise ValueError(f"weight is {weight.dtype}; it must be one of {list(map(str, SOURCE_DTYPES))}")
+        if weight.is_meta:
+            raise ValueError("weight is on the meta device, without data; load the model first")
         if not torch.isfinite(weight).all():
             raise ValueError("weight has a NaN or an infinity: the checkpoint is damaged")
         return _quantize_dense(weight.float().contiguous(), config, inputs)
@@ -68,6 +70,13 @@ def _quantize_dense(
         del scored  # as large as the weight
     parts = decompose(weight, rows, columns, config.scheme)
     return parts, {"relative_error": relative_error(weight, parts, config.scheme), **facts}
+
+
+def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
+    """Refuse a weight that is no plain float (a layer of fp8 or int8 has scales of its own)."""
+    if dtype not in SOURCE_DTYPES:
+        allowed = [str(source) for source in SOURCE_DTYPES]
+        raise ValueError(f"could not quantize {name}: weight is {dtype}; it must be one of {allowed}")
 
 
 def score_inputs(
@@ -107,8 +116,10 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, SVDQLinear) for module in modules.values()):
-        raise ValueError("the model is quantized already; dequantize() it first to quantize it anew")
-    asked = list(config.modules_to_not_convert or [])
+        raise ValueError("the model is quantized already, by svdq; call dequantize_model(model) first")
+    if modules.keys() == {""}:
+        raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
+    asked = _patterns(config)
     skips = default_skips(model) + asked
     linear = {name: module for name, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
     chosen = {
@@ -120,12 +131,28 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         if all(should_convert_module(name, [pattern]) for name in linear):
             logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
+        kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
+        others = sorted(kind.__name__ for kind in kinds - {nn.Linear})
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize "
-            f"({len(linear)} in all, kept dense by {sorted(set(skips))})"
+            f"({len(linear)} in all, kept dense by {sorted(set(skips))}"
+            f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
     _warn_of_experts(modules)
     return chosen
+
+
+def _patterns(config: SVDQConfig) -> list[str]:
+    """The user's names of modules, each a regular expression that compiles."""
+    patterns = list(config.modules_to_not_convert or [])
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} is no regular expression: {error}"
+            ) from error
+    return patterns
 
 
 def default_skips(model: nn.Module) -> list[str]:
@@ -220,6 +247,9 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every SVDQLinear by the dense layer that it stands for, in `dtype`."""
     layers = dict(svdq_layers(model))
+    for name, layer in layers.items():
+        if any(part.is_meta for part in layer.parts().values()):
+            raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
     for name, layer in progress(layers.items(), "Dequantizing"):
         model.set_submodule(name, dense_layer(layer, dtype))
 

@@ -108,10 +108,13 @@ def footprint(model: nn.Module) -> Footprint:
     return Footprint(layers, sum(size for key, size in rest.items() if key not in counted))
 
 
-def file_metadata(model: nn.Module) -> dict[str, str]:
-    """What `save_pretrained` writes into the header of each safetensors file."""
+def file_metadata(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """What `save_pretrained` writes into the header of each safetensors file.
+
+    names: what each layer is called in files, by its name in the model.
+    """
     layers = {
-        name: {"shape": [layer.out_features, layer.in_features], **layer.facts}
+        names[name]: {"shape": [layer.out_features, layer.in_features], **layer.facts}
         for name, layer in svdq_layers(model)
     }
     return {METADATA_KEY: json.dumps(layers)}

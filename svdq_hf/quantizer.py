@@ -4,9 +4,9 @@ Policy, not mechanism: which tensors a layer is loaded from, what is refused, wh
 are those of transformers 5.20 to 5.23.
 """
 
+import copy
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 
+from svdq_hf.card import TAGS
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     convert_layers,
@@ -30,9 +31,18 @@ from svdq_hf.convert import (
     restore_layers,
     svdq_layers,
 )
-from svdq_hf.decompose import check_parts
-from svdq_hf.footprint import file_metadata, numbers, stored_facts
+from svdq_hf.decompose import check_parts, part_specs
+from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.loading import (
+    REMEDY,
+    check_dense,
+    file_names,
+    keep_own_names,
+    read_checkpoint,
+    restore_names,
+    stored_layers,
+)
 from svdq_hf.saliency import data_needs, no_data
 
 
@@ -43,9 +53,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     requires_calibration = False
 
     def __init__(self, quantization_config: SVDQConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.failures: list[str] = []
-        """Layers that could not be quantized while loading; raised when loading ends."""
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # not the caller's to change
+        self.failures: list[Exception] = []
+        """Of layers that could not be quantized while loading; raised when loading ends."""
+        self.partners: set[str] = set()
+        """Tensors that come out of one tensor of a file together with a weight to quantize."""
 
     # What transformers asks about the method.
 
@@ -90,12 +102,19 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
         chosen = layers_to_convert(model, self.quantization_config)
-        facts = _facts(model, chosen, checkpoint_files or []) if self.pre_quantized else {}
-        if facts:  # a layer that the file never had (a pooler, a new head) is a dense one to train
-            chosen = {name: chosen[name] for name in facts}
+        checkpoint = read_checkpoint(model, chosen, checkpoint_files or [])
+        if self.pre_quantized and checkpoint.entries:
+            chosen = stored_layers(checkpoint, chosen, self.quantization_config)
+        elif checkpoint.entries:
+            check_dense(checkpoint, chosen)
         replace_layers(model, chosen, self.quantization_config)
         for name, layer in svdq_layers(model):
-            layer.facts = numbers(facts.get(name, {}))
+            layer.facts = numbers(checkpoint.facts.get(name, {}))
+            for part in layer.parts():
+                # A family's own initialisation may reach for weights by name, and not know packed ones.
+                getattr(layer, part)._is_hf_initialized = True
+        weights = {f"{name}.weight" for name in chosen}
+        self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
         if not self.pre_quantized:
             # Salient weights are kept from the checkpoint's precision: with dtype=bfloat16 the loader
             # would round an FP32 weight before it is quantized.
@@ -105,7 +124,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
-        return not self.pre_quantized and _owner(model, param_name) is not None
+        return not self.pre_quantized and (
+            _owner(model, param_name) is not None or param_name in self.partners
+        )
 
     def get_quantize_ops(self) -> "SVDQQuantize":
         """The load-time conversion from a dense weight to stored parts."""
@@ -113,22 +134,26 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failures:
-            raise ValueError("could not quantize " + "; ".join(self.failures))
+            raise ValueError(str(self.failures[0])) from self.failures[0]
         for name, layer in svdq_layers(model):
-            _check_loaded(name, layer, self.pre_quantized)
+            _check_loaded(name, layer)
+        keep_own_names(model)
+        model.add_model_tags(list(TAGS))  # for the card that push_to_hub writes
         return model
 
     # Saving and the way back.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The plain state dict, and what quantizing measured for the file's header."""
-        return None, file_metadata(model)
+        return None, file_metadata(model, file_names(model))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         restore_layers(model, target)
-        return model.to(target)
+        model.model_tags = [tag for tag in model.model_tags or [] if tag not in TAGS]
+        restore_names(model)
+        return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
 
 
 class SVDQQuantize(ConversionOps):  # type: ignore[misc]
@@ -142,8 +167,8 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
 
-        An error raised here would be reduced to a line in transformers' log, so it is kept, the rest
-        is not quantized any more, and the quantizer raises it when loading ends.
+        An error raised here would be reduced to a line in transformers' log, so it is kept, and the
+        quantizer raises it when loading ends.
         """
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
@@ -152,31 +177,45 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             layer = _owner(model, name)
             if layer is None:
                 converted[name] = dense
-            elif not self.hf_quantizer.failures:
+            else:
                 converted.update(self._quantize(name.removesuffix(".weight"), layer, dense))
         return converted
 
     def _quantize(self, name: str, layer: SVDQLinear, dense: Tensor) -> dict[str, Tensor]:
         weight = dense.T.contiguous() if layer.transposed else dense
         expected = (layer.out_features, layer.in_features)
-        if tuple(weight.shape) != expected:
-            self.hf_quantizer.failures.append(
-                f"{name}: the checkpoint's weight is {list(dense.shape)}, the model's config says "
-                f"{list(reversed(expected) if layer.transposed else expected)}"
-            )
-            return {}
+        config = self.hf_quantizer.quantization_config
         try:
-            parts, layer.facts = quantize_weight(weight, self.hf_quantizer.quantization_config, name)
-        except ValueError as error:
-            self.hf_quantizer.failures.append(str(error))
-            return {}
+            if tuple(weight.shape) != expected:
+                stored = list(reversed(expected) if layer.transposed else expected)
+                shape = list(dense.shape)
+                raise ValueError(
+                    f"{name}: the checkpoint's weight is {shape}, the model's config says {stored}"
+                )
+            parts, layer.facts = quantize_weight(weight, config, name)
+        except Exception as error:  # whatever a user's score raises: kept, and raised when loading ends
+            self.hf_quantizer.failures.append(_named(name, error))
+            specs = part_specs(*expected, config.scheme)
+            parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
+def _named(name: str, error: Exception) -> Exception:
+    """An error that says which layer could not be quantized, and why."""
+    text = str(error) if isinstance(error, ValueError) else f"{name}: {type(error).__name__}: {error}"
+    named = ValueError(text if text.startswith("could not quantize") else f"could not quantize {text}")
+    named.__cause__ = error
+    return named
+
+
 def quantize_model(
-    model: nn.Module, config: SVDQConfig | None = None, batches: Iterable[Any] | None = None
+    model: nn.Module,
+    config: SVDQConfig | dict[str, Any] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Quantize a model that is in memory, in place; returns it.
+
+    config: an SVDQConfig, or its choices as a dict; None: the defaults.
 
     batches: for the scores that need data ("awq", "spqr"): what the model takes, a few of them, each
     a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
@@ -188,17 +227,20 @@ def quantize_model(
         ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
             a NaN or an infinity.
     """
-    config = config or SVDQConfig()
+    config = SVDQConfig(**config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
     convert_layers(model, config, batches)
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
+        config = model.hf_quantizer.quantization_config
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         model.config.quantization_config = config
+        model.add_model_tags(list(TAGS))
         _assign_is_quantized(model)
+        keep_own_names(model)
     return model
 
 
@@ -220,45 +262,18 @@ def _owner(model: PreTrainedModel, param_name: str) -> SVDQLinear | None:
     return module if isinstance(module, SVDQLinear) else None
 
 
-def _check_loaded(name: str, layer: SVDQLinear, pre_quantized: bool) -> None:
-    """Refuse a layer that the checkpoint did not fill, or filled with nonsense."""
-    parts = layer.parts()
-    stored = {part: getattr(layer, part) for part in parts}
+def _check_loaded(name: str, layer: SVDQLinear) -> None:
+    """Refuse a layer that was not filled (a state dict has no headers to check), or with nonsense."""
+    stored = {part: getattr(layer, part) for part in layer.parts()}
     if any(tensor.is_meta for tensor in stored.values()):
         return  # offloaded to disk: its tensors are read, one by one, when it runs
     missing = [part for part, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
-    if len(missing) == len(parts) and not pre_quantized:
-        raise ValueError(
-            f"{name}: the checkpoint has no weights for this layer, and random ones cannot be trusted in "
-            f"4 bits; load with modules_to_not_convert=[{name!r}] to keep it dense and train it"
-        )
     try:
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing")
-        check_parts(parts, layer.in_features, layer.scheme)
+        check_parts(layer.parts(), layer.in_features, layer.scheme)
     except ValueError as error:
-        raise ValueError(
-            f"{name}: {error}. The checkpoint is damaged or does not fit its config.json; quantize "
-            "the original model again"
-        ) from error
-
-
-def _facts(
-    model: PreTrainedModel, names: Iterable[str], files: Iterable[str | Path]
-) -> dict[str, dict[str, Any]]:
-    """What the files' headers say of those of the layers that they know.
-
-    A model may have been saved with or without the prefix of its base model.
-    """
-    stored = stored_facts(file for file in files if str(file).endswith(".safetensors"))
-    prefix = f"{model.base_model_prefix}."
-    variants = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
-    return {
-        name: stored[variant]
-        for name, spellings in variants.items()
-        for variant in spellings
-        if variant in stored
-    }
+        raise ValueError(f"{name}: {error}. {REMEDY}") from error
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice

@@ -12,7 +12,9 @@ from tiny_models import bert_config
 from transformers import BertForMaskedLM, BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
+from svdq_hf.card import TAGS
 from svdq_hf.checkpoint import REPORT_FILE, local_folder, quantize_checkpoint
+from svdq_hf.readme import metadata_of, own_text
 
 CONFIG = SVDQConfig(k=16)
 
@@ -37,10 +39,26 @@ def test_folder_holds_model_report_and_companions(source, tmp_path):
         "model.safetensors",
         "vocab.txt",
         "1_Pooling/config.json",
+        "README.md",
         REPORT_FILE,
     }
     assert json.loads((out / REPORT_FILE).read_text()) == result.to_dict()
     assert read_footprint(out) == result
+
+
+def test_card_says_what_the_card_of_the_base_says_and_names_no_local_path(source, tmp_path):
+    (source / "README.md").write_bytes(b"---\nlicense: mit\nbase_model: org/base\n---\nAbout it \xff.")
+    quantize_checkpoint(source, tmp_path / "out", CONFIG)
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = {
+        "license": "mit",
+        "base_model": "org/base",
+        "library_name": "transformers",
+        "tags": list(TAGS),
+    }
+    assert metadata_of(card) == metadata
+    assert own_text(card) == ""
+    assert str(tmp_path) not in card
 
 
 def test_the_class_that_config_json_names_is_the_one_that_is_saved(source, tmp_path):

@@ -26,12 +26,13 @@ def linear(
     parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
     out = weight.shape[0]
     tokens = x.reshape(-1, in_features)
-    y = x.new_empty(tokens.shape[0], out)
+    y = x.new_empty(*x.shape[:-1], out)  # not a view of anything: callers change it in place
+    flat = y.view(-1, out)
     for rows, block in dense_blocks(parts, in_features, group):
-        torch.mm(tokens, block.to(x.dtype).T, out=y[:, rows])
+        torch.mm(tokens, block.to(x.dtype).T, out=flat[:, rows])
     if bias is not None:
         y += bias.to(x.dtype)
-    return y.view(*x.shape[:-1], out)
+    return y
 
 
 def input_gradient(
@@ -47,10 +48,10 @@ def input_gradient(
     """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
     parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
     tokens = gradient.reshape(-1, gradient.shape[-1])
-    total = gradient.new_zeros(tokens.shape[0], in_features)
+    total = gradient.new_zeros(*gradient.shape[:-1], in_features)
     for rows, block in dense_blocks(parts, in_features, group):
-        total.addmm_(tokens[:, rows], block.to(gradient.dtype))
-    return total.view(*gradient.shape[:-1], in_features)
+        total.view(-1, in_features).addmm_(tokens[:, rows], block.to(gradient.dtype))
+    return total
 
 
 def _parts(

@@ -1,0 +1,152 @@
+"""One evaluated model is a cell; the cells of one task, kind of model and grid are a group.
+
+Only what they are: `reading` reads them, `rows` computes with them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+# Baselines first, the method this package is named after next, chance last.
+METHOD_ORDER: Final = ("fp32", "none", "svd", "magnitude", "relative", "awq", "spqr")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model under one method, evaluated once: what `svdq evaluate` wrote about it."""
+
+    task: str
+    model: str
+    method: str
+    k: float
+    n: int
+    metrics: Mapping[str, float]
+    grid: str | None = None
+    model_seed: int | None = None
+    score_seed: int | None = None
+    rank: int | None = None
+    right: int | None = None
+    correct: str | None = None
+    loss: float | None = None
+    kl: float | None = None
+    bits_per_weight: float | None = None
+    relative_error: Mapping[str, float] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two cells the same cell."""
+        choice = (self.method, self.grid, self.k, self.rank, self.score_seed)
+        return (self.task, self.model, self.model_seed, *choice)
+
+    @property
+    def family(self) -> str:
+        """The model without its seed: what is pooled in one table."""
+        return family(self.model)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of svd's choice in one layer another score chose as well."""
+
+    task: str
+    model: str
+    layer: str
+    k: float
+    other: str
+    iou: float
+    share: float
+    chance: float
+
+    @property
+    def family(self) -> str:
+        """The model without its seed."""
+        return family(self.model)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one table: one task, one kind of model, one grid, and the FP32 cells with them."""
+
+    task: str
+    family: str
+    grid: str | None
+    cells: list[Cell]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The task's scores; the first is its headline."""
+        return list(dict.fromkeys(name for cell in self.cells for name in cell.metrics))
+
+    @property
+    def headline(self) -> str:
+        """The score that a picture shows."""
+        return self.metrics[0]
+
+    @property
+    def counts_right(self) -> bool:
+        """Whether answers are right or wrong here: not in a regression, not in perplexity."""
+        return any(cell.right is not None for cell in self.cells)
+
+    @property
+    def ks(self) -> list[float]:
+        """The numbers of salient weights tried."""
+        return sorted({cell.k for cell in self.cells if cell.method not in ("fp32", "none")})
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods tried, in the order of every table and picture."""
+        return in_order(cell.method for cell in self.cells)
+
+    def of(self, method: str, k: float | None = None) -> list[Cell]:
+        """The cells of a method: one per model seed, or several where the score is drawn at random."""
+        return [cell for cell in self.cells if cell.method == method and k in (None, cell.k)]
+
+
+def family(model: str) -> str:
+    """A model's name without its seed.
+
+    >>> family("minilm-rte-seed0")
+    'minilm-rte'
+    """
+    return re.sub(r"[-_./]?seed[-_]?\d+/?$", "", model) or model
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods without repeats: the known ones, then others by name, then random.
+
+    >>> in_order(["random", "mine", "svd", "fp32", "svd"])
+    ['fp32', 'svd', 'mine', 'random']
+    """
+    place = {method: number for number, method in enumerate(METHOD_ORDER)} | {"random": 2 * len(METHOD_ORDER)}
+    return sorted(set(methods), key=lambda method: (place.get(method, len(METHOD_ORDER)), method))
+
+
+def groups(cells: Iterable[Cell]) -> list[Group]:
+    """One group per task, kind of model and grid; the FP32 cells, which have no grid, are in each.
+
+    Raises:
+        ValueError: cells of one group answered different numbers of examples.
+    """
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.task, cell.family), []).append(cell)
+    return [_checked(group) for (task, kind), part in found.items() for group in _by_grid(task, kind, part)]
+
+
+def _by_grid(task: str, kind: str, cells: list[Cell]) -> list[Group]:
+    grids: list[str | None] = list(dict.fromkeys(cell.grid for cell in cells if cell.grid is not None)) or [
+        None
+    ]
+    return [Group(task, kind, grid, [cell for cell in cells if cell.grid in (grid, None)]) for grid in grids]
+
+
+def _checked(group: Group) -> Group:
+    sizes = sorted({cell.n for cell in group.cells})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"task {group.task}, model {group.family}: cells over {sizes} examples cannot share a table; "
+            "evaluate each size into its own folder"
+        )
+    return group

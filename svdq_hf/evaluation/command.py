@@ -1,0 +1,92 @@
+"""`svdq evaluate`: its arguments, and the run from a model's folder to the report.
+
+The libraries of the extra `evaluate` are imported when it runs, so that the rest of the command line
+works without them.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `svdq evaluate`."""
+    add = parser.add_argument
+    add("--task", required=True, help="cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity")
+    add("--model", required=True, nargs="+", help="dense models to quantize and evaluate, e.g. one per seed")
+    add("--out", required=True, help="folder of the cells and the report; a run that stopped goes on there")
+    add("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet); else the Hub")
+    add("--text", help="perplexity: a text file")
+    add("--context", type=int, default=1024, help="perplexity: tokens the model sees at once (1024)")
+    add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
+    add("--k", nargs="+", type=_number, help="salient weights per layer, or shares below 1")
+    add("--saliency", nargs="+", help="scores to compare: svd magnitude awq spqr random relative")
+    add("--grid", nargs="+", help="'group 64, mse' and 'tensor, absmax' (both)")
+    add("--rank", type=int, default=8)
+    add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Run what is not finished and write the report; what was done.
+
+    Raises:
+        ImportError: the extra `evaluate` is not installed.
+        ValueError: whatever is wrong with the arguments, the data or the model.
+    """
+    from svdq_hf.evaluation.grid import GridRun, Plan
+    from svdq_hf.evaluation.report import write_report
+
+    given = {"ks": options.k, "methods": options.saliency, "grids": options.grid}
+    plan = Plan(
+        rank=options.rank, seeds=options.seeds, **{name: value for name, value in given.items() if value}
+    )
+    out, started, cells = Path(options.out), time.perf_counter(), 0
+    for folder in options.model:
+        model, evaluator = _load(options, folder)
+        cells += GridRun(model, Path(folder).name, evaluator, plan, out).run()
+    seconds = time.perf_counter() - started
+    written = [str(file) for file in write_report(out)]
+    return {"cells": cells, "seconds": seconds, "report": written}
+
+
+def _load(options: argparse.Namespace, folder: str) -> tuple[Any, Any]:
+    """A dense model and what evaluates it."""
+    from transformers import AutoTokenizer
+
+    if options.task == "perplexity":
+        return _load_language_model(options, folder, AutoTokenizer.from_pretrained(folder))
+    from svdq_hf.evaluation.glue import GlueEvaluator, classifier, task_of
+
+    task_of(options.task)  # a wrong name is told before anything is loaded
+    model = classifier(folder, options.task)
+    return model, GlueEvaluator(options.task, _tokenizer(folder, model), options.data)
+
+
+def _load_language_model(options: argparse.Namespace, folder: str, tokenizer: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from svdq_hf.evaluation.perplexity import PerplexityEvaluator
+
+    if options.text is None or not Path(options.text).is_file():
+        raise ValueError(f"--text {options.text}: perplexity needs a text file")
+    names = AutoConfig.from_pretrained(folder).architectures or []
+    kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
+    text = Path(options.text).read_text(encoding="utf-8")
+    evaluator = PerplexityEvaluator(text, tokenizer, context=options.context, limit=options.tokens)
+    return kind.from_pretrained(folder), evaluator
+
+
+def _tokenizer(folder: str, model: Any) -> Any:
+    """The model's tokenizer, if it fits the model's vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
+    return tokenizer

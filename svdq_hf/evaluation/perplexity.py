@@ -1,0 +1,132 @@
+"""Perplexity of a text: sliding windows for causal models, masked tokens for masked ones.
+
+The text is one long sequence. A causal model reads windows of `context` tokens that move on by
+`stride`; each token is scored once, in the first window that has it, so all but the first window's have
+at least `context - stride` tokens before them. A masked model sees each window with every seventh token
+masked, and is scored on those (a pseudo-perplexity, to be compared with itself only).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EVERY = 7
+"""One token in so many is masked: 14 %, about what masked models are trained with."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Mean loss in nats over `tokens` scored tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+def token_ids(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
+    """The text as one sequence of ids `[tokens]`, without special tokens; at most `limit`.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    if ids.numel() < 2:
+        raise ValueError(f"the text has {ids.numel()} tokens; at least 2 are needed")
+    return ids[:limit]  # type: ignore[no-any-return]
+
+
+def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored, end) of each window over so many tokens.
+
+    >>> list(windows(10, 6, 3))
+    [(0, 1, 6), (3, 6, 9), (6, 9, 10)]
+    """
+    if not 0 < stride < context:
+        raise ValueError(f"stride={stride}: must be from 1 on and below the context length, {context}")
+    scored = 1  # nothing comes before the first token
+    for start in range(0, tokens, stride):
+        end = min(start + context, tokens)
+        if scored < end:
+            yield start, scored, end
+        scored = end
+        if end == tokens:
+            return
+
+
+@torch.no_grad()
+def causal_score(model: Any, ids: Tensor, *, context: int = 1024, stride: int = 512) -> TextScore:
+    """Score a causal model on ids `[tokens]`."""
+    total, count = 0.0, 0
+    for start, first, end in windows(ids.numel(), context, stride):
+        logits = model(input_ids=ids[None, start:end]).logits[0].float()
+        predicted = logits[first - start - 1 : end - start - 1]
+        total += float(F.cross_entropy(predicted, ids[first:end], reduction="sum"))
+        count += end - first
+    return _finite(total, count)
+
+
+@torch.no_grad()
+def masked_score(model: Any, ids: Tensor, tokenizer: Any, *, context: int = 256) -> TextScore:
+    """Score a masked model on ids `[tokens]`, the same tokens masked for every model."""
+    total, count = 0.0, 0
+    for start in range(0, ids.numel(), context):
+        ends = [[tokenizer.cls_token_id], [tokenizer.sep_token_id]]
+        whole = torch.tensor([ends[0] + ids[start : start + context].tolist() + ends[1]])
+        place = torch.arange(EVERY // 2 + 1, whole.shape[1] - 1, EVERY)  # not the special ends
+        hidden = whole.clone()
+        hidden[0, place] = tokenizer.mask_token_id
+        logits = model(input_ids=hidden).logits[0, place].float()
+        total += float(F.cross_entropy(logits, whole[0, place], reduction="sum"))
+        count += place.numel()
+    return _finite(total, count)
+
+
+def _finite(total: float, count: int) -> TextScore:
+    if not math.isfinite(total):
+        raise ValueError("the loss is not finite: the model's logits have a NaN or an infinity")
+    if count == 0:
+        raise ValueError("no token was scored: the text is too short for this context")
+    return TextScore(total / count, count)
+
+
+class PerplexityEvaluator:
+    """Scores causal or masked models on one text.
+
+    context: tokens a model sees at once. calibration_tokens: of the text's *end*, for scores that need
+    data; they are not scored.
+    """
+
+    def __init__(
+        self, text: str, tokenizer: Any, *, context: int, limit: int, calibration_tokens: int = 8192
+    ) -> None:
+        self.task = f"perplexity, context {context}"
+        self.tokenizer = tokenizer
+        self.context = context
+        ids = token_ids(text, tokenizer)
+        held = min(calibration_tokens, ids.numel() // 4)
+        self.ids, self.rest = ids[: ids.numel() - held][:limit], ids[ids.numel() - held :]
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """n, metrics and loss of a cell; there are no right answers to count."""
+        if model.can_generate():
+            found = causal_score(model, self.ids, context=self.context, stride=max(1, self.context // 2))
+        else:
+            found = masked_score(model, self.ids, self.tokenizer, context=self.context)
+        nothing = {"right": None, "correct": None, "kl": None}
+        metrics = {"perplexity": found.perplexity}
+        return {"n": found.tokens, "metrics": metrics, "loss": found.loss, **nothing}
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Windows of the end of the text."""
+        return [
+            {"input_ids": part[None]} for part in torch.split(self.rest, self.context) if part.numel() > 1
+        ]

@@ -1,0 +1,121 @@
+"""What a difference of a few right answers is worth: an interval, a paired test, a band over seeds.
+
+A GLUE dev set of 277 examples has a standard error of almost three points, so a score alone ranks
+nothing. These functions know numbers only, no cells and no tables; none corrects for many tests.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import Final, Literal, NamedTuple
+
+try:
+    from scipy import stats
+except ImportError as error:
+    raise ImportError("the statistics need scipy: pip install 'svdq_hf[evaluate]'") from error
+
+SIGNIFICANCE: Final = 0.05
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+class Interval(NamedTuple):
+    """Both ends of an interval."""
+
+    low: float
+    high: float
+
+
+class Band(NamedTuple):
+    """A mean, and both ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson(right: int, n: int, level: float = 0.95) -> Interval:
+    """Interval for the share of right answers (Wilson 1927, the score interval).
+
+    Unlike `p ± z * sqrt(p (1 - p) / n)` it stays inside 0..1 and is never empty, not even at 0 of n.
+
+    >>> low, high = wilson(5, 10)  # z = 1.96: 0.5 ± z * sqrt(0.025 + z**2 / 400) / (1 + z**2 / 10)
+    >>> f"{low:.4f} {high:.4f}"
+    '0.2366 0.7634'
+
+    Raises:
+        ValueError: `right` is not in 0..n, or n is not positive.
+    """
+    if not 0 <= right <= n or n == 0:
+        raise ValueError(f"right must lie in 0..n and n above 0, not {right} of {n}")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = right / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    whole = 1 + z * z / n
+    # At 0 of n and n of n one end is the share itself; rounding would miss it by a unit in the last place.
+    return Interval(
+        min(share, max(0.0, (middle - half) / whole)), max(share, min(1.0, (middle + half) / whole))
+    )
+
+
+def discordant(a: str, b: str) -> tuple[int, int]:
+    """Examples that only `a` has right, and those that only `b` has; both are strings of 0 and 1.
+
+    >>> discordant("1101", "1010")
+    (2, 1)
+    """
+    if len(a) != len(b):
+        raise ValueError(
+            f"the two answered {len(a)} and {len(b)} examples: a paired test needs the same ones"
+        )
+    only_a = sum(x > y for x, y in zip(a, b, strict=True))
+    only_b = sum(x < y for x, y in zip(a, b, strict=True))
+    return only_a, only_b
+
+
+def mcnemar(a: str, b: str) -> float:
+    """Two-sided p that `a` and `b` are right equally often, over the same examples (McNemar 1947).
+
+    Exact: of the examples that only one has right, as many go either way as heads and tails of a
+    fair coin. 1.0 where there is none.
+
+    >>> mcnemar("11111", "00000")  # five of five: 2 / 2**5
+    0.0625
+    >>> mcnemar("1010", "1010")
+    1.0
+    """
+    only_a, only_b = discordant(a, b)
+    if only_a + only_b == 0:
+        return 1.0
+    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def verdict(p: float, a_right: int, b_right: int) -> Verdict:
+    """What a paired test says of `a` against `b`, in words.
+
+    >>> verdict(0.04, 183, 170)
+    'better'
+    >>> verdict(0.06, 183, 170)
+    'not distinguishable'
+    """
+    if p > SIGNIFICANCE or a_right == b_right:
+        return "not distinguishable"
+    return "better" if a_right > b_right else "worse"
+
+
+def confidence_band(values: Sequence[float], level: float = 0.95) -> Band:
+    """Mean over seeds and its t interval (Student 1908): the seeds are few, their spread unknown.
+
+    >>> mean, low, high = confidence_band([1.0, 2.0, 3.0])  # 2 ± 4.303 * 1 / sqrt(3)
+    >>> f"{mean:.2f} {low:.3f} {high:.3f}"
+    '2.00 -0.484 4.484'
+
+    Raises:
+        ValueError: fewer than two values, of which no spread can be known.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval over seeds needs at least two of them, not {len(values)}")
+    mean = fmean(values)
+    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    half = quantile * stdev(values) / math.sqrt(len(values))
+    return Band(mean, mean - half, mean + half)

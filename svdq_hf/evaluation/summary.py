@@ -1,0 +1,113 @@
+"""A report in a few plain sentences, made from its numbers: what is closest, what is certain, what holds.
+
+Every sentence says what was measured here; none says what ought to be. Where the data cannot answer,
+the sentence is left out.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+from svdq_hf.evaluation.cells import Group
+from svdq_hf.evaluation.rows import NAMES, Comparison, Row, compare
+from svdq_hf.evaluation.statistics import Verdict
+from svdq_hf.evaluation.tables import chance, listing, small
+
+RIVALS: Final = ("awq", "spqr")  # which the paper has behind svd at high k
+
+
+def sentences(group: Group, rows: Sequence[Row]) -> list[str]:
+    """What the main table of a group says."""
+    return [*_closest(group, rows), *_certain(group, rows), *_against_magnitude(group, rows), *_rivals(group)]
+
+
+def _closest(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """Which method has the smallest KL at each k."""
+    protected = [row for row in rows if row.method not in NAMES and row.kl is not None]
+    rivals = [[row for row in protected if row.k == k] for k in group.ks]
+    winners = [min(part, key=_kl) for part in rivals if len(part) > 1]
+    if winners:
+        span = _span(rows, min(protected, key=_kl))
+        yield f"Closest to FP32, by KL of the outputs: {_names(winners, group.ks)}.{span}"
+
+
+def _span(rows: Sequence[Row], best: Row) -> str:
+    base = next((row.kl for row in rows if row.method == "none"), None)
+    end = "" if base is None else f"; with nothing salient it is {small(base)}"
+    return f" The smallest KL is {small(best.kl)} ({_names([best], [])}){end}."
+
+
+def _kl(row: Row) -> float:
+    return math.inf if row.kl is None or math.isnan(row.kl) else row.kl
+
+
+def _certain(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """What the paired test can tell from FP32."""
+    tested = [(row, row.against_fp32) for row in rows if row.against_fp32]
+    words = _by_verdict(tested)
+    same = len(words.pop("not distinguishable", []))
+    told = "".join(f"; {word}: {_names(found, group.ks)}" for word, found in words.items())
+    if tested:
+        yield f"By right answers, {same} of {len(tested)} rows are not distinguishable from FP32{told}."
+
+
+def _against_magnitude(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """Whether svd beats magnitude, k by k: by KL, and by right answers."""
+    pairs = [(row, _closer(row, rows)) for row in rows if row.method == "svd"]
+    verbs = {True: "is closer to FP32 than magnitude", False: "is not closer to FP32 than magnitude"}
+    found = {verb: [row for row, closer in pairs if closer is won] for won, verb in verbs.items()}
+    if said := [f"{_names(part, group.ks)} {verb}" for verb, part in found.items() if part]:
+        yield f"By KL, {'; '.join(said)}."
+    words = _by_verdict([(row, row.against_magnitude) for row, _ in pairs if row.against_magnitude])
+    if said := [f"{_names(part, group.ks)} is {word} {_ENDS[word]}" for word, part in words.items()]:
+        yield f"By right answers, {'; '.join(said)}."
+
+
+_ENDS: Final[Mapping[Verdict, str]] = {
+    "better": "than magnitude",
+    "worse": "than magnitude",
+    "not distinguishable": "from magnitude",
+}
+
+
+def _closer(row: Row, rows: Iterable[Row]) -> bool | None:
+    """Whether a row has a smaller KL than magnitude at its k; None where that is not known."""
+    kl = next((other.kl for other in rows if other.method == "magnitude" and other.k == row.k), None)
+    return None if kl is None or row.kl is None else row.kl < kl
+
+
+def _by_verdict(tested: Iterable[tuple[Row, Comparison]]) -> dict[Verdict, list[Row]]:
+    words: dict[Verdict, list[Row]] = {}
+    for row, pair in tested:
+        words.setdefault(pair.verdict, []).append(row)
+    return words
+
+
+def _names(rows: Iterable[Row], ks: Sequence[float]) -> str:
+    """Rows by name, those of one method together: `svd at k = 1 and 16`; `ks` are all there are."""
+    labels: dict[str, list[float]] = {}
+    for row in rows:
+        labels.setdefault(row.label, []).extend([] if row.method in NAMES else [row.k])
+    return listing(f"{label}{_at(found, ks)}" for label, found in labels.items())
+
+
+def _at(found: Sequence[float], ks: Sequence[float]) -> str:
+    every = len(ks) > 1 and set(found) == set(ks)
+    return "" if not found else " at every k" if every else f" at k = {listing(f'{k:g}' for k in found)}"
+
+
+def _rivals(group: Group) -> Iterator[str]:
+    """The paper's claim: at high k, svd is ahead of the scores that need data."""
+    for rival in RIVALS:
+        shared = [k for k in group.ks if group.of("svd", k) and group.of(rival, k)]
+        pair = compare(group.of("svd", shared[-1]), group.of(rival, shared[-1])) if shared else None
+        if pair:
+            yield _rival(rival, shared[-1], pair)
+
+
+def _rival(rival: str, k: float, pair: Comparison) -> str:
+    holds = "holds" if pair.verdict == "better" else "does not hold" if pair.verdict == "worse" else "is open"
+    return (
+        f"The paper has svd ahead of {rival} at high k; here at k = {k:g} that {holds}: {pair.right} to "
+        f"{pair.other_right} right of {pair.n}, {pair.verdict}, p {chance(pair.p)}."
+    )

