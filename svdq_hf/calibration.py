@@ -2,7 +2,7 @@
 
 One pass over the batches with forward hooks. Per layer it keeps the sum of squares of each input
 (float64) and, only where a score asks for it, the Gram matrix of the inputs in float32: `4 in^2`
-bytes, freed with the statistics, and off by at most (batches + 1) * 2**-24 of its diagonal from
+bytes a layer, freed as its layer is quantized, and off by at most (batches + 1) * 2**-24 of its diagonal from
 accumulating. Padding has no say: tokens that a batch's mask hides are left out. Not here: scores.
 """
 
@@ -60,6 +60,8 @@ def collect_inputs(
     >>> seen[""].tokens, seen[""].norm.tolist()
     (2, [5.0, 1.0])
     """
+    if isinstance(batches, Mapping | Tensor | str):
+        raise ValueError("batches must be a list of batches; put a single one into a list: [batch]")
     seen = {name: InputStatistics() for name in layers}
     masks: list[Tensor] = []
     hooks = [
@@ -125,6 +127,8 @@ def _reads_encoder(name: str) -> bool:
 
 
 def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, str):
+        raise ValueError(f"batch {batch[:20]!r} is a text; give what the model takes: tokenizer(text, ...)")
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple | list):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
@@ -76,21 +77,24 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     """The choices of SVDQConfig; its own defaults hold where an option is not given."""
     add = command.add_argument_group("choices").add_argument
     missing = argparse.SUPPRESS
-    add("--k", type=_number, default=missing, help="salient weights per layer, or a share below 1")
+    add("--k", type=number, default=missing, help="salient weights per layer, or a share below 1")
     add("--rank", type=int, default=missing, help="rank of the principal structure")
     add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
     add("--group-size", type=_group_size, default=missing, help="columns per scale, 'row' or 'tensor'")
     add("--scale", default=missing, help="mse, absmax or sigma")
     add("--seed", type=int, default=missing)
-    add("--skip", nargs="+", default=missing, dest="modules_to_not_convert", metavar="MODULE")
+    add("--clip-sigma", type=float, default=missing, help="where sigma clips, in standard deviations")
+    add("--compute-dtype", default=missing, help="float32, bfloat16 or float16")
+    help_skip = "module to keep dense; may be given again"
+    add("--skip", action="append", default=missing, dest="modules_to_not_convert", help=help_skip)
 
 
 def _config(options: argparse.Namespace) -> SVDQConfig:
-    names = ("k", "rank", "saliency", "group_size", "scale", "seed", "modules_to_not_convert")
-    return SVDQConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    names = [name for name in SVDQConfig.__init__.__annotations__ if hasattr(options, name)]
+    return SVDQConfig(**{name: getattr(options, name) for name in names})
 
 
-def _number(text: str) -> int | float:
+def number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
@@ -100,15 +104,16 @@ def _group_size(text: str) -> int | str:
 
 def _quantize(options: argparse.Namespace) -> dict[str, object]:
     config, started = _config(options), time.perf_counter()
+    before = folder_bytes(local_folder(options.model))
     result = quantize_checkpoint(options.model, options.out, config)
-    seconds = time.perf_counter() - started
-    before, after = folder_bytes(local_folder(options.model)), folder_bytes(options.out)
+    seconds, after = time.perf_counter() - started, folder_bytes(options.out)
     if not options.json:
         console = _console()
         console.print(_totals(result))
         console.print(
             f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
-            f"see its layers with: svdq inspect {options.out}"
+            f"see its layers with: svdq inspect {options.out}",
+            markup=False,
         )
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
 
@@ -171,12 +176,17 @@ def _layers(result: Footprint) -> Table:
     table = Table(title="quantized layers", box=SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     for title in ("out x in", "k", "bits/weight", *(fact.replace("_", " ") for fact in facts)):
-        table.add_column(title, justify="right")
+        table.add_column(_plain(title), justify="right")
     for layer in result.layers:
         measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
         shape = f"{layer.out} x {layer.in_features}"
-        table.add_row(layer.name, shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
+        table.add_row(_plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
     return table
+
+
+def _plain(text: str) -> Text:
+    """A stranger's text as it is: no markup, and nothing that a terminal obeys."""
+    return Text("".join(character if character.isprintable() else "?" for character in text))
 
 
 def _totals(result: Footprint) -> Table:

@@ -26,8 +26,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
 
     k: salient weights per layer: a count, or a share of the layer's weights (a float below 1).
     rank: rank of the principal structure that the score "svd" looks at.
-    saliency: the score that picks them: "svd", "magnitude", "relative", "random", or your own
-        (`register_saliency`).
+    saliency: the score that picks them: "svd", "magnitude", "relative", "random"; "awq" and "spqr",
+        which need batches (`quantize_model`); or your own (`register_saliency`).
     bits: 4.
     group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
     scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
@@ -105,9 +105,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Change choices, checked; returns the keys that are none."""
-        unused: dict[str, Any] = super().update(**kwargs)
-        self._check(from_file=False)
-        return unused
+        choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
+        self.__dict__ = SVDQConfig(**{**self.to_dict(), **choices}).__dict__
+        return kwargs
 
     def to_dict(self) -> dict[str, Any]:
         """All choices and the format's version, as JSON can hold them."""
@@ -122,7 +122,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         share = isinstance(self.k, float) and 0 < self.k < 1
         _require(share or _is_count(self.k), "k", self.k, "an int from 0 on, or a float between 0 and 1")
         _require(_is_count(self.rank) and self.rank > 0, "rank", self.rank, "an int from 1 on")
-        _require(_is_count(self.seed), "seed", self.seed, "an int from 0 on")
+        _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
         _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert

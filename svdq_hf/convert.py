@@ -45,15 +45,23 @@ def quantize_weight(
         ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
             it names the layer.
     """
-    check_source_dtype(name, weight.dtype)
+    check_weight(name, weight)
     try:
-        if weight.is_meta:
-            raise ValueError("weight is on the meta device, without data; load the model first")
-        if not torch.isfinite(weight).all():
-            raise ValueError("weight has a NaN or an infinity: the checkpoint is damaged")
         return _quantize_dense(weight.float().contiguous(), config, inputs)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # whatever a user's score raises: it is told of which layer
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"could not quantize {name}: {kind}{error}") from error
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
+    check_source_dtype(name, weight.dtype)
+    if weight.is_meta:
+        raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
+        )
 
 
 def _quantize_dense(
@@ -101,11 +109,18 @@ def collect_for(
         ValueError: the score needs data and `batches` is None; see also `collect_inputs`.
     """
     needs = data_needs(saliency)
+    if not needs and batches is not None:
+        raise ValueError(f"saliency {saliency!r} needs no data: leave the batches out")
     if not needs:
         return {}
     if batches is None:
         raise no_data(saliency)
     return collect_inputs(model, layers, batches, gram="input_gram" in needs)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers of a kind that can be quantized, by name."""
+    return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
 
 
 def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
@@ -121,11 +136,11 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
     asked = _patterns(config)
     skips = default_skips(model) + asked
-    linear = {name: module for name, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+    linear = linear_layers(model)
     chosen = {
         name: module
         for name, module in linear.items()
-        if should_convert_module(name, skips) and _shape(module)[0] >= FEWEST_ROWS
+        if should_convert_module(name, skips) and shape_of(module)[0] >= FEWEST_ROWS
     }
     for pattern in asked:
         if all(should_convert_module(name, [pattern]) for name in linear):
@@ -156,12 +171,14 @@ def _patterns(config: SVDQConfig) -> list[str]:
 
 
 def default_skips(model: nn.Module) -> list[str]:
-    """Names of modules that stay dense unless nothing is said; part of format version 1.
+    """Names of modules that stay dense when a model is quantized (a file says itself what it holds).
 
-    Everything outside the base model (heads), the output embeddings, tied weights, and what the
-    model itself keeps in FP32.
+    Everything outside the base model (heads), the output embeddings, tied weights, what the model
+    itself keeps in FP32, and torch's own transformer layers, which read their parts' weights.
     """
     skips = _shared_weights(model)
+    fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    skips += [name for name, module in model.named_modules() if isinstance(module, fused)]
     base = getattr(model, "base_model", model)
     if base is not model:
         skips += [name for name, child in model.named_children() if child is not base]
@@ -172,7 +189,9 @@ def default_skips(model: nn.Module) -> list[str]:
     ties = {*tied.keys(), *tied.values()}
     skips += [name.removesuffix(".weight") for name in ties if name.endswith(".weight")]
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        skips += list(getattr(model, attribute, None) or [])
+        for key in getattr(model, attribute, None) or []:  # of a module, or of its weight
+            within = re.compile(rf"(^|\.){key}($|\.)")
+            skips += [name for name in linear_layers(model) if within.search(f"{name}.weight")]
     return sorted(set(skips))
 
 
@@ -203,7 +222,7 @@ def _warn_of_experts(modules: dict[str, nn.Module]) -> None:
 
 def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQLinear:
     """An SVDQLinear of the shape of a dense layer, with nothing in it yet."""
-    out, in_features = _shape(module)
+    out, in_features = shape_of(module)
     layer = SVDQLinear(
         in_features,
         out,
@@ -231,6 +250,8 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
             stay done.
     """
     chosen = layers_to_convert(model, config)
+    for name, module in chosen.items():  # before the first is changed
+        check_weight(name, _weight(module))
     seen = collect_for(model, chosen, config.saliency, batches)
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
@@ -241,6 +262,7 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
         )
         layer.load_parts(parts)
         layer.bias = module.bias  # type: ignore[assignment]
+        layer.salient_values.requires_grad_(_weight(module, detach=False).requires_grad)
         model.set_submodule(name, layer)
 
 
@@ -280,14 +302,14 @@ def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
     return hf_logging.tqdm(items, desc=title)  # type: ignore[no-any-return]
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: nn.Module, *, detach: bool = True) -> Tensor:
     """The weight of a dense layer, as it stores it."""
     if not isinstance(module.weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight")
-    return module.weight.detach()
+    return module.weight.detach() if detach else module.weight
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a dense layer."""
     shape = _weight(module).shape
     return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])

@@ -7,6 +7,7 @@ Not here: devices, modules, configs, files.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ def decompose(weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme) -> 
 
 def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> Tensor:
     """The weight `[out, in]`, float32, that the parts stand for."""
-    dense = torch.empty(parts["weight"].shape[0], in_features, device=parts["weight"].device)
+    packed = parts["weight"]
+    dense = torch.empty(packed.shape[0], in_features, dtype=torch.float32, device=packed.device)
     for rows, block in dense_blocks(parts, in_features, scheme.grid.columns(in_features)):
         dense[rows] = block
     return dense
@@ -111,28 +113,32 @@ def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> I
     """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again.
 
     group: columns that share a scale. A block is valid until the next one is asked for, so a dense
-    copy of the weight never exists.
+    copy of the weight never exists on a CPU; other devices take the whole weight as one block, which
+    costs no look at the data (and so no synchronisation).
     """
     packed, scale = parts["weight"], parts["weight_scale"]
     out, padded = packed.shape[0], 2 * packed.shape[1]
-    blocks = row_blocks(out, padded)
+    blocks = row_blocks(out, padded) if packed.device.type == "cpu" else [slice(0, out)]
     height = blocks[0].stop if blocks else 0
-    codes = torch.empty(height, padded, dtype=torch.int8, device=packed.device)
-    buffer = torch.empty(height, padded, device=packed.device)
-    # Which salient entries fall into which block: the rows are sorted, so each block has a stretch.
-    edges = torch.tensor([block.start for block in blocks] + [out], device=packed.device)
-    stretches = torch.searchsorted(parts["salient_rows"].long(), edges).tolist()
-    flat = parts["salient_rows"].long() * padded + parts["salient_columns"].long()
-    for number, rows in enumerate(blocks):
-        count = rows.stop - rows.start
-        dense = buffer[:count]
-        unpack_into(packed[rows], codes[:count])
-        dense.copy_(codes[:count])
+    buffer = torch.empty(height, padded, dtype=torch.float32, device=packed.device)
+    flat = parts["salient_rows"].long() * padded + parts["salient_columns"]
+    stretches = _stretches(parts["salient_rows"], blocks)
+    for rows, entries in zip(blocks, stretches, strict=True):
+        dense = buffer[: rows.stop - rows.start]
+        unpack_into(packed[rows], dense)
         _multiply(dense, scale if scale.shape[0] == 1 else scale[rows], group, in_features)
-        entries = slice(stretches[number], stretches[number + 1])
         positions = flat[entries] - rows.start * padded
         dense.view(-1).index_add_(0, positions, parts["salient_values"][entries])
         yield rows, dense[:, :in_features]
+
+
+def _stretches(salient_rows: Tensor, blocks: list[slice]) -> list[slice]:
+    """Which salient entries fall into which block: the rows are sorted, so each block has a stretch."""
+    if len(blocks) == 1:
+        return [slice(None)]
+    edges = torch.tensor([block.start for block in blocks[1:]], dtype=torch.int32, device=salient_rows.device)
+    cuts = [0, *torch.searchsorted(salient_rows, edges).tolist(), salient_rows.numel()]
+    return [slice(start, stop) for start, stop in pairwise(cuts)] if blocks else []
 
 
 def _multiply(dense: Tensor, scale: Tensor, group: int, in_features: int) -> None:

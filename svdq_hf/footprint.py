@@ -127,7 +127,7 @@ def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
             text = (opened.metadata() or {}).get(METADATA_KEY)
         try:
             layers = json.loads(text) if text is not None else None
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             layers = None
         if isinstance(layers, dict):
             return {name: facts for name, facts in layers.items() if isinstance(facts, dict)}
@@ -139,7 +139,7 @@ def numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in facts.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if type(value) in (int, float) and abs(value) < 2**53  # NaN is not below, nor is infinity
     }
 
 
@@ -198,7 +198,7 @@ def _header(file: Path) -> dict[str, tuple[list[int], int]]:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
 
 
 def dense_bytes(layers: Iterable[LayerFootprint], dtype: torch.dtype = torch.float32) -> int:

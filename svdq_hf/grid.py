@@ -54,7 +54,7 @@ class Grid:
 
     def columns(self, in_features: int) -> int:
         """Columns of a row that share a scale (the whole row for "row" and "tensor")."""
-        return self.group_size if isinstance(self.group_size, int) else in_features
+        return min(self.group_size, in_features) if isinstance(self.group_size, int) else in_features
 
     def scale_shape(self, out: int, in_features: int) -> tuple[int, int]:
         """Shape of the scales of `[out, in]`: `[out, ceil(in / group)]`, `[out, 1]` or `[1, 1]`."""

@@ -80,9 +80,12 @@ class SVDQLinear(nn.Module):
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        compute = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        device, result = x.device.type, x.dtype
+        dtype = self.compute_dtype or result
+        if torch.is_autocast_enabled(device):  # as of a dense layer, the output is autocast's
+            dtype = result = torch.get_autocast_dtype(device)
         y: Tensor = torch.ops.svdq.linear(
-            compute,
+            x.to(dtype),
             self.weight,
             self.weight_scale,
             self.salient_values,
@@ -92,7 +95,7 @@ class SVDQLinear(nn.Module):
             self.in_features,
             self.group,
         )
-        return y.to(x.dtype)
+        return y.to(result)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
         stored = [getattr(self, name) for name in _FLOAT_PARTS]

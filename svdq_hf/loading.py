@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import check_source_dtype, empty_layer, svdq_layers
+from svdq_hf.convert import check_source_dtype, shape_of, svdq_layers
 from svdq_hf.decompose import part_specs
 from svdq_hf.footprint import PARTS, stored_facts
 
@@ -142,7 +142,7 @@ def stored_layers(
         parts = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
         weight = checkpoint.entries.get(f"{name}.weight")
         packed = parts - {"weight", "bias"} or (weight is not None and weight.dtype == torch.int8)
-        if packed or name in checkpoint.facts or not checkpoint.facts:
+        if packed or name in checkpoint.facts:
             _check_layer(name, module, checkpoint, config)
             unknown = sorted(parts - {*PARTS, "bias"})
             if unknown:
@@ -154,8 +154,7 @@ def stored_layers(
 
 
 def _check_layer(name: str, module: nn.Module, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    empty = empty_layer(module, config)
-    for part, spec in part_specs(empty.out_features, empty.in_features, config.scheme).items():
+    for part, spec in part_specs(*shape_of(module), config.scheme).items():
         entry = checkpoint.entries.get(f"{name}.{part}")
         if entry is None:
             raise ValueError(f"{name}: {part} is missing. {REMEDY}")

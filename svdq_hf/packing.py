@@ -59,12 +59,11 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 
 
 def unpack_into(packed: Tensor, padded: Tensor) -> None:
-    """Unpack bytes `[rows, width]` into a given int8 buffer `[rows, 2 * width]`, padding included."""
+    """Unpack bytes `[rows, width]` into a given buffer `[rows, 2 * width]` of any dtype, with padding."""
     rows, width = packed.shape
     halves = padded.view(rows, width // HALF, 2, HALF)
     blocks = packed.view(rows, width // HALF, HALF)
-    torch.bitwise_and(blocks, 0x0F, out=halves[:, :, 0])
-    torch.bitwise_right_shift(
-        blocks.view(torch.uint8), 4, out=halves[:, :, 1].view(torch.uint8)
-    )  # unsigned: a signed shift would copy the top bit
-    padded.add_(LOWEST)
+    # Contiguous temporaries of a byte a code: writing results into the halves would not vectorise.
+    halves[:, :, 0].copy_((blocks & 0x0F).add_(LOWEST))
+    high = blocks.view(torch.uint8) >> 4  # unsigned: a signed shift would copy the top bit
+    halves[:, :, 1].copy_(high.view(torch.int8).add_(LOWEST))

@@ -26,6 +26,7 @@ from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     convert_layers,
     layers_to_convert,
+    linear_layers,
     quantize_weight,
     replace_layers,
     restore_layers,
@@ -54,8 +55,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def __init__(self, quantization_config: SVDQConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # not the caller's to change
-        self.failures: list[Exception] = []
+        self.failures: list[ValueError] = []
         """Of layers that could not be quantized while loading; raised when loading ends."""
+        self.strict: Any = None
+        """The model's own list of what stays in FP32, which loading adds to for a while."""
         self.partners: set[str] = set()
         """Tensors that come out of one tensor of a file together with a weight to quantize."""
 
@@ -101,11 +104,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     ) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
-        chosen = layers_to_convert(model, self.quantization_config)
-        checkpoint = read_checkpoint(model, chosen, checkpoint_files or [])
-        if self.pre_quantized and checkpoint.entries:
-            chosen = stored_layers(checkpoint, chosen, self.quantization_config)
-        elif checkpoint.entries:
+        checkpoint = read_checkpoint(model, linear_layers(model), checkpoint_files or [])
+        if self.pre_quantized and checkpoint.entries:  # what a file holds is not for names to decide
+            chosen = stored_layers(checkpoint, linear_layers(model), self.quantization_config)
+        else:
+            chosen = layers_to_convert(model, self.quantization_config)
+        if not self.pre_quantized and checkpoint.entries:
             check_dense(checkpoint, chosen)
         replace_layers(model, chosen, self.quantization_config)
         for name, layer in svdq_layers(model):
@@ -118,8 +122,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if not self.pre_quantized:
             # Salient weights are kept from the checkpoint's precision: with dtype=bfloat16 the loader
             # would round an FP32 weight before it is quantized.
-            strict = set(model._keep_in_fp32_modules_strict or ())
-            model._keep_in_fp32_modules_strict = strict | {rf"^{re.escape(name)}\.weight$" for name in chosen}
+            self.strict = model._keep_in_fp32_modules_strict
+            model._keep_in_fp32_modules_strict = set(self.strict or ()) | {
+                rf"^{re.escape(name)}\.weight$" for name in chosen
+            }
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -133,6 +139,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         return SVDQQuantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
         for name, layer in svdq_layers(model):
@@ -190,22 +198,15 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
                 stored = list(reversed(expected) if layer.transposed else expected)
                 shape = list(dense.shape)
                 raise ValueError(
-                    f"{name}: the checkpoint's weight is {shape}, the model's config says {stored}"
+                    f"could not quantize {name}: the checkpoint's weight is {shape}, "
+                    f"the model's config says {stored}"
                 )
             parts, layer.facts = quantize_weight(weight, config, name)
-        except Exception as error:  # whatever a user's score raises: kept, and raised when loading ends
-            self.hf_quantizer.failures.append(_named(name, error))
+        except ValueError as error:
+            self.hf_quantizer.failures.append(error)
             specs = part_specs(*expected, config.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
-
-
-def _named(name: str, error: Exception) -> Exception:
-    """An error that says which layer could not be quantized, and why."""
-    text = str(error) if isinstance(error, ValueError) else f"{name}: {type(error).__name__}: {error}"
-    named = ValueError(text if text.startswith("could not quantize") else f"could not quantize {text}")
-    named.__cause__ = error
-    return named
 
 
 def quantize_model(
@@ -228,6 +229,8 @@ def quantize_model(
             a NaN or an infinity.
     """
     config = SVDQConfig(**config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
+    if not isinstance(config, SVDQConfig):
+        raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
@@ -247,7 +250,7 @@ def quantize_model(
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every quantized layer by the dense one it stands for, in place; returns the model.
 
-    dtype: of the result; None: that of the model.
+    dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
     """
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
         return model.dequantize(dtype)  # type: ignore[no-any-return]

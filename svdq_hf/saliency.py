@@ -95,12 +95,15 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
     if any(need not in inputs for need in score_needs(name)):
         raise no_data(name)
     function = _SCORES[name]
+    version = weight._version
     result = function(weight, **{need: inputs[need] for need in _needs(function)})
+    if weight._version != version:
+        raise ValueError(f"saliency {name!r} changed the weight in place; work on a copy (abs, not abs_)")
     scored = result if isinstance(result, Scored) else Scored(result, {})
     shape = tuple(scored.scores.shape) if isinstance(scored.scores, Tensor) else type(scored.scores)
     if shape != tuple(weight.shape):
         raise ValueError(f"saliency {name!r} returned {shape} for a weight {tuple(weight.shape)}")
-    return scored
+    return Scored(scored.scores.to(weight.device, torch.float32), scored.facts)
 
 
 def score_needs(name: str) -> list[str]:
@@ -154,7 +157,8 @@ def _magnitude(weight: Tensor) -> Tensor:
 @register_saliency("random")
 def _random(weight: Tensor, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    scores = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return scores.to(weight.device)
 
 
 @register_saliency("relative")
@@ -162,7 +166,7 @@ def _relative(weight: Tensor, *, group: int) -> Tensor:
     """abs(w) over the root mean square of its group, taken without the group's outliers."""
     out, in_features = weight.shape
     size = torch.nn.functional.pad(weight.abs(), (0, -in_features % group)).view(out, -1, group)
-    real = torch.ones(in_features, device=weight.device)
+    real = torch.ones(in_features, dtype=torch.float32, device=weight.device)
     real = torch.nn.functional.pad(real, (0, -in_features % group)).view(1, -1, group)
     typical = _root_mean_square(size, real)
     inliers = real * (size <= OUTLIER * typical)

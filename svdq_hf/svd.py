@@ -91,8 +91,9 @@ def _krylov_basis(matrix: Tensor, block: int, seed: int) -> Tensor:
     """Orthonormal basis `[n, block * (STEPS + 1)]` of the Krylov space of `matrix.T @ matrix`."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     columns = matrix.shape[1]
-    start = torch.randn(columns, block, generator=generator).to(matrix.device)
-    basis = torch.empty(columns, block * (STEPS + 1), device=matrix.device)
+    start = torch.randn(columns, block, generator=generator, dtype=torch.float32, device="cpu")
+    start = start.to(matrix.device)
+    basis = torch.empty(columns, block * (STEPS + 1), dtype=torch.float32, device=matrix.device)
     basis[:, :block] = torch.linalg.qr(start).Q
     for step in range(1, STEPS + 1):
         done, end = basis[:, : step * block], (step + 1) * block

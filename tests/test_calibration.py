@@ -151,3 +151,18 @@ def test_layers_without_usable_inputs_are_named_and_the_model_is_left_alone(batc
         quantize_model(model, SVDQConfig(saliency="awq"), batches)
     assert type(model.used) is nn.Linear
     assert not model.used._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 2)}, "put a single one into a list"),
+        (torch.zeros(2, 64), "put a single one into a list"),
+        ("a text", "put a single one into a list"),
+        (["a text"], "batch 'a text' is a text"),
+    ],
+    ids=["mapping", "tensor", "text", "texts"],
+)
+def test_what_is_no_list_of_batches_is_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_model(nn.Sequential(nn.Linear(64, 8)), SVDQConfig(saliency="awq"), batches)

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import BertModel
 from transformers.utils import logging as hf_logging
@@ -101,3 +102,24 @@ def test_demo_quantizes_the_embedded_model(tmp_path, capsys):
     assert min(range(4), key=result["similarity_svdq"].__getitem__) == 2
     assert main(["demo", "--out", str(out)]) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_names_of_a_stranger_are_printed_as_they_are(source, tmp_path, capsys):
+    out = tmp_path / "o[bold]x"
+    assert main(["quantize", source, str(out)]) == 0
+    assert f"svdq inspect {out}" in capsys.readouterr().out
+    file = out / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {name.replace("pooler", "x[/red]\x1b[31m"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, file)
+    assert main(["inspect", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "x[/red]?[31m.dense" in printed
+    assert "\x1b" not in printed
+
+
+def test_skip_takes_one_name_and_may_be_given_again(source, tmp_path, capsys):
+    skips = ["--skip", "pooler", "--skip", "query"]
+    assert main(["quantize", *skips, source, str(tmp_path / "out"), "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)["layers"]
+    assert not any("pooler" in name or "query" in name for name in names)

@@ -662,3 +662,82 @@ def test_the_progress_bar_is_the_one_of_transformers(shown, capsys):
         hf_logging.enable_progress_bar()
     said = capsys.readouterr().err
     assert ("Quantizing" in said, "Dequantizing" in said) == (shown, shown)
+
+
+# What a process or a caller may have set.
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["svd", "random", "relative"])
+def test_torchs_default_dtype_changes_nothing(name, dtype, default_dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(320, 384), torch.randn(2, 384)
+    found = []
+    for choice in (torch.float32, dtype):
+        default_dtype(choice)
+        model = nn.Sequential(nn.Linear(384, 320, bias=False, dtype=torch.float32))
+        model[0].weight.data = weight.clone()
+        quantize_model(model, SVDQConfig(k=50, saliency=name))
+        found.append((model[0].parts(), model(x)))
+    assert all(torch.equal(found[0][0][part], found[1][0][part]) for part in found[0][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_autocast_has_the_output_in_its_own_dtype():
+    model = quantize_model(nn.Sequential(nn.Linear(64, 32)), CONFIG)
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, model(x.bfloat16()))
+
+
+def test_frozen_weight_stays_frozen():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
+    model[0].requires_grad_(False)
+    quantize_model(model, CONFIG)
+    assert [layer.salient_values.requires_grad for layer in model] == [False, True]
+
+
+def test_torchs_own_transformer_layers_stay_dense():
+    """In evaluation their fast path reads the weights of its parts itself."""
+    block = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True)
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64), block).eval(), CONFIG)
+    assert [name for name, _ in svdq_layers(model)] == ["0"]
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(1, 3, 64))).all()
+
+
+def test_a_group_beyond_the_layer_is_the_row():
+    wide = quantize_model(nn.Sequential(nn.Linear(96, 32)), SVDQConfig(k=0, group_size=64 * 10**6))
+    torch.manual_seed(0)
+    assert wide[0].weight_scale.shape == (32, 1)
+
+
+def test_batches_that_nobody_asked_for_are_refused():
+    with pytest.raises(ValueError, match="saliency 'svd' needs no data"):
+        quantize_model(nn.Sequential(nn.Linear(64, 32)), CONFIG, [torch.zeros(1, 64)])
+
+
+@pytest.mark.parametrize("config", [SVDQConfig, 256, "svd"], ids=["class", "k", "score"])
+def test_config_that_is_none_is_named(config):
+    with pytest.raises(ValueError, match=r"must be an SVDQConfig, such as SVDQConfig\(k=256\)"):
+        quantize_model(nn.Sequential(nn.Linear(64, 32)), config)
+
+
+def test_part_of_a_stored_model_loads_as_a_class_that_would_keep_it_dense(tmp_path):
+    """What is quantized in a file is what the file says, whatever the class that reads it."""
+    model = quantize_model(tiny.clip(), CONFIG)
+    assert "text_projection" in dict(svdq_layers(model))
+    model.save_pretrained(tmp_path)
+    config = hf.CLIPConfig.from_pretrained(tmp_path).text_config
+    config.quantization_config = CONFIG.to_dict()
+    config.projection_dim = model.config.projection_dim
+    part = hf.CLIPTextModelWithProjection.from_pretrained(tmp_path, config=config)
+    assert torch.equal(part.text_projection.weight, model.text_projection.weight)

@@ -16,11 +16,16 @@ from svdq_hf.kernels import reference
 _STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns"
 )
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference kernel looks at positions
 LINEAR = "svdq::linear"
 INPUT_GRADIENT = "svdq::input_gradient"
 
-torch.library.define(LINEAR, f"(Tensor x, {_STORED}, Tensor? bias, int in_features, int group) -> Tensor")
-torch.library.define(INPUT_GRADIENT, f"(Tensor gradient, {_STORED}, int in_features, int group) -> Tensor")
+torch.library.define(
+    LINEAR, f"(Tensor x, {_STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=_TAGS
+)
+torch.library.define(
+    INPUT_GRADIENT, f"(Tensor gradient, {_STORED}, int in_features, int group) -> Tensor", tags=_TAGS
+)
 
 
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
@@ -65,7 +70,10 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"input {list(x.shape)} does not end in the layer's {in_features} features")
     if not x.is_floating_point():
-        raise ValueError(f"input is {x.dtype}; the layer computes in floating point")
+        raise ValueError(
+            f"input is {x.dtype}; the layer computes in floating point. If the model itself cast it to "
+            "the dtype of this layer's weight, keep the layer dense: modules_to_not_convert"
+        )
     if x.device != weight.device:
         raise ValueError(f"input is on {x.device} and the weight on {weight.device}; move one of them")
 
@@ -121,7 +129,7 @@ def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor)
         ).sum(0)
         for start in range(0, rows.shape[0], step)
     ]
-    return torch.cat(pieces) if pieces else torch.zeros(0, device=x.device)
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float32, device=x.device)
 
 
 torch.library.register_fake(LINEAR, _linear_shape)
