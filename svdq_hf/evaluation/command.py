@@ -38,9 +38,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         ImportError: the extra `evaluate` is not installed.
         ValueError: whatever is wrong with the arguments, the data or the model.
     """
+    from datasets import disable_progress_bars
+
     from svdq_hf.evaluation.grid import GridRun, Plan
     from svdq_hf.evaluation.report import write_report
 
+    disable_progress_bars()  # one bar, that of the cells, is enough
     given = {"ks": options.k, "methods": options.saliency, "grids": options.grid}
     plan = Plan(
         rank=options.rank, seeds=options.seeds, **{name: value for name, value in given.items() if value}

@@ -245,9 +245,16 @@ def classifier(folder: str | Path, name: str, **choices: Any) -> Any:
     """A sequence classification model for a task.
 
     Raises:
-        ValueError: the model was trained for another number of labels.
+        ValueError: the model was trained for another number of labels, or never for any task.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **choices)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, report = load(folder, output_loading_info=True, **choices)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{folder}: the model has no weights for {missing}, so its answers are random; fine-tune it first "
+            "(examples/finetune_glue.py)"
+        )
     labels = task_of(name).labels
     if model.config.num_labels != labels:
         raise ValueError(f"{folder}: the model has {model.config.num_labels} labels, {name} has {labels}")

@@ -140,6 +140,12 @@ def test_model_of_another_number_of_labels_is_refused(tmp_path):
         classifier(tmp_path, "rte")
 
 
+def test_model_that_was_never_fine_tuned_is_refused(tmp_path):
+    tiny_classifier().bert.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no weights for \['classifier.bias', 'classifier.weight'\]"):
+        classifier(tmp_path, "rte")
+
+
 def test_logits_that_are_nan_are_refused(data, tokenizer):
     model = tiny_classifier()
     model.classifier.weight.data[0, 0] = torch.nan
