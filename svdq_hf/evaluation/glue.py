@@ -252,8 +252,8 @@ def classifier(folder: str | Path, name: str, **choices: Any) -> Any:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
-            f"{folder}: the model has no weights for {missing}, so its answers are random; fine-tune it first "
-            "(examples/finetune_glue.py)"
+            f"{folder}: the model has no weights for {missing}, so its answers are random; fine-tune it "
+            "first (examples/finetune_glue.py)"
         )
     labels = task_of(name).labels
     if model.config.num_labels != labels:
