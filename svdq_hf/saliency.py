@@ -55,6 +55,7 @@ def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFun
     it returns scores `[out, in]`, the larger the more salient, or a `Scored`.
 
     Raises:
+        TypeError: it was given no name.
         ValueError: the name is taken (and not `replace`), or a parameter is none of `NEEDS`.
 
     >>> @register_saliency("last_columns", replace=True)
@@ -63,6 +64,8 @@ def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFun
     >>> "last_columns" in saliency_names()
     True
     """
+    if not isinstance(name, str):
+        raise TypeError('register_saliency needs a name: write @register_saliency("name")')
 
     def register(function: ScoreFunction) -> ScoreFunction:
         if name in _SCORES and not replace:

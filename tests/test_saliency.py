@@ -175,3 +175,8 @@ def test_a_score_that_is_not_one_number_a_weight_is_refused(returned, said):
     register_saliency("odd")(lambda weight: returned)
     with pytest.raises(ValueError, match=said + r" for a weight \(2, 3\)"):
         score("odd", torch.ones(2, 3), INPUTS)
+
+
+def test_registering_without_a_name_says_how():
+    with pytest.raises(TypeError, match=r'write @register_saliency\("name"\)'):
+        register_saliency(lambda weight: weight)
