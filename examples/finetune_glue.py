@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoTokenizer, DistilBertConfig, DistilBertF
 from transformers.utils import logging
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.glue import TASKS, finetune, load_split, score_model, task_of, tokenize
+from svdq_hf.evaluation.glue import TASKS, load_split, task_of, tokenize
+from svdq_hf.evaluation.trainer import finetune, score_model
 
 RENAMED = {
     r"^encoder\.layer": "transformer.layer",

@@ -17,87 +17,15 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import decompose, relative_error
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.saliency import data_needs, no_data, score
-from svdq_hf.sparse import salient_count, top_positions
+from svdq_hf.saliency import data_needs, no_data
+from svdq_hf.weight import check_weight, quantize_weight
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 FEWEST_ROWS = 8
 """Layers with fewer rows are gates or tiny heads: nothing to win, much to lose."""
-
-SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def quantize_weight(
-    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Quantize `weight` `[out, in]` of the layer `name`: its stored parts, and the facts measured.
-
-    inputs: what the layer saw, for the scores that need data.
-
-    Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
-    the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
-
-    Raises:
-        ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
-            it names the layer.
-    """
-    check_weight(name, weight)
-    try:
-        return _quantize_dense(weight.float().contiguous(), config, inputs)
-    except Exception as error:  # whatever a user's score raises: it is told of which layer
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"could not quantize {name}: {kind}{error}") from error
-
-
-def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
-    check_source_dtype(name, weight.dtype)
-    if weight.is_meta:
-        raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
-        )
-
-
-def _quantize_dense(
-    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    out, in_features = weight.shape
-    k = salient_count(config.k, out, in_features)
-    rows = columns = torch.empty(0, dtype=torch.int32, device=weight.device)
-    facts = {}
-    if k:
-        scored = score(config.saliency, weight, score_inputs(config, in_features, inputs))
-        rows, columns = top_positions(scored.scores, k)
-        facts = scored.facts
-        del scored  # as large as the weight
-    parts = decompose(weight, rows, columns, config.scheme)
-    return parts, {"relative_error": relative_error(weight, parts, config.scheme), **facts}
-
-
-def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
-    """Refuse a weight that is no plain float (a layer of fp8 or int8 has scales of its own)."""
-    if dtype not in SOURCE_DTYPES:
-        allowed = [str(source) for source in SOURCE_DTYPES]
-        raise ValueError(f"could not quantize {name}: weight is {dtype}; it must be one of {allowed}")
-
-
-def score_inputs(
-    config: SVDQConfig, in_features: int, inputs: InputStatistics | None = None
-) -> dict[str, Any]:
-    """What a score may ask for (`saliency.NEEDS`), as far as it is known for a layer."""
-    group = config.scheme.grid.columns(in_features)
-    known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
-    if inputs is not None:
-        known |= {"input_norm": inputs.norm, "tokens": inputs.tokens}
-        if inputs.gram is not None:
-            known["input_gram"] = inputs.gram
-    return known
 
 
 def collect_for(

@@ -28,9 +28,10 @@ from transformers.core_model_loading import (
 )
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import check_source_dtype, shape_of, svdq_layers
+from svdq_hf.convert import shape_of, svdq_layers
 from svdq_hf.decompose import part_specs
 from svdq_hf.footprint import PARTS, stored_facts
+from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 _DTYPES = {

@@ -27,7 +27,6 @@ from svdq_hf.convert import (
     convert_layers,
     layers_to_convert,
     linear_layers,
-    quantize_weight,
     replace_layers,
     restore_layers,
     svdq_layers,
@@ -45,6 +44,7 @@ from svdq_hf.loading import (
     stored_layers,
 )
 from svdq_hf.saliency import data_needs, no_data
+from svdq_hf.weight import quantize_weight
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types

@@ -4,7 +4,7 @@ Only what they are: `reading` reads them, `rows` computes with them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,7 +14,10 @@ METHOD_ORDER: Final = ("fp32", "none", "svd", "magnitude", "relative", "awq", "s
 
 @dataclass(frozen=True)
 class Cell:
-    """One model under one method, evaluated once: what `svdq evaluate` wrote about it."""
+    """One model under one method, evaluated once: what `svdq evaluate` wrote about it.
+
+    kl_each: the KL of each example; majority: the examples that have the commonest label.
+    """
 
     task: str
     model: str
@@ -30,6 +33,8 @@ class Cell:
     correct: str | None = None
     loss: float | None = None
     kl: float | None = None
+    kl_each: Sequence[float] | None = field(default=None, repr=False)
+    majority: int | None = None
     bits_per_weight: float | None = None
     relative_error: Mapping[str, float] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -48,12 +53,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of svd's choice in one layer another score chose as well."""
+    """How much of svd's choice, at one rank, in one layer another score chose as well."""
 
     task: str
     model: str
     layer: str
     k: float
+    rank: int
     other: str
     iou: float
     share: float

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from svdq_hf.evaluation.cells import Cell, Group
-from svdq_hf.evaluation.rows import NAMES, Comparison, OverlapRow, Row, missing
+from svdq_hf.evaluation.rows import NAMES, Comparison, Distance, OverlapRow, Row, missing
 from svdq_hf.evaluation.statistics import SIGNIFICANCE
 from svdq_hf.evaluation.tables import ABSENT, Column, Table, chance, change, listing, number, small
 
@@ -56,9 +56,12 @@ def runs_table(group: Group) -> Table:
 def claims(rows: Iterable[OverlapRow]) -> list[str]:
     """The paper's claim about overlap, held against the data: one sentence, or none without spqr."""
     words: dict[str, list[str]] = {}
+    rows = list(rows)
+    ranks = {row.rank for row in rows}
     for row in rows:
         if row.claim:
-            words.setdefault(row.claim, []).append(f"{row.k:g} ({row.share:.1%}, IoU {row.iou:.2f})")
+            at = f"{row.k:g}" if len(ranks) == 1 else f"{row.k:g}, rank {row.rank}"
+            words.setdefault(row.claim, []).append(f"{at} ({row.share:.1%}, IoU {row.iou:.2f})")
     found = "; ".join(f"{claim}: k = {listing(ks)}" for claim, ks in words.items())
     return [f"The paper says 60-70 % with spqr, of the mean share here: {found}."] if found else []
 
@@ -86,9 +89,14 @@ def _caption(group: Group, rows: Sequence[Row]) -> str:
 
 
 def _about_tests(rows: Sequence[Row]) -> str:
-    tests = sum(pair is not None for row in rows for pair in (row.against_fp32, row.against_magnitude))
+    tests = sum(
+        pair is not None
+        for row in rows
+        for pair in (row.against_fp32, row.against_magnitude, row.kl_against_magnitude)
+    )
     return (
-        "p: exact McNemar over the same examples, against magnitude at the same k; two-sided. "
+        "p: exact McNemar over the same examples, against magnitude at the same k; of KLs, a paired t test "
+        "over the same examples; two-sided. "
         f"Of {tests} tests at {SIGNIFICANCE:.0%}, about {SIGNIFICANCE * tests:.1f} would come out by chance."
     )
 
@@ -104,6 +112,7 @@ def _main_columns(group: Group, rows: Sequence[Row]) -> list[Column[Row]]:
     loss = "change of loss (nats)" if "perplexity" in group.metrics else "change of loss"
     costs: list[Column[Row]] = [
         Column("KL from FP32", lambda row: small(row.kl), lambda row: row.kl),
+        *([_KL_TEST] if any(row.kl_against_magnitude for row in rows) else []),
         Column(loss, lambda row: change(row.loss_change), lambda row: row.loss_change),
         Column(
             "bits per weight", lambda row: number(row.bits_per_weight, 2), lambda row: row.bits_per_weight
@@ -120,6 +129,11 @@ def _score(name: str) -> Column[Row]:
 
 def _interval(ends: tuple[float, float] | None) -> str:
     return f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ABSENT
+
+
+def _nearer(pair: Distance | None) -> str:
+    words = {"better": "nearer", "worse": "farther"}
+    return f"{words.get(pair.verdict, pair.verdict)}, {chance(pair.p)}" if pair else ABSENT
 
 
 def _test(pair: Comparison | None) -> str:
@@ -153,8 +167,14 @@ _TESTS: Final[list[Column[Row]]] = [
         lambda row: row.against_magnitude.p if row.against_magnitude else None,
     ),
 ]
+_KL_TEST: Final[Column[Row]] = Column(
+    "KL against magnitude, p",
+    lambda row: _nearer(row.kl_against_magnitude),
+    lambda row: row.kl_against_magnitude.p if row.kl_against_magnitude else None,
+)
 _OVERLAP: Final[list[Column[OverlapRow]]] = [
     Column("other score", lambda row: row.other, lambda row: row.other),
+    Column("svd's rank", lambda row: str(row.rank), lambda row: row.rank),
     Column("k", lambda row: f"{row.k:g}", lambda row: row.k),
     Column("mean share", lambda row: f"{row.share:.1%}", lambda row: row.share),
     Column("mean IoU", lambda row: number(row.iou, 3), lambda row: row.iou),
@@ -189,7 +209,7 @@ def _run_score(name: str) -> Column[Cell]:
 
 
 def _run_record(cell: Cell) -> dict[str, object]:
-    nested = ("metrics", "seconds", "relative_error", "correct")
+    nested = ("metrics", "seconds", "relative_error", "correct", "kl_each", "majority")
     flat: dict[str, object] = {name: value for name, value in vars(cell).items() if name not in nested}
     return flat | dict(cell.metrics) | {f"seconds_{name}": value for name, value in cell.seconds.items()}
 

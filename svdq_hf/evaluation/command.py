@@ -6,8 +6,13 @@ works without them.
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+KS: Final = (1, 16, 64, 256, 1024, 4096)
+METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
+GRID_NAMES: Final = {"group": "group 64, mse", "tensor": "tensor, absmax"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", help="perplexity: a text file")
     add("--context", type=int, default=1024, help="perplexity: tokens the model sees at once (1024)")
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
-    add("--k", nargs="+", type=_number, help="salient weights per layer, or shares below 1")
-    add("--saliency", nargs="+", help="scores to compare: svd magnitude awq spqr random relative")
-    add("--grid", nargs="+", help="'group 64, mse' and 'tensor, absmax' (both)")
-    add("--rank", type=int, default=8)
+    add("--k", nargs="+", type=_number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
+    add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
+    add("--grid", nargs="+", choices=GRID_NAMES, default=["group"], help="of scales: group (group 64, mse; "
+        "the default), tensor (tensor, absmax: the paper's)")  # fmt: skip
+    add("--rank", nargs="+", type=int, default=[8], help="ranks of the svd score (8)")
     add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
+    add("--metric-script", help="a local copy of the evaluate library's metric 'glue', to compute the scores")
+
+
+def _shown(values: Sequence[object]) -> str:
+    return f"({' '.join(map(str, values))})"
 
 
 def _number(text: str) -> int | float:
@@ -44,9 +55,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from svdq_hf.evaluation.report import write_report
 
     disable_progress_bars()  # one bar, that of the cells, is enough
-    given = {"ks": options.k, "methods": options.saliency, "grids": options.grid}
     plan = Plan(
-        rank=options.rank, seeds=options.seeds, **{name: value for name, value in given.items() if value}
+        ks=options.k,
+        methods=options.saliency,
+        grids=[GRID_NAMES[grid] for grid in options.grid],
+        seeds=options.seeds,
+        ranks=options.rank,
     )
     out, started, cells = Path(options.out), time.perf_counter(), 0
     for folder in options.model:
@@ -63,11 +77,13 @@ def _load(options: argparse.Namespace, folder: str) -> tuple[Any, Any]:
 
     if options.task == "perplexity":
         return _load_language_model(options, folder, AutoTokenizer.from_pretrained(folder))
-    from svdq_hf.evaluation.glue import GlueEvaluator, classifier, task_of
+    from svdq_hf.evaluation.glue import task_of
+    from svdq_hf.evaluation.trainer import GlueEvaluator, classifier
 
     task_of(options.task)  # a wrong name is told before anything is loaded
     model = classifier(folder, options.task)
-    return model, GlueEvaluator(options.task, _tokenizer(folder, model), options.data)
+    tokenizer = _tokenizer(folder, model)
+    return model, GlueEvaluator(options.task, tokenizer, options.data, script=options.metric_script)
 
 
 def _load_language_model(options: argparse.Namespace, folder: str, tokenizer: Any) -> tuple[Any, Any]:

@@ -12,24 +12,26 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import empty_layer, layers_to_convert, progress, score_inputs
-from svdq_hf.decompose import decompose, relative_error
+from svdq_hf.convert import empty_layer, layers_to_convert, progress
 from svdq_hf.footprint import footprint
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.saliency import check_name, data_needs, score, score_needs
 from svdq_hf.sparse import salient_count, top_positions
+from svdq_hf.weight import quantize_chosen, score_inputs
 
 CELLS, OVERLAPS = "cells.jsonl", "overlap.jsonl"
+OURS = "group 64, mse"
 GRIDS: dict[str, dict[str, Any]] = {
-    "group 64, mse": {"group_size": 64, "scale": "mse"},
+    OURS: {"group_size": 64, "scale": "mse"},
     "tensor, absmax": {"group_size": "tensor", "scale": "absmax"},
 }
 """Names of the grids of scales that the paper's experiment is run on: ours, and the paper's."""
@@ -43,7 +45,7 @@ class Evaluator(Protocol):
     task: str
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """n, right, correct, metrics, loss and kl of a cell."""
+        """n, right, correct, majority, metrics, loss, kl and kl_each of a cell."""
 
     def calibration(self) -> Iterable[Any]:
         """Batches for the scores that need data."""
@@ -51,13 +53,13 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: every method at every k on every grid; `random` once per seed."""
+    """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
 
     ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
     methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
     grids: Sequence[str] = tuple(GRIDS)
     seeds: int = 3
-    rank: int = 8
+    ranks: Sequence[int] = (8,)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -66,21 +68,47 @@ class Plan:
             if grid not in GRIDS:
                 raise ValueError(f"grid {grid!r}: must be one of {list(GRIDS)}")
         for k in self.ks:
-            SVDQConfig(k=k, rank=self.rank)  # checks both
+            SVDQConfig(k=k)  # checks it
+        for rank in self.ranks:
+            SVDQConfig(rank=rank)
 
-    def cells(self) -> Iterator[tuple[str, str | None, int | float, int]]:
-        """(method, grid, k, seed) of every cell: the baselines first, then method by method."""
-        yield "fp32", None, 0, 0
-        yield from (("none", grid, 0, 0) for grid in self.grids)
+    def cells(self) -> Iterator["Key"]:
+        """The key of every cell: the baselines first, then method by method."""
+        yield Key("fp32", None, 0, 0, None)
+        yield from (Key("none", grid, 0, 0, None) for grid in self.grids)
         for method in self.methods:
-            for seed in range(self.seeds if "seed" in score_needs(method) and method != "svd" else 1):
-                for grid in self.grids:
-                    yield from ((method, grid, k, seed) for k in self.ks)
+            needs = score_needs(method)
+            ranks = self.ranks if "rank" in needs else (None,)
+            seeds = self.seeds if "seed" in needs and method != "svd" else 1
+            for rank, seed, grid, k in product(ranks, range(seeds), self.grids, self.ks):
+                yield Key(method, grid, k, seed, rank)
 
-    def config(self, method: str, grid: str | None, k: int | float, seed: int) -> SVDQConfig:
-        """The config of a cell."""
-        saliency = "magnitude" if method in BASELINES else method
-        return SVDQConfig(k=k, rank=self.rank, saliency=saliency, seed=seed, **GRIDS[grid or "group 64, mse"])
+
+class Key(NamedTuple):
+    """What makes a cell of one task and model; rank: None where it plays no part."""
+
+    method: str
+    grid: str | None
+    k: int | float
+    seed: int
+    rank: int | None
+
+    @property
+    def config(self) -> SVDQConfig:
+        """The config that quantizes as this cell says."""
+        return SVDQConfig(
+            k=self.k,
+            saliency="magnitude" if self.method in BASELINES else self.method,
+            rank=self.rank or 8,
+            seed=self.seed,
+            **GRIDS[self.grid or OURS],
+        )
+
+    @property
+    def scoring(self) -> tuple[object, ...]:
+        """Cells of one scoring share their scores: all k, and both grids where the grid plays no part."""
+        depends = self.method not in BASELINES and "group" in score_needs(self.method)
+        return self.method, self.seed, self.rank, self.grid if depends else None
 
 
 Positions = dict[int | float, dict[str, Tensor]]
@@ -98,7 +126,7 @@ class GridRun:
     out: Path
     layers: dict[str, nn.Module] = field(init=False)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
-    svd_choice: Positions = field(default_factory=dict)
+    svd_choice: dict[int | None, Positions] = field(default_factory=dict)  # by rank
 
     def __post_init__(self) -> None:
         self.layers = layers_to_convert(self.model, SVDQConfig())
@@ -107,42 +135,35 @@ class GridRun:
     def run(self) -> int:
         """Run the cells that are not finished; how many that were."""
         done = finished(self.out, self.evaluate.task, self.name)
-        todo = [cell for cell in self.plan.cells() if self._key(*cell) not in done]
+        todo = [key for key in self.plan.cells() if key not in done]
         if not todo:
             return 0
         started = time.perf_counter()
         reference = self.evaluate(self.model)
         seconds = {"quantize": 0.0, "evaluate": time.perf_counter() - started}
         scored: tuple[object, dict[str, Tensor]] = (None, {})
-        for cell in progress(todo, "Evaluating"):
-            if cell[0] == "fp32":
-                self._write(cell, reference, None, seconds)
+        for key in progress(todo, "Evaluating"):
+            if key.method == "fp32":
+                self._write(key, reference, None, seconds)
                 continue
-            key = self._scores_key(*cell)
-            if scored[0] != key:
-                scored = (key, {})  # let go of the old scores before there are new ones
-                scored = (key, self._scores(*cell))
-                self._compare(cell[0], cell[3], scored[1])
-            self._run_cell(cell, scored[1])
+            if scored[0] != key.scoring:
+                scored = (key.scoring, {})  # let go of the old scores before there are new ones
+                scored = (key.scoring, self._scores(key))
+                self._compare(key, scored[1])
+            self._run_cell(key, scored[1])
         return len(todo)
 
-    def _key(self, method: str, grid: str | None, k: int | float, seed: int) -> tuple[Any, ...]:
-        return method, grid, k, seed, self.plan.rank
-
-    def _scores_key(self, method: str, grid: str | None, k: int | float, seed: int) -> tuple[Any, ...]:
-        """Cells of one key share their scores, whatever their k, and their grid if it plays no part."""
-        depends = method not in BASELINES and "group" in score_needs(method)
-        return method, seed, grid if depends else None
-
-    def _scores(self, method: str, grid: str | None, k: int | float, seed: int) -> dict[str, Tensor]:
-        if method in BASELINES:
+    def _scores(self, key: Key) -> dict[str, Tensor]:
+        if key.method in BASELINES:
             return {}
-        config = self.plan.config(method, grid, k, seed)
-        if data_needs(method) and not self.inputs:  # one pass for all the scores that need one
+        config = key.config
+        if data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
             self.inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
         return {
-            name: score(method, weight, score_inputs(config, weight.shape[1], self.inputs.get(name))).scores
+            name: score(
+                key.method, weight, score_inputs(config, weight.shape[1], self.inputs.get(name))
+            ).scores
             for name, weight in self._weights()
         }
 
@@ -151,14 +172,12 @@ class GridRun:
             weight: Tensor = module.weight.detach()  # type: ignore[operator]
             yield name, (weight if type(module) is nn.Linear else weight.T).float().contiguous()
 
-    def _run_cell(self, cell: tuple[str, str | None, int | float, int], scores: Mapping[str, Tensor]) -> None:
+    def _run_cell(self, key: Key, scores: Mapping[str, Tensor]) -> None:
         started = time.perf_counter()
-        config = self.plan.config(*cell)
         errors: dict[str, float] = {}
         try:
             for name, weight in self._weights():
-                layer = self._quantized(name, weight, scores.get(name), config)
-                errors[name] = layer.facts["relative_error"]
+                layer, errors[name] = self._quantized(name, weight, scores.get(name), key.config)
                 self.model.set_submodule(name, layer)
             quantized = time.perf_counter()
             result = self.evaluate(self.model)
@@ -167,45 +186,47 @@ class GridRun:
             for name, module in self.layers.items():
                 self.model.set_submodule(name, module)
         seconds = {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized}
-        self._write(cell, {**result, "bits_per_weight": bits}, errors, seconds)
+        self._write(key, {**result, "bits_per_weight": bits}, errors, seconds)
 
-    def _quantized(self, name: str, weight: Tensor, scores: Tensor | None, config: SVDQConfig) -> SVDQLinear:
+    def _quantized(
+        self, name: str, weight: Tensor, scores: Tensor | None, config: SVDQConfig
+    ) -> tuple[SVDQLinear, float]:
+        """The quantized layer, and its relative error."""
         module = self.layers[name]
         layer = empty_layer(module, config)
         k = salient_count(config.k, *weight.shape)
-        rows, columns = top_positions(weight if scores is None else scores, k)
-        parts = decompose(weight, rows, columns, config.scheme)
+        chosen = top_positions(weight if scores is None else scores, k)
+        parts, layer.facts = quantize_chosen(weight, config, *chosen)
         layer.load_parts(parts)
         layer.bias = module.bias  # type: ignore[assignment]
-        layer.facts = {"relative_error": relative_error(weight, parts, config.scheme)}
-        return layer
+        return layer, layer.facts["relative_error"]
 
     def _write(
         self,
-        cell: tuple[str, str | None, int | float, int],
+        key: Key,
         result: dict[str, Any],
         errors: dict[str, float] | None,
         seconds: dict[str, float],
     ) -> None:
-        method, grid, k, seed = cell
-        bits = {"bits_per_weight": 32.0} if method == "fp32" else {}
+        dense = {"bits_per_weight": 32.0, "kl": None, "kl_each": None} if key.method == "fp32" else {}
         line = {
             "task": self.evaluate.task, "model": self.name, "model_seed": model_seed(self.name),
-            "method": method, "grid": grid, "k": k, "rank": self.plan.rank, "score_seed": seed,
-            "relative_error": errors, "seconds": seconds, **bits, **result,
+            "method": key.method, "grid": key.grid, "k": key.k, "rank": key.rank, "score_seed": key.seed,
+            "relative_error": errors, "seconds": seconds, **result, **dense,
         }  # fmt: skip
-        if method == "fp32":
-            line["kl"] = None
         append(self.out / CELLS, [line])
 
-    def _compare(self, method: str, seed: int, scores: Mapping[str, Tensor]) -> None:
-        """Write how much of svd's choice a method makes as well, at every k."""
-        if method == "svd":
-            self.svd_choice = self._positions(scores)
-        elif "svd" in self.plan.methods and method not in BASELINES and seed == 0:
-            if not self.svd_choice:  # a run that goes on after svd's cells
-                self.svd_choice = self._positions(self._scores("svd", self.plan.grids[0], 1, 0))
-            append(self.out / OVERLAPS, self._overlaps(method, self._positions(scores)))
+    def _compare(self, key: Key, scores: Mapping[str, Tensor]) -> None:
+        """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
+        if key.method == "svd":
+            self.svd_choice[key.rank] = self._positions(scores)
+        elif "svd" in self.plan.methods and key.method not in BASELINES and key.seed == 0:
+            theirs = self._positions(scores)
+            for rank in self.plan.ranks:
+                if rank not in self.svd_choice:  # a run that goes on after svd's cells
+                    svd = Key("svd", self.plan.grids[0], 1, 0, rank)
+                    self.svd_choice[rank] = self._positions(self._scores(svd))
+                append(self.out / OVERLAPS, self._overlaps(key.method, rank, theirs))
 
     def _positions(self, scores: Mapping[str, Tensor]) -> Positions:
         found: Positions = {}
@@ -215,13 +236,13 @@ class GridRun:
                 found.setdefault(k, {})[name] = rows.long() * table.shape[1] + columns.long()
         return found
 
-    def _overlaps(self, other: str, theirs: Positions) -> Iterator[dict[str, Any]]:
+    def _overlaps(self, other: str, rank: int, theirs: Positions) -> Iterator[dict[str, Any]]:
+        about = {"task": self.evaluate.task, "model": self.name, "rank": rank, "other": other}
         for k, layers in theirs.items():
             for name, positions in layers.items():
-                ours, numel = self.svd_choice[k][name], self.layers[name].weight.numel()  # type: ignore[operator]
+                ours, numel = self.svd_choice[rank][k][name], self.layers[name].weight.numel()  # type: ignore[operator]
                 if ours.numel():
-                    found = {"layer": name, "k": k, "other": other, **overlap(ours, positions, numel)}
-                    yield {"task": self.evaluate.task, "model": self.name, **found}
+                    yield {**about, "layer": name, "k": k, **overlap(ours, positions, numel)}
 
 
 def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
@@ -235,11 +256,11 @@ def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
     return {"iou": common / union, "share": common / a.numel(), "chance": b.numel() / numel}
 
 
-def finished(out: Path, task: str, model: str) -> set[tuple[Any, ...]]:
+def finished(out: Path, task: str, model: str) -> set[Key]:
     """Keys of the cells that are in OUT already; lines that a kill cut off are taken away."""
     cells, _ = (whole_lines(out / name) for name in (CELLS, OVERLAPS))
     return {
-        (cell["method"], cell["grid"], cell["k"], cell["score_seed"], cell["rank"])
+        Key(cell["method"], cell["grid"], cell["k"], cell["score_seed"], cell["rank"])
         for cell in cells
         if (cell["task"], cell["model"]) == (task, model)
     }

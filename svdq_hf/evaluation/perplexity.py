@@ -121,7 +121,7 @@ class PerplexityEvaluator:
             found = causal_score(model, self.ids, context=self.context, stride=max(1, self.context // 2))
         else:
             found = masked_score(model, self.ids, self.tokenizer, context=self.context)
-        nothing = {"right": None, "correct": None, "kl": None}
+        nothing = dict.fromkeys(("right", "correct", "majority", "kl", "kl_each"))
         metrics = {"perplexity": found.perplexity}
         return {"n": found.tokens, "metrics": metrics, "loss": found.loss, **nothing}
 

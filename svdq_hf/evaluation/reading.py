@@ -15,8 +15,6 @@ from svdq_hf.evaluation.cells import Cell, Overlap
 
 CELLS: Final = "cells.jsonl"
 OVERLAPS: Final = "overlap.jsonl"
-# A rank that a method does not use would make two cells of one.
-RANKLESS: Final = frozenset(("fp32", "none", "magnitude", "relative", "awq", "spqr", "random"))
 
 
 class Kind(NamedTuple):
@@ -47,6 +45,7 @@ COUNT: Final = Kind("a whole number", _is_count)
 NUMBER: Final = Kind("a number", _is_number)
 NUMBERS: Final = Kind("an object of numbers", _are_numbers)
 SCORES: Final = Kind("an object of at least one number", lambda value: _are_numbers(value) and value)
+LIST: Final = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
 BITS: Final = Kind("0s and 1s", lambda value: isinstance(value, str) and set(value) <= {"0", "1"})
 
 CELL_KEYS: Final[Mapping[str, Kind]] = {
@@ -64,12 +63,15 @@ CELL_KEYS: Final[Mapping[str, Kind]] = {
     "correct": _or_null(BITS),
     "loss": _or_null(NUMBER),
     "kl": _or_null(NUMBER),
+    "kl_each": _or_null(LIST),
+    "majority": _or_null(COUNT),
     "bits_per_weight": _or_null(NUMBER),
     "relative_error": _or_null(NUMBERS),
     "seconds": NUMBERS,
 }
 OVERLAP_KEYS: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("task", "model", "layer", "other"), TEXT),
+    "rank": COUNT,
     **dict.fromkeys(("k", "iou", "share", "chance"), NUMBER),
 }
 
@@ -94,17 +96,19 @@ def read_overlaps(folder: str | Path) -> list[Overlap]:
     """The overlaps of a grid, each once; none where the file is absent."""
     file = Path(folder) / OVERLAPS
     found = [Overlap(**overlap) for overlap, _ in _objects(file, OVERLAP_KEYS)]
-    return list({(one.task, one.model, one.layer, one.k, one.other): one for one in found}.values())
+    return list({(one.task, one.model, one.layer, one.rank, one.k, one.other): one for one in found}.values())
 
 
 def _cell(found: dict[str, Any], where: str) -> Cell:
-    cell = Cell(**{**found, "rank": None if found["method"] in RANKLESS else found["rank"]})
+    cell = Cell(**found)
     if not (math.isfinite(cell.k) and cell.k >= 0):
         raise ValueError(f"{where}: k is {cell.k}")
     if cell.n < 1 or (cell.right is not None and not 0 <= cell.right <= cell.n):
         raise ValueError(f"{where}: {cell.right} right of {cell.n}")
     if cell.correct is not None and (len(cell.correct), cell.correct.count("1")) != (cell.n, cell.right):
         raise ValueError(f"{where}: 'correct' does not hold {cell.n} answers with {cell.right} right ones")
+    if cell.kl_each is not None and len(cell.kl_each) != cell.n:
+        raise ValueError(f"{where}: 'kl_each' holds {len(cell.kl_each)} values for {cell.n} examples")
     return cell
 
 

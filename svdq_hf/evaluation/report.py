@@ -66,8 +66,8 @@ def _sections(
         parts = [group.task, group.family, group.grid or ""]
         drawn = _group_figures(group, cells)
         sections.append(_group_section(group, _name(parts, taken), drawn, figures))
-    for key in dict.fromkeys((overlap.task, overlap.family) for overlap in overlaps):
-        part = [overlap for overlap in overlaps if (overlap.task, overlap.family) == key]
+    for key in dict.fromkeys((overlap.task, overlap.family, _rank(overlap)) for overlap in overlaps):
+        part = [overlap for overlap in overlaps if (overlap.task, overlap.family, _rank(overlap)) == key]
         sections.append(_overlap_section(key, part, _name([*key, "overlap"], taken), figures))
     return sections, figures
 
@@ -96,7 +96,7 @@ def _group_section(
 
 
 def _overlap_section(
-    key: tuple[str, str], overlaps: Sequence[Overlap], name: str, figures: dict[str, "Figure"]
+    key: tuple[str, ...], overlaps: Sequence[Overlap], name: str, figures: dict[str, "Figure"]
 ) -> Section:
     rows = overlap_rows(overlaps)
     others = list(dict.fromkeys(row.other for row in rows))
@@ -106,6 +106,10 @@ def _overlap_section(
     pictures = [_picture(stem, figure) for stem, figure in drawn.items()]
     title = f"{', '.join(key)}: what svd and other scores choose alike"
     return Section(title, name, claims(rows), [overlap_table(rows)], pictures)
+
+
+def _rank(overlap: Overlap) -> str:
+    return f"rank {overlap.rank}"
 
 
 def _picture(name: str, figure: "Figure") -> Picture:

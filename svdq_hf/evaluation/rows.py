@@ -12,7 +12,16 @@ from statistics import fmean
 from typing import Final, NamedTuple
 
 from svdq_hf.evaluation.cells import Cell, Group, Overlap, in_order
-from svdq_hf.evaluation.statistics import Band, Interval, Verdict, confidence_band, mcnemar, verdict, wilson
+from svdq_hf.evaluation.statistics import (
+    Band,
+    Interval,
+    Verdict,
+    confidence_band,
+    mcnemar,
+    paired_t,
+    verdict,
+    wilson,
+)
 
 NAMES: Final = {"fp32": "FP32", "none": "4-bit, nothing salient"}
 PAPER_OVERLAP: Final = (0.60, 0.70)  # arXiv 2512.01343: "60-70 %" of svd's choice is spqr's as well
@@ -24,6 +33,16 @@ class Comparison(NamedTuple):
     p: float
     right: int
     other_right: int
+    n: int
+    verdict: Verdict
+
+
+class Distance(NamedTuple):
+    """A paired test of the KLs of some cells against others': p, mean of each, examples, words."""
+
+    p: float
+    kl: float
+    other_kl: float
     n: int
     verdict: Verdict
 
@@ -45,6 +64,8 @@ class Row:
     band: Band | None
     against_fp32: Comparison | None
     against_magnitude: Comparison | None
+    kl_against_magnitude: Distance | None
+    majority: float | None
     kl: float | None
     loss_change: float | None
     bits_per_weight: float | None
@@ -59,17 +80,23 @@ class Row:
         pairs = {"fp32": self.against_fp32, "magnitude": self.against_magnitude}
         tests = {f"p_{name}": pair.p if pair else None for name, pair in pairs.items()}
         words = {f"verdict_{name}": pair.verdict if pair else None for name, pair in pairs.items()}
+        distance = self.kl_against_magnitude
+        tests |= {"p_kl_magnitude": distance.p if distance else None}
+        words |= {"verdict_kl_magnitude": distance.verdict if distance else None}
         return flat | scores | ends | tests | words
 
 
-_NESTED: Final = ("scores", "interval", "band", "against_fp32", "against_magnitude")
+_NESTED: Final = (
+    "scores", "interval", "band", "against_fp32", "against_magnitude", "kl_against_magnitude", "majority",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Svd's choice against another score's at one k: over layers (and models)."""
+    """Svd's choice, at one rank, against another score's at one k: over layers (and models)."""
 
     other: str
+    rank: int
     k: float
     layers: int
     iou: float
@@ -95,13 +122,13 @@ def main_rows(group: Group) -> list[Row]:
 
 
 def overlap_rows(overlaps: Iterable[Overlap]) -> list[OverlapRow]:
-    """One row per other score and k, over all layers."""
-    pools: dict[tuple[str, float], list[Overlap]] = {}
+    """One row per other score, rank and k, over all layers."""
+    pools: dict[tuple[str, int, float], list[Overlap]] = {}
     for overlap in overlaps:
-        pools.setdefault((overlap.other, overlap.k), []).append(overlap)
-    others = in_order(other for other, _ in pools)
-    keys = sorted(pools, key=lambda key: (others.index(key[0]), key[1]))
-    return [_overlap_row(other, k, pools[other, k]) for other, k in keys]
+        pools.setdefault((overlap.other, overlap.rank, overlap.k), []).append(overlap)
+    others = in_order(other for other, _, _ in pools)
+    keys = sorted(pools, key=lambda key: (others.index(key[0]), *key[1:]))
+    return [_overlap_row(pools[key]) for key in keys]
 
 
 def compare(cells: Sequence[Cell], others: Sequence[Cell]) -> Comparison | None:
@@ -109,14 +136,35 @@ def compare(cells: Sequence[Cell], others: Sequence[Cell]) -> Comparison | None:
 
     Of several draws of one model the first counts: each would find the other side's errors again.
     """
-    first = [min(part, key=lambda cell: cell.score_seed or 0) for part in _by_model(cells)]
-    paired = [(cell, partner) for cell in first if (partner := _partner(cell, others))]
+    paired = _paired(cells, others)
     ours = "".join(cell.correct or "" for cell, _ in paired)
     theirs = "".join(partner.correct or "" for _, partner in paired)
     if not ours or len(ours) != len(theirs):
         return None
     p, right, other_right = mcnemar(ours, theirs), ours.count("1"), theirs.count("1")
     return Comparison(p, right, other_right, len(ours), verdict(p, right, other_right))
+
+
+def distance(cells: Sequence[Cell], others: Sequence[Cell]) -> Distance | None:
+    """Whose outputs are nearer to FP32's, over the same examples of the same models; None without pairs."""
+    paired = _paired(cells, others)
+    ours = [kl for cell, _ in paired for kl in cell.kl_each or ()]
+    theirs = [kl for _, partner in paired for kl in partner.kl_each or ()]
+    if len(ours) < 2 or len(ours) != len(theirs) or not all(map(math.isfinite, ours + theirs)):
+        return None
+    p, kl, other_kl = paired_t(ours, theirs), fmean(ours), fmean(theirs)
+    return Distance(p, kl, other_kl, len(ours), verdict(p, other_kl, kl))
+
+
+def _paired(cells: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """The first draw of each model, with its partner among the others."""
+    first = [min(part, key=lambda cell: cell.score_seed or 0) for part in _by_model(cells)]
+    return [(cell, partner) for cell in first if (partner := _partner(cell, others))]
+
+
+def _share(counts: Sequence[int | None], n: int) -> float | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) / n if len(known) == len(counts) else None
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -133,6 +181,12 @@ def missing(group: Group, rows: Sequence[Row]) -> list[str]:
         ks = [k for k in group.ks if not group.of(method, k)]
         if method in there and ks:
             notes.append(f"No row {method} at k = {', '.join(f'{k:g}' for k in ks)}: not in the data.")
+    dense = next((row for row in rows if row.method == "fp32"), None)
+    if dense and dense.interval and dense.majority and dense.interval.low <= dense.majority:
+        notes.append(
+            f"FP32 itself is not distinguishable from always giving the commonest answer "
+            f"({dense.majority:.1%} right): right answers rank nothing here, KL does."
+        )
     most = max(row.seeds for row in rows)
     return notes + [
         f"{row.label} at k = {row.k:g} has {row.seeds} of {most} models." for row in rows if row.seeds < most
@@ -171,6 +225,8 @@ def _row(group: Group, cells: Sequence[Cell]) -> Row:
         band=_band(group, cells),
         against_fp32=compare(cells, group.of("fp32")) if first.method != "fp32" else None,
         against_magnitude=compare(cells, group.of("magnitude", first.k)) if salient else None,
+        kl_against_magnitude=distance(cells, group.of("magnitude", first.k)) if salient else None,
+        majority=_share([cell.majority for cell in cells], n),
         kl=mean(cell.kl for cell in cells),
         loss_change=_loss_change(cells, group.of("fp32")) if first.method != "fp32" else None,
         bits_per_weight=mean(cell.bits_per_weight for cell in cells),
@@ -225,11 +281,12 @@ def _loss_change(cells: Iterable[Cell], dense: Sequence[Cell]) -> float | None:
     return mean(loss - base for loss, base in pairs if loss is not None and base is not None)
 
 
-def _overlap_row(other: str, k: float, overlaps: Sequence[Overlap]) -> OverlapRow:
-    shares = [overlap.share for overlap in overlaps]
+def _overlap_row(overlaps: Sequence[Overlap]) -> OverlapRow:
+    first, shares = overlaps[0], [overlap.share for overlap in overlaps]
     return OverlapRow(
-        other=other,
-        k=k,
+        other=first.other,
+        rank=first.rank,
+        k=first.k,
         layers=len({overlap.layer for overlap in overlaps}),
         iou=fmean(overlap.iou for overlap in overlaps),
         share=fmean(shares),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from svdq_hf.evaluation.cells import Group
-from svdq_hf.evaluation.rows import NAMES, Comparison, Row, compare
+from svdq_hf.evaluation.rows import NAMES, Comparison, Distance, Row, compare
 from svdq_hf.evaluation.statistics import Verdict
 from svdq_hf.evaluation.tables import chance, listing, small
 
@@ -53,12 +53,11 @@ def _certain(group: Group, rows: Sequence[Row]) -> Iterator[str]:
 
 def _against_magnitude(group: Group, rows: Sequence[Row]) -> Iterator[str]:
     """Whether svd beats magnitude, k by k: by KL, and by right answers."""
-    pairs = [(row, _closer(row, rows)) for row in rows if row.method == "svd"]
-    verbs = {True: "is closer to FP32 than magnitude", False: "is not closer to FP32 than magnitude"}
-    found = {verb: [row for row, closer in pairs if closer is won] for won, verb in verbs.items()}
-    if said := [f"{_names(part, group.ks)} {verb}" for verb, part in found.items() if part]:
+    svd = [row for row in rows if row.method == "svd"]
+    words = _by_verdict([(row, row.kl_against_magnitude) for row in svd if row.kl_against_magnitude])
+    if said := [f"{_names(part, group.ks)} is {_KL_ENDS[word]} magnitude" for word, part in words.items()]:
         yield f"By KL, {'; '.join(said)}."
-    words = _by_verdict([(row, row.against_magnitude) for row, _ in pairs if row.against_magnitude])
+    words = _by_verdict([(row, row.against_magnitude) for row in svd if row.against_magnitude])
     if said := [f"{_names(part, group.ks)} is {word} {_ENDS[word]}" for word, part in words.items()]:
         yield f"By right answers, {'; '.join(said)}."
 
@@ -70,13 +69,14 @@ _ENDS: Final[Mapping[Verdict, str]] = {
 }
 
 
-def _closer(row: Row, rows: Iterable[Row]) -> bool | None:
-    """Whether a row has a smaller KL than magnitude at its k; None where that is not known."""
-    kl = next((other.kl for other in rows if other.method == "magnitude" and other.k == row.k), None)
-    return None if kl is None or row.kl is None else row.kl < kl
+_KL_ENDS: Final[Mapping[Verdict, str]] = {
+    "better": "closer to FP32 than",
+    "worse": "farther from FP32 than",
+    "not distinguishable": "not distinguishable from",
+}
 
 
-def _by_verdict(tested: Iterable[tuple[Row, Comparison]]) -> dict[Verdict, list[Row]]:
+def _by_verdict(tested: Iterable[tuple[Row, Comparison | Distance]]) -> dict[Verdict, list[Row]]:
     words: dict[Verdict, list[Row]] = {}
     for row, pair in tested:
         words.setdefault(pair.verdict, []).append(row)

@@ -28,7 +28,7 @@ def cell(method: str = "fp32", k: float = 0, **changes: Any) -> dict[str, Any]:
         "method": method,
         "grid": None if dense else "group 64, mse",
         "k": k,
-        "rank": 8,
+        "rank": 8 if method == "svd" else None,
         "score_seed": 0,
         "n": 10 if correct is None else len(correct),
         "right": right,
@@ -36,6 +36,8 @@ def cell(method: str = "fp32", k: float = 0, **changes: Any) -> dict[str, Any]:
         "metrics": {"accuracy": right / len(correct)} if correct else {"pearson": 0.9},
         "loss": 0.5,
         "kl": None if dense else 0.01,
+        "kl_each": None,
+        "majority": None,
         "bits_per_weight": 32 if dense else 4.25,
         "relative_error": None,
         "seconds": {"quantize": 1.0, "evaluate": 2.0},
@@ -44,7 +46,7 @@ def cell(method: str = "fp32", k: float = 0, **changes: Any) -> dict[str, Any]:
 
 
 def overlap(layer: str = "a.0", k: float = 256, other: str = "spqr", **changes: Any) -> dict[str, Any]:
-    base = {"task": "rte", "model": "mini-seed0", "layer": layer, "k": k, "other": other}
+    base = {"task": "rte", "model": "mini-seed0", "layer": layer, "k": k, "rank": 8, "other": other}
     return {**base, "iou": 0.4, "share": 0.57, "chance": 0.002, **changes}
 
 

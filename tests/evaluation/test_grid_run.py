@@ -8,7 +8,7 @@ from transformers import BertModel
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.evaluation import grid as grid_module
-from svdq_hf.evaluation.grid import CELLS, OVERLAPS, GridRun, Plan, append, finished, overlap
+from svdq_hf.evaluation.grid import CELLS, OVERLAPS, GridRun, Key, Plan, append, finished, overlap
 
 PLAN = Plan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
@@ -157,6 +157,14 @@ def test_overlaps_are_those_of_the_choices(tmp_path):
     assert one["chance"] == 30 / (64 * 96)
 
 
+def test_ranks_are_run_for_svd_alone_and_each_is_overlapped(tmp_path):
+    run(tmp_path, Plan(ks=(30,), methods=("svd", "magnitude"), grids=("group 64, mse",), ranks=(1, 4)))
+    assert [(cell["method"], cell["rank"]) for cell in lines(tmp_path)] == [
+        ("fp32", None), ("none", None), ("svd", 1), ("svd", 4), ("magnitude", None)
+    ]  # fmt: skip
+    assert [one["rank"] for one in lines(tmp_path, OVERLAPS)] == [1] * 13 + [4] * 13
+
+
 def test_overlap_by_hand():
     a, b = torch.tensor([0, 5, 7, 9]), torch.tensor([5, 9, 11, 12])
     assert overlap(a, b, 16) == {"iou": 2 / 6, "share": 0.5, "chance": 0.25}
@@ -166,7 +174,7 @@ def test_cells_of_other_models_do_not_count(tmp_path):
     cell = {"method": "svd", "grid": "group 64, mse", "k": 1, "score_seed": 0, "rank": 8}
     append(tmp_path / CELLS, [{**cell, "task": "outputs", "model": "other"}])
     assert finished(tmp_path, "outputs", "tiny-seed3") == set()
-    assert finished(tmp_path, "outputs", "other") == {("svd", "group 64, mse", 1, 0, 8)}
+    assert finished(tmp_path, "outputs", "other") == {Key("svd", "group 64, mse", 1, 0, 8)}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_cells_of_other_models_do_not_count(tmp_path):
         ({"methods": ("svdd",)}, "saliency='svdd': must be one of"),
         ({"grids": ("group 32",)}, "grid 'group 32': must be one of"),
         ({"ks": (-1,)}, "k=-1: must be"),
-        ({"rank": 0}, "rank=0: must be"),
+        ({"ranks": (8, 0)}, "rank=0: must be"),
     ],
 )
 def test_plan_refuses_what_cannot_be_run(choices, message):

@@ -27,9 +27,11 @@ def test_cells_that_differ_are_two(tmp_path, change):
     assert len(read_cells(write(tmp_path, [cell("svd", 1), cell("svd", 1, **change)]))) == 2
 
 
-def test_a_rank_that_plays_no_part_does_not_make_two_cells(tmp_path):
+def test_ranks_of_one_method_are_cells_of_their_own(tmp_path):
     cells = [
-        cell(method, k, rank=rank) for rank in (8, 64) for method, k in (("fp32", 0), ("awq", 1), ("svd", 1))
+        cell(),
+        cell("awq", 1),
+        *(cell("svd", 1, rank=rank) for rank in (8, 64, 8)),
     ]
     assert [(one.method, one.rank) for one in read_cells(write(tmp_path, cells))] == [
         ("fp32", None), ("awq", None), ("svd", 8), ("svd", 64)

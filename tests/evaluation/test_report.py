@@ -50,15 +50,15 @@ def test_files_are_those_that_are_returned(tmp_path):
         "pictures/rte-mini-group-64-mse-kl.svg",
         "pictures/rte-mini-group-64-mse-score.png",
         "pictures/rte-mini-group-64-mse-score.svg",
-        "pictures/rte-mini-overlap-awq.png",
-        "pictures/rte-mini-overlap-awq.svg",
-        "pictures/rte-mini-overlap-spqr.png",
-        "pictures/rte-mini-overlap-spqr.svg",
+        "pictures/rte-mini-rank-8-overlap-awq.png",
+        "pictures/rte-mini-rank-8-overlap-awq.svg",
+        "pictures/rte-mini-rank-8-overlap-spqr.png",
+        "pictures/rte-mini-rank-8-overlap-spqr.svg",
         "report.html",
         "report.md",
         "tables/rte-mini-group-64-mse-main.csv",
         "tables/rte-mini-group-64-mse-runs.csv",
-        "tables/rte-mini-overlap-overlap.csv",
+        "tables/rte-mini-rank-8-overlap-overlap.csv",
     ]
 
 

@@ -147,3 +147,25 @@ def test_overlaps_by_hand():
     last = rows[-1]
     assert (last.share, last.iou, last.chance) == pytest.approx((0.65, 0.3, 0.002))
     assert (last.low, last.high, last.layers) == (0.5, 0.8, 2)
+
+
+def test_kl_is_compared_with_magnitude_example_by_example(tmp_path):
+    near, far = [0.1, 0.2, 0.3, 0.2] * 3, [0.2, 0.3, 0.5, 0.3] * 3
+    each = {"svd": near, "magnitude": far}
+    cells = [cell(name, 16, kl_each=kls, correct="1" * 12) for name, kls in each.items()]
+    [group] = groups(read_cells(write(tmp_path, cells)))
+    svd = next(row for row in main_rows(group) if row.method == "svd")
+    found = svd.kl_against_magnitude
+    assert (found.n, found.verdict) == (12, "better")
+    assert (found.kl, found.other_kl) == pytest.approx((0.2, 0.325))
+    record = svd.record()
+    assert (record["p_kl_magnitude"], record["verdict_kl_magnitude"]) == (found.p, "better")
+
+
+@pytest.mark.parametrize(("right", "majority", "noted"), [(6, 5, True), (55, 50, True), (90, 50, False)])
+def test_base_model_near_the_commonest_answer_is_told(tmp_path, right, majority, noted):
+    n = 10 if right < 10 else 100
+    cells = [cell(correct="1" * right + "0" * (n - right), majority=majority)]
+    [group] = groups(read_cells(write(tmp_path, cells)))
+    notes = missing(group, main_rows(group))
+    assert any("always giving the commonest answer" in note for note in notes) is noted

@@ -133,6 +133,7 @@ def test_overlap_table_holds_the_papers_claim_against_the_data():
     table = overlap_table(overlap_rows(Overlap(**line) for line in lines))
     assert shown(table)[1] == {
         "other score": "spqr",
+        "svd's rank": "8",
         "k": "16",
         "mean share": "65.0%",
         "mean IoU": "0.480",

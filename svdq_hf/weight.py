@@ -1,0 +1,93 @@
+"""One weight of a model -> what is stored for it: checked, scored, decomposed, and measured.
+
+It knows the config, the score and the format, no modules and no models: those are in `convert`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdq_hf.calibration import InputStatistics
+from svdq_hf.config import SVDQConfig
+from svdq_hf.decompose import decompose, relative_error
+from svdq_hf.saliency import score
+from svdq_hf.sparse import salient_count, top_positions
+
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def quantize_weight(
+    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Quantize `weight` `[out, in]` of the layer `name`: its stored parts, and the facts measured.
+
+    inputs: what the layer saw, for the scores that need data.
+
+    Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
+    the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
+
+    Raises:
+        ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
+            it names the layer.
+    """
+    check_weight(name, weight)
+    try:
+        dense = weight.float().contiguous()
+        rows, columns, facts = _choose(dense, config, inputs)
+        parts, errors = quantize_chosen(dense, config, rows, columns)
+    except Exception as error:  # whatever a user's score raises: it is told of which layer
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"could not quantize {name}: {kind}{error}") from error
+    return parts, errors | facts
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
+    check_source_dtype(name, weight.dtype)
+    if weight.is_meta:
+        raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
+        )
+
+
+def quantize_chosen(
+    weight: Tensor, config: SVDQConfig, rows: Tensor, columns: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Quantize `weight` `[out, in]`, float32, with the entries at `rows`, `columns` `[k]` kept exactly."""
+    parts = decompose(weight, rows, columns, config.scheme)
+    return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
+
+
+def _choose(
+    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Rows and columns of the salient entries, and what the score measured; scores are let go at once."""
+    k = salient_count(config.k, *weight.shape)
+    if k == 0:
+        nowhere = torch.empty(0, dtype=torch.int32, device=weight.device)
+        return nowhere, nowhere, {}
+    scored = score(config.saliency, weight, score_inputs(config, weight.shape[1], inputs))
+    return *top_positions(scored.scores, k), scored.facts
+
+
+def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
+    """Refuse a weight that is no plain float (a layer of fp8 or int8 has scales of its own)."""
+    if dtype not in SOURCE_DTYPES:
+        allowed = [str(source) for source in SOURCE_DTYPES]
+        raise ValueError(f"could not quantize {name}: weight is {dtype}; it must be one of {allowed}")
+
+
+def score_inputs(
+    config: SVDQConfig, in_features: int, inputs: InputStatistics | None = None
+) -> dict[str, Any]:
+    """What a score may ask for (`saliency.NEEDS`), as far as it is known for a layer."""
+    group = config.scheme.grid.columns(in_features)
+    known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
+    if inputs is not None:
+        known |= {"input_norm": inputs.norm, "tokens": inputs.tokens}
+        if inputs.gram is not None:
+            known["input_gram"] = inputs.gram
+    return known
