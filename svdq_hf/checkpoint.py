@@ -7,22 +7,26 @@ no code of the model's author is run. Not here: quantizing without building the 
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from svdq_hf.card import write_card
 from svdq_hf.config import SVDQConfig
+from svdq_hf.convert import linear_layers, unmatched
 from svdq_hf.footprint import Footprint, footprint
 from svdq_hf.hub import explained
 from svdq_hf.readme import README, read_text
 
 REPORT_FILE = "svdq_report.json"
+NAMES_SHOWN = 6
 COMPANIONS = (".json", ".txt", ".model", ".jinja")
 """Tokenizers, processors, pooling and prompts: copied beside the quantized weights."""
 
@@ -75,6 +79,29 @@ def local_folder(model: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
+def check_names(folder: str | Path, config: SVDQConfig) -> None:
+    """Refuse names of modules to keep dense that match nothing; the model is built without weights.
+
+    Quantizing itself only warns: a config may be meant for many models, a command line is for one.
+
+    Raises:
+        ValueError: a name matches no linear layer of the model in `folder`; see also `quantize_checkpoint`.
+    """
+    if not config.modules_to_not_convert:
+        return
+    names = list(linear_layers(_empty_model(Path(folder))))
+    unknown = unmatched(names, config)
+    if unknown:
+        kinds: dict[str, str] = {}  # layers that differ by a number only are one kind
+        for name in names:
+            kinds.setdefault(re.sub(r"\d+", "#", name), name)
+        shown = list(kinds.values())[:NAMES_SHOWN]
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))} matches no linear layer of {folder}; there are "
+            f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''}"
+        )
+
+
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of the safetensors files in a folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -96,6 +123,15 @@ def _model_class(source: Path) -> Any:
         if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
             return candidate
     return AutoModel
+
+
+def _empty_model(source: Path) -> Any:
+    """The model of a folder, on the meta device."""
+    model_class = _model_class(source)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    build = model_class.from_config if model_class is AutoModel else model_class
+    with torch.device("meta"):
+        return build(config)
 
 
 def _copy_companions(source: Path, target: Path) -> None:

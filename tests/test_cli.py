@@ -1,14 +1,20 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import BertModel
 from transformers.utils import logging as hf_logging
 
+import svdq_hf.checkpoint
 from svdq_hf import SVDQConfig
 from svdq_hf.cli import main
+from svdq_hf.evaluation.command import EXAMPLE
+from svdq_hf.readme import metadata_of
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,9 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     [
         (["quantize", "./nowhere", "out"], "./nowhere: no such folder"),
         (["inspect", "./nowhere"], "no *.safetensors file is there"),
+        (["evaluate", "--task", "rte", "--model", "./nowhere", "--out", "o"], "./nowhere: no such folder"),
+        (["evaluate", "--task", "rt", "--model", "./nowhere", "--out", "o"], "must be one of"),
+        (["evaluate", "--task", "perplexity", "--model", "./nowhere", "--out", "o"], "needs a text file"),
         (["demo", "--k", "-3"], "k=-3: must be an int from 0 on"),
         (["demo", "--saliency", "svdd"], "saliency='svdd': must be one of"),
         (["demo", "--group-size", "48"], "group_size=48: must be"),
@@ -100,8 +109,12 @@ def test_demo_quantizes_the_embedded_model(tmp_path, capsys):
     assert result["bytes_svdq"] < 0.6 * result["bytes_fp32"]
     # FP32 finds the unrelated pair least similar; so must 4 bits
     assert min(range(4), key=result["similarity_svdq"].__getitem__) == 2
+    card = metadata_of((out / "README.md").read_text())
+    assert (card["base_model"], card["license"]) == ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")
     assert main(["demo", "--out", str(out)]) == 1
     assert "is there already" in capsys.readouterr().err
+    assert main(["demo", "--skip", "nonsense"]) == 1
+    assert "'nonsense' matches no linear layer" in capsys.readouterr().err
 
 
 def test_names_of_a_stranger_are_printed_as_they_are(source, tmp_path, capsys):
@@ -123,3 +136,64 @@ def test_skip_takes_one_name_and_may_be_given_again(source, tmp_path, capsys):
     assert main(["quantize", *skips, source, str(tmp_path / "out"), "--json"]) == 0
     names = json.loads(capsys.readouterr().out)["layers"]
     assert not any("pooler" in name or "query" in name for name in names)
+
+
+def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["quantize", source, str(out), "--skip", "pooler", "--skip", "nonsense"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"svdq quantize: 'nonsense' matches no linear layer of {source}; there are ")
+    assert error.endswith(
+        "encoder.layer.0.attention.self.query, encoder.layer.0.attention.self.key, "
+        "encoder.layer.0.attention.self.value, encoder.layer.0.attention.output.dense, "
+        "encoder.layer.0.intermediate.dense, encoder.layer.0.output.dense, ...\n"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [["quantize", "nope", "out"], ["evaluate", "--model", "nope"]])
+def test_hub_that_is_not_reached_is_told_at_once_in_the_same_words(command, capsys, tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(name: str, **choices: object) -> str:
+        asked.append(name)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(svdq_hf.checkpoint, "snapshot_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    more = ["--task", "rte", "--out", "o"] if command[0] == "evaluate" else []
+    assert main([*command, *more]) == 1
+    words = "nope: the Hub cannot be reached (no network); check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    assert words in capsys.readouterr().err
+    assert asked == ["nope"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"svdq_hf {svdq_hf.__version__}\n"
+
+
+def test_help_of_evaluate_shows_the_defaults_and_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for default in ("(the Hub)", "(1024)", "(16384)", "(1 16 64 256 1024 4096)", "(group)", "(8)", "(3)"):
+        assert default in printed
+    assert "(svd magnitude awq spqr random relative)" in printed
+    assert EXAMPLE in printed
+
+
+@pytest.mark.slow
+def test_reader_that_is_gone_ends_it_quietly(source, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["quantize", source, out]) == 0
+    for more in (["--json"], []):
+        command = [sys.executable, "-m", "svdq_hf", "inspect", out, *more]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.close()  # long before the child has anything to say
+        child.stdout = None
+        assert child.communicate()[1] == b""
+        assert child.returncode == 1

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from svdq_hf.checkpoint import local_folder
+
 KS: Final = (1, 16, 64, 256, 1024, 4096)
 METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
 GRID_NAMES: Final = {"group": "group 64, mse", "tensor": "tensor, absmax"}
+EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", required=True, help="cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity")
     add("--model", required=True, nargs="+", help="dense models to quantize and evaluate, e.g. one per seed")
     add("--out", required=True, help="folder of the cells and the report; a run that stopped goes on there")
-    add("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet); else the Hub")
+    add("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet) (the Hub)")
     add("--text", help="perplexity: a text file")
     add("--context", type=int, default=1024, help="perplexity: tokens the model sees at once (1024)")
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
     add("--k", nargs="+", type=_number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
     add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
-    add("--grid", nargs="+", choices=GRID_NAMES, default=["group"], help="of scales: group (group 64, mse; "
-        "the default), tensor (tensor, absmax: the paper's)")  # fmt: skip
+    add("--grid", nargs="+", choices=GRID_NAMES, default=["group"], help="of scales: group (64 "
+        "columns, mse) or tensor (one scale, absmax: the paper's) (group)")  # fmt: skip
     add("--rank", nargs="+", type=int, default=[8], help="ranks of the svd score (8)")
     add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
-    add("--metric-script", help="a local copy of the evaluate library's metric 'glue', to compute the scores")
+    add(
+        "--metric-script",
+        help="a local copy of the evaluate library's metric 'glue', to compute the scores (our own code)",
+    )
 
 
 def _shown(values: Sequence[object]) -> str:
@@ -54,6 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from svdq_hf.evaluation.grid import GridRun, Plan
     from svdq_hf.evaluation.report import write_report
 
+    folders = _folders(options)
     disable_progress_bars()  # one bar, that of the cells, is enough
     plan = Plan(
         ks=options.k,
@@ -63,36 +70,43 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         ranks=options.rank,
     )
     out, started, cells = Path(options.out), time.perf_counter(), 0
-    for folder in options.model:
+    for name, folder in folders:
         model, evaluator = _load(options, folder)
-        cells += GridRun(model, Path(folder).name, evaluator, plan, out).run()
+        cells += GridRun(model, name, evaluator, plan, out).run()
     seconds = time.perf_counter() - started
     written = [str(file) for file in write_report(out)]
     return {"cells": cells, "seconds": seconds, "report": written}
 
 
-def _load(options: argparse.Namespace, folder: str) -> tuple[Any, Any]:
+def _folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Name and folder of each model: a wrong task, text or model is told before anything is loaded."""
+    if options.task != "perplexity":
+        from svdq_hf.evaluation.glue import task_of
+
+        task_of(options.task)
+    elif options.text is None or not Path(options.text).is_file():
+        raise ValueError(f"--text {options.text}: perplexity needs a text file")
+    return [(Path(model).name, local_folder(model)) for model in options.model]
+
+
+def _load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     """A dense model and what evaluates it."""
     from transformers import AutoTokenizer
 
     if options.task == "perplexity":
         return _load_language_model(options, folder, AutoTokenizer.from_pretrained(folder))
-    from svdq_hf.evaluation.glue import task_of
     from svdq_hf.evaluation.trainer import GlueEvaluator, classifier
 
-    task_of(options.task)  # a wrong name is told before anything is loaded
     model = classifier(folder, options.task)
     tokenizer = _tokenizer(folder, model)
     return model, GlueEvaluator(options.task, tokenizer, options.data, script=options.metric_script)
 
 
-def _load_language_model(options: argparse.Namespace, folder: str, tokenizer: Any) -> tuple[Any, Any]:
+def _load_language_model(options: argparse.Namespace, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from svdq_hf.evaluation.perplexity import PerplexityEvaluator
 
-    if options.text is None or not Path(options.text).is_file():
-        raise ValueError(f"--text {options.text}: perplexity needs a text file")
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
     text = Path(options.text).read_text(encoding="utf-8")
@@ -100,7 +114,7 @@ def _load_language_model(options: argparse.Namespace, folder: str, tokenizer: An
     return kind.from_pretrained(folder), evaluator
 
 
-def _tokenizer(folder: str, model: Any) -> Any:
+def _tokenizer(folder: Path, model: Any) -> Any:
     """The model's tokenizer, if it fits the model's vocabulary."""
     from transformers import AutoTokenizer
 
