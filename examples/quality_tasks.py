@@ -1,0 +1,123 @@
+"""What bench_quality.py scores models on: a text, or a GLUE task's dev set.
+
+Loss and KL from the FP32 model, in nats; batches for the methods that need data, and a few tokens to
+look at single layers with. Not here: methods (`quality_peers`), cells and tables (`bench_quality`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from svdq_hf.evaluation.perplexity import token_ids
+from svdq_hf.evaluation.trainer import GlueEvaluator
+
+SAMPLE = 256
+"""Tokens on which the error of layers' outputs is taken."""
+
+
+class Task(Protocol):
+    """What models are scored on; the first one it scores is the FP32 reference of the rest."""
+
+    name: str
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """n, loss, kl and metrics of a cell."""
+
+    def calibration(self) -> list[Any]:
+        """Batches for the methods that need data."""
+
+    def sample(self) -> list[Any]:
+        """A few batches without padding."""
+
+
+class TextTask:
+    """A text in windows that do not overlap, each behind the tokenizer's first token if it has one.
+
+    The reference's log-probabilities stay in memory: 2 bytes times tokens times vocabulary.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, context: int, tokens: int, held: int) -> None:
+        ids = token_ids(read_text(file), tokenizer)
+        if tokens + held > ids.numel():
+            raise ValueError(f"{file}: {ids.numel()} tokens, fewer than {tokens} to score and {held} to hold")
+        self.name = f"{file.stem}, {tokens} tokens, context {context}"
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.first = torch.tensor(first, dtype=ids.dtype)
+        self.windows = self._windows(ids[:tokens], context)
+        self.held = self._windows(ids[-held:], context)
+        self.reference: list[Tensor] = []
+
+    def _windows(self, ids: Tensor, context: int) -> list[Tensor]:
+        parts = ids.split(context - self.first.numel())
+        return [torch.cat([self.first, part])[None] for part in parts if part.numel() > 1]
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """Mean loss and KL in nats over all tokens, and the loss of each window."""
+        known, losses, divergence = bool(self.reference), [], 0.0
+        for place, window in enumerate(self.windows):
+            logits = model(input_ids=window).logits[0, :-1]
+            losses.append(float(F.cross_entropy(logits.float(), window[0, 1:])))
+            if known:
+                divergence += divergence_sum(self.reference[place], logits)
+            else:
+                self.reference.append(log_probabilities(logits))
+        sizes = torch.tensor([window.numel() - 1 for window in self.windows])
+        loss = float((torch.tensor(losses, dtype=torch.float64) * sizes).sum() / sizes.sum())
+        n = int(sizes.sum())
+        return {"n": n, "loss": loss, "loss_each": losses, "kl": divergence / n, "metrics": {}}
+
+    def calibration(self) -> list[Any]:
+        """Windows of the end of the text."""
+        return [{"input_ids": window} for window in self.held]
+
+    def sample(self) -> list[Any]:
+        """The start of the text."""
+        return [{"input_ids": self.windows[0][:, :SAMPLE]}]
+
+
+class GlueTask:
+    """A GLUE task's whole dev set."""
+
+    def __init__(self, name: str, tokenizer: Any, data: str | None, held: int) -> None:
+        self.name = name
+        self.evaluate = GlueEvaluator(name, tokenizer, data, calibration_texts=max(1, held // 64))
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """Mean loss and KL in nats over the examples, and the task's own metrics."""
+        found = self.evaluate(model)
+        return {key: found[key] for key in ("n", "right", "loss", "kl", "metrics")}
+
+    def calibration(self) -> list[Any]:
+        """Training texts, about 64 tokens each."""
+        return self.evaluate.calibration()
+
+    def sample(self) -> list[Any]:
+        """The longest texts, one by one."""
+        rows = self.evaluate.encoded.remove_columns(["label", "position"]).select(range(3))
+        return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """`[positions, vocabulary]` in half precision: exact enough near 0, where the probability is."""
+    parts = [F.log_softmax(part.float(), -1).half() for part in logits.split(128)]
+    return torch.cat(parts)
+
+
+def divergence_sum(reference: Tensor, logits: Tensor) -> float:
+    """Sum over positions of the KL from a reference's log-probabilities, in nats."""
+    total = 0.0
+    for known, part in zip(reference.split(128), logits.split(128), strict=True):
+        log_p = F.log_softmax(known.float(), -1)  # half precision left the sum a little off 1
+        total += float((log_p.exp() * (log_p - F.log_softmax(part.float(), -1))).sum(dtype=torch.float64))
+    return total
+
+
+def read_text(file: Path) -> str:
+    """A plain text, or the "text" of each line of a .jsonl file."""
+    if file.suffix != ".jsonl":
+        return file.read_text(encoding="utf-8")
+    return "\n\n".join(json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines())
