@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import layers_to_convert
-from svdq_hf.footprint import PARTS, Footprint, read_footprint
+from svdq_hf.decompose import PARTS
+from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 
 TAGS = ("svdq", "4-bit", "quantized", "mixed-precision")

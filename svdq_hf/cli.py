@@ -90,11 +90,17 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     """The choices of SVDQConfig; its own defaults hold where an option is not given."""
     add = command.add_argument_group("choices").add_argument
     missing = argparse.SUPPRESS
+    help_preset = "start from a preset: best (4.5 bits), small (4.28) or paper"
+    add("--preset", choices=("best", "small", "paper"), help=help_preset)
     add("--k", type=number, default=missing, help="salient weights per layer, or a share below 1")
     add("--rank", type=int, default=missing, help="rank of the principal structure")
     add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
     add("--group-size", type=_group_size, default=missing, help="columns per scale, 'row' or 'tensor'")
     add("--scale", default=missing, help="mse, absmax or sigma")
+    add("--levels", default=missing, help="what the 16 codes stand for: normal or linear")
+    column_scale = argparse.BooleanOptionalAction
+    add("--column-scale", action=column_scale, default=missing, help="a scale for each column as well")
+    add("--scale-bits", type=int, default=missing, help="of a group's scale: 8 or 16")
     add("--seed", type=int, default=missing)
     add("--clip-sigma", type=float, default=missing, help="where sigma clips, in standard deviations")
     add("--compute-dtype", default=missing, help="float32, bfloat16 or float16")
@@ -104,7 +110,9 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _config(options: argparse.Namespace) -> SVDQConfig:
     names = [name for name in SVDQConfig.__init__.__annotations__ if hasattr(options, name)]
-    return SVDQConfig(**{name: getattr(options, name) for name in names})
+    start = getattr(SVDQConfig, options.preset) if options.preset else SVDQConfig
+    config: SVDQConfig = start(**{name: getattr(options, name) for name in names})
+    return config
 
 
 def number(text: str) -> int | float:

@@ -4,18 +4,22 @@ Not here: what the choices do (`saliency`, `grid`, `decompose`), registration (`
 """
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from svdq_hf.decompose import FORMAT_VERSION, Scheme
 from svdq_hf.grid import Grid, GroupSize, ScaleRule
-from svdq_hf.saliency import check_name
+from svdq_hf.levels import Levels
+from svdq_hf.saliency import check_name, data_needs, no_data, saliency_names
 
 QUANT_METHOD = "svdq"
 REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
 """Stored in config.json, where a user looks whose transformers does not know the method."""
+
+VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_bits": 16}
+"""What was no choice yet in files of format version 1."""
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _STORED_ONLY = ("quant_method", "format_version", "requires")
@@ -32,6 +36,12 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
     scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
         `clip_sigma` standard deviations).
+    levels: what the 16 codes stand for: "normal" (quantiles of a normal distribution, as NF4's) or
+        "linear" (-8..7, as the paper's).
+    column_scale: whether each column has a scale of its own too; scores see the matrix without it.
+    scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
+    error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
+        needs batches (`quantize_model`).
     modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
         everything outside the base model, layers of fewer than 8 rows. A name matches from the
         start, as a regular expression, or as a suffix.
@@ -42,7 +52,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         ValueError: an unknown key, a wrong type or an impossible value; it names all three.
 
     >>> SVDQConfig(k=256).to_dict()["group_size"]
-    64
+    32
     >>> SVDQConfig.from_dict({"quant_method": "svdq", "k": 0.01}).k
     0.01
     """
@@ -53,9 +63,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         rank: int = 8,
         saliency: str = "svd",
         bits: int = 4,
-        group_size: GroupSize = 64,
+        group_size: GroupSize = 32,
         scale: ScaleRule = "mse",
         clip_sigma: float = 2.5,
+        levels: Levels = "normal",
+        column_scale: bool = True,
+        scale_bits: Literal[16, 8] = 8,
+        error_feedback: bool = False,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -63,7 +77,6 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     ) -> None:
         _check_stored(stored)
         self.quant_method = QUANT_METHOD
-        self.format_version = stored.get("format_version", FORMAT_VERSION)
         self.k = k
         self.rank = rank
         self.saliency = saliency
@@ -71,11 +84,16 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.group_size = group_size
         self.scale = scale
         self.clip_sigma = clip_sigma
+        self.levels = levels
+        self.column_scale = column_scale
+        self.scale_bits = scale_bits
+        self.error_feedback = error_feedback
         names = modules_to_not_convert
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
         self._check(from_file="format_version" in stored)
+        self.format_version = self.scheme.format_version
 
     @classmethod
     def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
@@ -84,12 +102,60 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         >>> SVDQConfig.paper(k=64).group_size
         'tensor'
         """
-        return cls(**{"k": k, "group_size": "tensor", "scale": "absmax", **choices})
+        return cls(**{"k": k, "group_size": "tensor", "scale": "absmax", **VERSION_1, **choices})
+
+    @classmethod
+    def best(cls, **choices: Any) -> "SVDQConfig":
+        """The least loss that at most 4.5 bits per weight give without data.
+
+        >>> SVDQConfig.best().saliency
+        'magnitude'
+        """
+        return cls(**{"k": 0.002, "saliency": "magnitude", **choices})
+
+    @classmethod
+    def small(cls, **choices: Any) -> "SVDQConfig":
+        """The least loss that at most 4.28 bits per weight give without data.
+
+        >>> SVDQConfig.small().group_size
+        64
+        """
+        return cls(**{"k": 0.001, "saliency": "magnitude", "group_size": 64, **choices})
+
+    @classmethod
+    def calibrated(cls, **choices: Any) -> "SVDQConfig":
+        """For those who have data: `quantize_model(model, SVDQConfig.calibrated(), batches)`; 4.25 bits.
+
+        >>> SVDQConfig.calibrated().data_needs
+        ['input_gram', 'input_norm']
+        """
+        data = {"saliency": "awq", "error_feedback": True}
+        return cls(**{"k": 0.0005, "group_size": 64, **data, **choices})
+
+    @property
+    def data_needs(self) -> list[str]:
+        """What only batches can give, of `saliency.NEEDS`; empty where no data is needed."""
+        feedback = ["input_gram"] if self.error_feedback else []
+        known = self.saliency in saliency_names()  # a stored model's author may have had a score of his own
+        return sorted({*feedback, *(data_needs(self.saliency) if known else [])})
+
+    def no_data(self) -> ValueError:
+        """The error for a config that needs data and has none."""
+        of_score = data_needs(self.saliency)
+        if of_score:
+            return no_data(f"saliency {self.saliency!r}", of_score)
+        return no_data("error_feedback", self.data_needs)
 
     @property
     def scheme(self) -> Scheme:
         """How one weight is stored under this config."""
-        return Scheme(self.k, Grid(self.group_size, self.scale, self.clip_sigma))
+        return Scheme(self.k, self._grid)
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(
+            self.group_size, self.scale, self.clip_sigma, self.levels, self.column_scale, self.scale_bits
+        )
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
@@ -100,6 +166,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a stored dict; `kwargs` that are choices of ours go before it, checked."""
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
+        if config_dict.get("format_version") == 1:  # when these were no choice
+            config_dict = {**VERSION_1, **config_dict}
         config = cls(**{**config_dict, **choices})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -124,11 +192,12 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(_is_count(self.rank) and self.rank > 0, "rank", self.rank, "an int from 1 on")
         _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
         _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
+        _require(type(self.error_feedback) is bool, "error_feedback", self.error_feedback, "true or false")
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         _require(names is None or listed, "modules_to_not_convert", names, "None or a list of names")
-        Grid(self.group_size, self.scale, self.clip_sigma)  # checks itself
+        self._grid  # noqa: B018  # checks itself
         if not from_file:  # a stored model loads where its author's own score is not known
             check_name(self.saliency)
 

@@ -18,7 +18,6 @@ from transformers.utils import logging as hf_logging
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.saliency import data_needs, no_data
 from svdq_hf.weight import check_weight, quantize_weight
 
 Item = TypeVar("Item")
@@ -29,20 +28,20 @@ FEWEST_ROWS = 8
 
 
 def collect_for(
-    model: nn.Module, layers: Mapping[str, nn.Module], saliency: str, batches: Iterable[Any] | None
+    model: nn.Module, layers: Mapping[str, nn.Module], config: SVDQConfig, batches: Iterable[Any] | None
 ) -> dict[str, InputStatistics]:
-    """The statistics that a score needs of `layers`; empty for a score that needs no data.
+    """The statistics that `config` needs of `layers`; empty where it needs no data.
 
     Raises:
-        ValueError: the score needs data and `batches` is None; see also `collect_inputs`.
+        ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs`.
     """
-    needs = data_needs(saliency)
+    needs = config.data_needs
     if not needs and batches is not None:
-        raise ValueError(f"saliency {saliency!r} needs no data: leave the batches out")
+        raise ValueError(f"saliency {config.saliency!r} needs no data: leave the batches out")
     if not needs:
         return {}
     if batches is None:
-        raise no_data(saliency)
+        raise config.no_data()
     return collect_inputs(model, layers, batches, gram="input_gram" in needs)
 
 
@@ -193,7 +192,7 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
     chosen = layers_to_convert(model, config)
     for name, module in chosen.items():  # before the first is changed
         check_weight(name, _weight(module))
-    seen = collect_for(model, chosen, config.saliency, batches)
+    seen = collect_for(model, chosen, config, batches)
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
         weight = _weight(module)

@@ -13,12 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdq_hf.grid import Grid, expand, quantize, row_blocks
-from svdq_hf.packing import pack, packed_width, unpack_into
+from svdq_hf.column_scale import column_scale
+from svdq_hf.feedback import quantize_with_feedback
+from svdq_hf.grid import Grid, expand, quantize, row_blocks, scale_of
+from svdq_hf.levels import TABLES
+from svdq_hf.packing import LOWEST, look_up_into, pack, packed_width, unpack_into
 from svdq_hf.sparse import salient_count, take_out
 
-FORMAT_VERSION = 1
-"""Version of the stored format; a file of version 1 loads for ever."""
+FORMAT_VERSION = 2
+"""The newest version of the stored format; a file of an older version loads for ever.
+
+1: codes are -8..7. 2: may have levels of its own, a scale for each column, and groups' scales of 8 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,12 @@ class Scheme:
 
     k: int | float = 256
     grid: Grid = field(default_factory=Grid)
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that can say what is stored."""
+        grid = self.grid
+        return 2 if grid.levels != "linear" or grid.column_scale or grid.row_scale else 1
 
 
 class PartSpec(NamedTuple):
@@ -40,7 +52,8 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
     """The tensors stored for a weight `[out, in]`, by name.
 
     weight: packed codes; weight_scale; salient_values `[k]`, FP32; salient_rows and salient_columns
-    `[k]`, sorted by row, then by column.
+    `[k]`, sorted by row, then by column. Where the grid has them: row_scale `[out]`; column_scale
+    `[in]`; levels `[16]`, of the codes from -8 on.
 
     >>> {name: spec.shape for name, spec in part_specs(8, 96, Scheme(k=3)).items()}
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -48,21 +61,44 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
      'salient_values': (3,), 'salient_rows': (3,), 'salient_columns': (3,)}
     """
     k = salient_count(scheme.k, out, in_features)
+    optional = {
+        "row_scale": (scheme.grid.row_scale, PartSpec((out,), torch.bfloat16)),
+        "column_scale": (scheme.grid.column_scale, PartSpec((in_features,), torch.bfloat16)),
+        "levels": (scheme.grid.levels != "linear", PartSpec((len(TABLES["linear"]),), torch.int8)),
+    }
     return {
         "weight": PartSpec((out, packed_width(in_features)), torch.int8),
         "weight_scale": PartSpec(scheme.grid.scale_shape(out, in_features), scheme.grid.scale_dtype),
         "salient_values": PartSpec((k,), torch.float32),
         "salient_rows": PartSpec((k,), torch.int32),
         "salient_columns": PartSpec((k,), torch.int32),
+        **{name: spec for name, (there, spec) in optional.items() if there},
     }
 
 
-def decompose(weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+PARTS = (
+    "weight", "weight_scale", "salient_values", "salient_rows", "salient_columns",
+    "row_scale", "column_scale", "levels",
+)  # fmt: skip
+"""The names of all parts that a layer may have, in the op's order."""
+
+OPTIONAL = ("row_scale", "column_scale", "levels")
+
+
+def decompose(
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    scheme: Scheme,
+    per_column: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Split `weight` `[out, in]`, float32, into the parts of `part_specs`.
 
     The entries at (rows, columns), `[k]` each, sorted as `top_positions` sorts them, are taken out
     first; the scales are fitted to the rest. At a salient position the code is zero, so the weight
-    is the sum of the two parts.
+    is the sum of the two parts. per_column: its `column_scale`, where that is known already. gram: of the
+    inputs, `[in, in]`, for rounding with error feedback.
 
     >>> scheme, index = Scheme(k=1), torch.tensor([0], dtype=torch.int32)
     >>> parts = decompose(torch.tensor([[100.0, 7.0]]), index, index, scheme)
@@ -71,16 +107,32 @@ def decompose(weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme) -> 
     """
     rest, values = take_out(weight, rows, columns)
     salient = None
-    if scheme.grid.scale == "sigma":  # the one rule to which a zero is not the same as no weight
+    # For one rule a zero is not the same as no weight; and feedback must not move what is kept.
+    if scheme.grid.scale == "sigma" or gram is not None:
         salient = torch.zeros_like(weight, dtype=torch.bool)
         salient[rows.long(), columns.long()] = True
-    codes, scale = quantize(rest, scheme.grid, salient)
+    optional = {}
+    if scheme.grid.column_scale:
+        optional["column_scale"] = column_scale(weight) if per_column is None else per_column
+        size = optional["column_scale"].float()
+        weight, rest = weight / size, rest / size
+        gram = None if gram is None else gram * size * size.unsqueeze(1)
+    if scheme.grid.levels != "linear":
+        table = TABLES[scheme.grid.levels]
+        optional["levels"] = torch.tensor(table, dtype=torch.int8, device=weight.device)
+    if gram is None or salient is None:
+        codes, scale, row_scale = quantize(rest, scheme.grid, salient)
+    else:
+        codes, scale, row_scale = quantize_with_feedback(weight, scheme.grid, gram, salient)
+    if row_scale is not None:
+        optional["row_scale"] = row_scale
     return {
         "weight": pack(codes),
         "weight_scale": scale,
         "salient_values": values,
         "salient_rows": rows,
         "salient_columns": columns,
+        **optional,
     }
 
 
@@ -117,6 +169,7 @@ def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> I
     costs no look at the data (and so no synchronisation).
     """
     packed, scale = parts["weight"], parts["weight_scale"]
+    levels, per_column = parts.get("levels"), parts.get("column_scale")
     out, padded = packed.shape[0], 2 * packed.shape[1]
     blocks = row_blocks(out, padded) if packed.device.type == "cpu" else [slice(0, out)]
     height = blocks[0].stop if blocks else 0
@@ -125,8 +178,13 @@ def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> I
     stretches = _stretches(parts["salient_rows"], blocks)
     for rows, entries in zip(blocks, stretches, strict=True):
         dense = buffer[: rows.stop - rows.start]
-        unpack_into(packed[rows], dense)
-        _multiply(dense, scale if scale.shape[0] == 1 else scale[rows], group, in_features)
+        if levels is None:
+            unpack_into(packed[rows], dense)
+        else:
+            look_up_into(packed[rows], dense, levels)
+        _multiply(dense, scale_of(rows, scale, parts.get("row_scale")), group, in_features)
+        if per_column is not None:
+            dense[:, :in_features].mul_(per_column.float())
         positions = flat[entries] - rows.start * padded
         dense.view(-1).index_add_(0, positions, parts["salient_values"][entries])
         yield rows, dense[:, :in_features]
@@ -145,9 +203,9 @@ def _multiply(dense: Tensor, scale: Tensor, group: int, in_features: int) -> Non
     """Multiply `dense` `[rows, padded]` in place by its scales `[rows or 1, groups]`."""
     groups = scale.shape[1]
     if groups == 1:
-        dense.mul_(scale.float())
+        dense.mul_(scale)
     elif groups * group == dense.shape[1]:
-        dense.view(dense.shape[0], groups, group).mul_(scale.float().unsqueeze(-1))
+        dense.view(dense.shape[0], groups, group).mul_(scale.unsqueeze(-1))
     else:  # the padding belongs to no group, or the last group goes beyond it
         dense[:, :in_features].mul_(expand(scale, group, in_features))
 
@@ -157,8 +215,8 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
 
     Raises:
         ValueError: a part is missing; a shape or dtype is not that of `part_specs`; a scale or a
-            salient value is NaN or infinite; a position is out of range, out of order or there
-            twice; the code at a salient position or in the padding is not zero.
+            salient value is NaN or infinite; code zero is not level zero; a position is out of range,
+            out of order or there twice; the code at a salient position or in the padding is not zero.
     """
     packed = parts.get("weight")
     out = packed.shape[0] if packed is not None and packed.ndim == 2 else 0
@@ -171,9 +229,11 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
                 f"{name} is {list(part.shape)} {part.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}"
             )
-    for name in ("weight_scale", "salient_values"):
-        if not torch.isfinite(parts[name]).all():
+    for name in ("weight_scale", "salient_values", "row_scale", "column_scale"):
+        if name in parts and parts[name].is_floating_point() and not torch.isfinite(parts[name]).all():
             raise ValueError(f"{name} has a NaN or an infinity")
+    if "levels" in parts and parts["levels"][-LOWEST] != 0:
+        raise ValueError(f"levels has {int(parts['levels'][-LOWEST])} for code zero, which must be 0")
     _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
 
 

@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from svdq_hf.convert import svdq_layers
-from svdq_hf.decompose import FORMAT_VERSION, Scheme, part_specs
+from svdq_hf.decompose import FORMAT_VERSION, OPTIONAL, PARTS
 
 METADATA_KEY = "svdq_layers"
-PARTS = tuple(part_specs(1, 1, Scheme()))
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
@@ -99,7 +98,7 @@ def footprint(model: nn.Module) -> Footprint:
     layers = []
     counted: set[int] = set()
     for name, layer in sorted(svdq_layers(model), key=lambda named: _natural(named[0])):
-        stored = [getattr(layer, part) for part in PARTS]
+        stored = [part for name in PARTS if (part := getattr(layer, name)) is not None]
         counted.update(map(id, stored))
         size = sum(tensor.nbytes for tensor in stored)
         k = layer.salient_values.numel()
@@ -169,10 +168,11 @@ def read_footprint(folder: str | Path) -> Footprint:
 def _stored_layer(
     name: str, tensors: Mapping[str, tuple[list[int], int]], facts: Mapping[str, dict[str, Any]]
 ) -> LayerFootprint:
-    missing = [part for part in PARTS if f"{name}.{part}" not in tensors]
+    there = {part: tensors[f"{name}.{part}"][1] for part in PARTS if f"{name}.{part}" in tensors}
+    missing = [part for part in PARTS if part not in there and part not in OPTIONAL]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing")
-    size = sum(tensors[f"{name}.{part}"][1] for part in PARTS)
+    size = sum(there.values())
     packed = tensors[f"{name}.weight"][0]
     fact = facts.get(name, {})
     shape = fact.get("shape")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.decompose import Scheme, part_specs, reconstruct
+from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
 from svdq_hf.kernels import op as _op  # noqa: F401  # defines torch.ops.svdq
 
-_FLOAT_PARTS = ("weight_scale", "salient_values")
+_FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 
 
 class SVDQLinear(nn.Module):
@@ -32,6 +32,9 @@ class SVDQLinear(nn.Module):
     salient_values: nn.Parameter
     salient_rows: Tensor
     salient_columns: Tensor
+    row_scale: Tensor | None
+    column_scale: Tensor | None
+    levels: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -54,7 +57,12 @@ class SVDQLinear(nn.Module):
         self.group = self.scheme.grid.columns(in_features)
         self.facts: dict[str, float] = {}
         """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
-        for name, spec in part_specs(out_features, in_features, self.scheme).items():
+        specs = part_specs(out_features, in_features, self.scheme)
+        for name in PARTS:
+            if name not in specs:
+                self.register_buffer(name, None)
+                continue
+            spec = specs[name]
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name in ("weight", "salient_values"):
                 setattr(self, name, nn.Parameter(empty, requires_grad=name == "salient_values"))
@@ -91,6 +99,9 @@ class SVDQLinear(nn.Module):
             self.salient_values,
             self.salient_rows,
             self.salient_columns,
+            self.row_scale,
+            self.column_scale,
+            self.levels,
             self.bias,
             self.in_features,
             self.group,
@@ -98,7 +109,8 @@ class SVDQLinear(nn.Module):
         return y.to(result)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
-        stored = [getattr(self, name) for name in _FLOAT_PARTS]
+        parts = (getattr(self, name) for name in _FLOAT_PARTS)
+        stored = [part for part in parts if part is not None]
         stored += [tensor.grad for tensor in stored if tensor.grad is not None]
         kept = {id(tensor): tensor.dtype for tensor in stored}
 

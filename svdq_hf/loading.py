@@ -29,8 +29,8 @@ from transformers.core_model_loading import (
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import shape_of, svdq_layers
-from svdq_hf.decompose import part_specs
-from svdq_hf.footprint import PARTS, stored_facts
+from svdq_hf.decompose import PARTS, part_specs
+from svdq_hf.footprint import stored_facts
 from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
@@ -145,9 +145,9 @@ def stored_layers(
         packed = parts - {"weight", "bias"} or (weight is not None and weight.dtype == torch.int8)
         if packed or name in checkpoint.facts:
             _check_layer(name, module, checkpoint, config)
-            unknown = sorted(parts - {*PARTS, "bias"})
+            unknown = sorted(parts - {*part_specs(*shape_of(module), config.scheme), "bias"})
             if unknown:
-                raise ValueError(f"{name}: format version 1 knows no {unknown}. {REMEDY}")
+                raise ValueError(f"{name}: the config knows no {unknown}. {REMEDY}")
             found[name] = module
     if not found:
         raise ValueError(f"config.json says svdq, and no layer of the files is quantized. {REMEDY}")

@@ -58,6 +58,17 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
     return padded[:, :in_features].contiguous()
 
 
+def look_up_into(packed: Tensor, padded: Tensor, levels: Tensor) -> None:
+    """Like `unpack_into`, but with the levels `[16]` of the codes instead of the codes themselves."""
+    rows, width = packed.shape
+    halves = padded.view(rows, width // HALF, 2, HALF)
+    nibble = torch.arange(256, device=packed.device)
+    place = packed.view(torch.uint8).view(-1).int()
+    values = levels.to(padded.dtype)
+    for half, table in enumerate((values[nibble & 0x0F], values[nibble >> 4])):
+        halves[:, :, half].copy_(table.index_select(0, place).view(rows, width // HALF, HALF))
+
+
 def unpack_into(packed: Tensor, padded: Tensor) -> None:
     """Unpack bytes `[rows, width]` into a given buffer `[rows, 2 * width]` of any dtype, with padding."""
     rows, width = packed.shape

@@ -43,7 +43,6 @@ from svdq_hf.loading import (
     restore_names,
     stored_layers,
 )
-from svdq_hf.saliency import data_needs, no_data
 from svdq_hf.weight import quantize_weight
 
 
@@ -85,9 +84,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work, or would load silently wrong, before anything is loaded."""
-        saliency = self.quantization_config.saliency
-        if not self.pre_quantized and data_needs(saliency):
-            raise no_data(saliency)
+        if not self.pre_quantized and self.quantization_config.data_needs:
+            raise self.quantization_config.no_data()
         device_map = kwargs.get("device_map")
         devices = device_map if isinstance(device_map, dict) else {}
         places = [name for name, device in devices.items() if device == "disk"]

@@ -96,7 +96,7 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
             not one number per weight.
     """
     if any(need not in inputs for need in score_needs(name)):
-        raise no_data(name)
+        raise no_data(f"saliency {name!r}", data_needs(name))
     function = _SCORES[name]
     version = weight._version
     result = function(weight, **{need: inputs[need] for need in _needs(function)})
@@ -124,10 +124,10 @@ def data_needs(name: str) -> list[str]:
     return [need for need in score_needs(name) if need in FROM_DATA]
 
 
-def no_data(name: str) -> ValueError:
-    """The error for a score that needs data and has none."""
+def no_data(what: str, needs: list[str]) -> ValueError:
+    """The error for a choice that needs data and has none."""
     return ValueError(
-        f"saliency {name!r} needs {data_needs(name)}, which only data can give: load the model dense and "
+        f"{what} needs {needs}, which only data can give: load the model dense and "
         "call quantize_model(model, config, batches)"
     )
 

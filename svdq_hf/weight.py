@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from svdq_hf.calibration import InputStatistics
+from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import decompose, relative_error
-from svdq_hf.saliency import score
+from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,8 +35,10 @@ def quantize_weight(
     check_weight(name, weight)
     try:
         dense = weight.float().contiguous()
-        rows, columns, facts = _choose(dense, config, inputs)
-        parts, errors = quantize_chosen(dense, config, rows, columns)
+        per_column = column_scale(dense) if config.scheme.grid.column_scale else None
+        rows, columns, facts = _choose(dense, config, inputs, per_column)
+        gram = inputs.gram if inputs is not None and config.error_feedback else None
+        parts, errors = quantize_chosen(dense, config, rows, columns, per_column, gram)
     except Exception as error:  # whatever a user's score raises: it is told of which layer
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"could not quantize {name}: {kind}{error}") from error
@@ -54,17 +57,31 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def quantize_chosen(
-    weight: Tensor, config: SVDQConfig, rows: Tensor, columns: Tensor
+    weight: Tensor,
+    config: SVDQConfig,
+    rows: Tensor,
+    columns: Tensor,
+    per_column: Tensor | None = None,
+    gram: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weight` `[out, in]`, float32, with the entries at `rows`, `columns` `[k]` kept exactly."""
-    parts = decompose(weight, rows, columns, config.scheme)
+    parts = decompose(weight, rows, columns, config.scheme, per_column, gram)
     return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
 
 
+def as_scored(weight: Tensor, config: SVDQConfig, per_column: Tensor | None) -> Tensor:
+    """The weight that a score sees: as the grid sees it, without its column scale; itself for awq, spqr.
+
+    Those weigh each input by its own size already, which a column scale would take away.
+    """
+    return weight if per_column is None or data_needs(config.saliency) else weight / per_column.float()
+
+
 def _choose(
-    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None
+    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Rows and columns of the salient entries, and what the score measured; scores are let go at once."""
+    weight = as_scored(weight, config, per_column)
     k = salient_count(config.k, *weight.shape)
     if k == 0:
         nowhere = torch.empty(0, dtype=torch.int32, device=weight.device)

@@ -62,12 +62,19 @@ def dense_by_hand() -> Callable[[Mapping[str, Tensor], int, int], np.ndarray]:
         column = np.arange(in_features)
         byte = packed[:, 32 * (column // 64) + column % 32]
         codes = np.where(column % 64 < 32, byte & 15, byte >> 4).astype(np.float64) - 8
-        weight = codes * parts["weight_scale"].detach().cpu().double().numpy()[:, column // group]
+        by_name = {name: part.detach().cpu().double().numpy() for name, part in parts.items()}
+        if "levels" in parts:
+            codes = by_name["levels"][codes.astype(int) + 8]
+        weight = codes * by_name["weight_scale"][:, column // group]
+        if "row_scale" in parts:
+            weight *= by_name["row_scale"][:, None]
+        if "column_scale" in parts:
+            weight *= by_name["column_scale"]
         values, rows, columns = (
             parts[f"salient_{name}"].detach().cpu().numpy() for name in ("values", "rows", "columns")
         )
         for value, row, at in zip(values, rows, columns, strict=True):
-            assert codes[row, at] == 0
+            assert weight[row, at] == 0
             weight[row, at] = value
         return weight
 

@@ -188,7 +188,7 @@ def test_a_part_of_wrong_dtype_is_named(part, dtype, stored):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("part", ["weight_scale", "salient_values"])
+@pytest.mark.parametrize("part", ["row_scale", "column_scale", "salient_values"])
 def test_a_number_that_is_none_is_named(part, value, stored):
     tensor = stored.part(part)
     tensor.view(-1)[3] = value
@@ -252,16 +252,39 @@ def test_a_header_that_leaves_out_a_layer_does_not_change_what_is_loaded(width, 
     assert tiny.different_tensors(load(folder.write()), model) == []
 
 
+def test_levels_without_zero_for_code_zero_are_named(stored):
+    levels = stored.part("levels")
+    levels[8] = 3
+    with pytest.raises(ValueError, match="levels has 3 for code zero, which must be 0") as error:
+        load(stored.replace("levels", levels))
+    assert_says(error, LAYER, AGAIN)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("levels", "linear", "levels"),
+        ("column_scale", False, "column_scale"),
+        ("scale_bits", 16, "row_scale"),
+    ],
+)
+def test_a_part_that_the_config_does_not_know_is_named(key, value, part, stored):
+    stored.config["quantization_config"][key] = value
+    with pytest.raises(ValueError, match=f"knows no .*{part}|where the config says") as error:
+        load(stored.write())
+    assert_says(error, AGAIN)
+
+
 # A quantized file: config.json.
 
 
-@pytest.mark.parametrize("version", [2, 99, 0, -1, "1", None, True, 1.0], ids=repr)
+@pytest.mark.parametrize("version", [3, 99, 0, -1, "1", None, True, 1.0], ids=repr)
 def test_a_format_version_that_is_unknown_is_named(version, stored):
     stored.config["quantization_config"]["format_version"] = version
     with pytest.raises(ValueError, match=f"format_version={version!r}") as error:
         load(stored.write())
-    if version in (2, 99):
-        assert_says(error, "reads up to 1", "pip install --upgrade svdq_hf")
+    if version in (3, 99):
+        assert_says(error, "reads up to 2", "pip install --upgrade svdq_hf")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +294,8 @@ def test_a_format_version_that_is_unknown_is_named(version, stored):
         ("k", 33, "salient_values"),
         ("k", 0, "salient_values"),
         ("k", 0.5, "salient_values"),
-        ("group_size", 32, "weight_scale"),
+        ("group_size", 64, "weight_scale"),
+        ("scale_bits", 16, "weight_scale"),
         ("group_size", "row", "weight_scale"),
         ("group_size", "tensor", "weight_scale"),
     ],
@@ -286,7 +310,7 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(key, value, part, sto
 
 def test_a_config_whose_scales_fit_in_shape_but_not_in_dtype_is_refused(tmp_path):
     """Scales of "row" are FP32, those of groups bfloat16: one rounding more, and nobody would know."""
-    model = quantize_model(tiny.bert(intermediate_size=64), SVDQConfig(k=32, group_size="row"))
+    model = quantize_model(tiny.bert(intermediate_size=64), SVDQConfig(k=32, group_size="row", scale_bits=16))
     model.save_pretrained(tmp_path)
     folder = Folder(tmp_path)
     folder.config["quantization_config"]["group_size"] = 64

@@ -39,8 +39,9 @@ def test_quantize_then_inspect_tell_the_same(source, tmp_path, capsys):
     assert {key: written[key] for key in read} == read
     assert "pooler.dense" not in read["layers"]
     query = read["layers"]["encoder.layer.0.attention.self.query"]
-    # [64, 64]: 205 salient of 12 bytes, 2048 bytes of codes, 128 scales of 2 bytes
-    assert (query["k"], query["bits_per_weight"]) == (205, 8 * (205 * 12 + 2048 + 256) / 4096)
+    # [64, 64]: 205 salient of 12 bytes, 2048 bytes of codes, 128 scales of a byte, 64 rows' and 64
+    # columns' of 2 bytes, 16 levels
+    assert (query["k"], query["bits_per_weight"]) == (205, 8 * (205 * 12 + 2048 + 128 + 256 + 16) / 4096)
     stored = json.loads(Path(out, "config.json").read_text())["quantization_config"]
     chosen = SVDQConfig(
         k=0.05, group_size=32, saliency="magnitude", scale="absmax", modules_to_not_convert=["pooler"]
@@ -179,7 +180,7 @@ def test_help_of_evaluate_shows_the_defaults_and_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for default in ("(the Hub)", "(1024)", "(16384)", "(1 16 64 256 1024 4096)", "(group)", "(8)", "(3)"):
+    for default in ("(the Hub)", "(1024)", "(16384)", "(1 16 64 256 1024 4096)", "(default)", "(8)", "(3)"):
         assert default in printed
     assert "(svd magnitude awq spqr random relative)" in printed
     assert EXAMPLE in printed

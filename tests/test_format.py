@@ -68,8 +68,13 @@ def golden(name):
     return {part: load_file(GOLDEN)[f"{name}.{part}"] for part in PARTS}
 
 
-def test_the_version_is_still_1():
-    assert FORMAT_VERSION == 1  # a version 2 gets a golden file of its own and leaves this one
+def test_a_version_3_gets_a_golden_file_of_its_own():
+    assert FORMAT_VERSION == 2  # test_format_2.py
+
+
+@every_config
+def test_these_choices_are_still_written_as_version_1(name):
+    assert SVDQConfig.from_dict(CONFIGS[name]).format_version == 1
 
 
 def test_the_file_holds_these_tensors_and_no_others():

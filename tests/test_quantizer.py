@@ -143,24 +143,24 @@ def test_a_file_for_another_head_gives_a_dense_pooler_to_train(tmp_path):
 
 WEIGHTS = {"query": 64 * 64, "intermediate": 96 * 64, "output": 64 * 96}
 CHOICES = {
-    "k=0": (SVDQConfig(k=0), {"query": 0, "intermediate": 0, "output": 0}, (64, 2)),
-    "k=1%": (SVDQConfig(k=0.01), {"query": 41, "intermediate": 61, "output": 61}, (64, 2)),
-    "k=tiny-share": (SVDQConfig(k=1e-6), {"query": 0, "intermediate": 0, "output": 0}, (64, 2)),
-    "k=5000": (SVDQConfig(k=5000), {"query": 4096, "intermediate": 5000, "output": 5000}, (64, 2)),
-    "k=everything": (SVDQConfig(k=10**6), WEIGHTS, (64, 2)),
+    "k=0": (SVDQConfig(k=0), {"query": 0, "intermediate": 0, "output": 0}, (64, 3)),
+    "k=1%": (SVDQConfig(k=0.01), {"query": 41, "intermediate": 61, "output": 61}, (64, 3)),
+    "k=tiny-share": (SVDQConfig(k=1e-6), {"query": 0, "intermediate": 0, "output": 0}, (64, 3)),
+    "k=5000": (SVDQConfig(k=5000), {"query": 4096, "intermediate": 5000, "output": 5000}, (64, 3)),
+    "k=everything": (SVDQConfig(k=10**6), WEIGHTS, (64, 3)),
     "group=8": (SVDQConfig(k=32, group_size=8), None, (64, 12)),
     "group=32": (SVDQConfig(k=32, group_size=32), None, (64, 3)),
     "group=128": (SVDQConfig(k=32, group_size=128), None, (64, 1)),
     "group=row": (SVDQConfig(k=32, group_size="row"), None, (64, 1)),
     "group=tensor": (SVDQConfig(k=32, group_size="tensor"), None, (1, 1)),
     "paper": (SVDQConfig.paper(k=32), None, (1, 1)),
-    "absmax": (SVDQConfig(k=32, scale="absmax"), None, (64, 2)),
-    "sigma": (SVDQConfig(k=32, scale="sigma", clip_sigma=3.0), None, (64, 2)),
-    "rank=2": (SVDQConfig(k=32, rank=2), None, (64, 2)),
-    "magnitude": (SVDQConfig(k=32, saliency="magnitude"), None, (64, 2)),
-    "relative": (SVDQConfig(k=32, saliency="relative"), None, (64, 2)),
-    "random": (SVDQConfig(k=32, saliency="random", seed=3), None, (64, 2)),
-    "compute=bfloat16": (SVDQConfig(k=32, compute_dtype="bfloat16"), None, (64, 2)),
+    "absmax": (SVDQConfig(k=32, scale="absmax"), None, (64, 3)),
+    "sigma": (SVDQConfig(k=32, scale="sigma", clip_sigma=3.0), None, (64, 3)),
+    "rank=2": (SVDQConfig(k=32, rank=2), None, (64, 3)),
+    "magnitude": (SVDQConfig(k=32, saliency="magnitude"), None, (64, 3)),
+    "relative": (SVDQConfig(k=32, saliency="relative"), None, (64, 3)),
+    "random": (SVDQConfig(k=32, saliency="random", seed=3), None, (64, 3)),
+    "compute=bfloat16": (SVDQConfig(k=32, compute_dtype="bfloat16"), None, (64, 3)),
 }
 
 
@@ -342,7 +342,7 @@ def test_config_json_holds_every_choice(quantized_folder):
     stored = json.loads((quantized_folder / "config.json").read_text())["quantization_config"]
     assert stored == CONFIG.to_dict()
     assert stored["quant_method"] == "svdq"
-    assert stored["format_version"] == 1
+    assert stored["format_version"] == 2
     assert "svdq_hf" in stored["requires"]
 
 
@@ -396,8 +396,11 @@ def test_a_file_that_joins_layers_has_a_footprint(tmp_path):
 def test_a_weight_costs_four_and_a_quarter_bits_and_its_salient_ones(quantized):
     for layer in footprint(quantized).layers:
         if layer.in_features % 64 == 0:
-            # 4 bits, 16 bits of scale for 64 weights, and value, row and column: 32 bits each.
-            assert layer.bits_per_weight <= 4.25 + 96 * 32 / (layer.out * layer.in_features) + 0.02
+            out, columns = layer.out, layer.in_features
+            # 4 bits, 8 bits of scale for 32 weights, 16 for each row and column, 16 levels of 8;
+            # and a salient weight's value, row and column: 32 bits each.
+            once = 16 * (out + columns) + 16 * 8 + 96 * 32
+            assert layer.bits_per_weight == pytest.approx(4.25 + once / (out * columns))
 
 
 def facts(model):
@@ -613,7 +616,7 @@ def test_no_dense_copy_of_a_quantized_weight_stays_in_memory(tmp_path):
     assert [t.dtype for t in alive if tuple(t.shape) in shapes] == []
     for name, layer in svdq_layers(model):
         wide = {part for part, t in layer.state_dict().items() if t.is_floating_point()}
-        assert wide == {"weight_scale", "salient_values", "bias"}, name
+        assert wide == {"row_scale", "column_scale", "salient_values", "bias"}, name
 
 
 # What is said.

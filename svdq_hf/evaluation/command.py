@@ -14,7 +14,7 @@ from svdq_hf.checkpoint import local_folder
 
 KS: Final = (1, 16, 64, 256, 1024, 4096)
 METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-GRID_NAMES: Final = {"group": "group 64, mse", "tensor": "tensor, absmax"}
+GRID_NAMES: Final = {"default": "default", "group": "group 64, mse", "tensor": "tensor, absmax"}
 EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
 
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
     add("--k", nargs="+", type=_number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
     add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
-    add("--grid", nargs="+", choices=GRID_NAMES, default=["group"], help="of scales: group (64 "
-        "columns, mse) or tensor (one scale, absmax: the paper's) (group)")  # fmt: skip
+    add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help="of scales: that of "
+        "SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's) (default)")  # fmt: skip
     add("--rank", nargs="+", type=int, default=[8], help="ranks of the svd score (8)")
     add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
     add(

@@ -20,21 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.config import SVDQConfig
+from svdq_hf.column_scale import column_scale
+from svdq_hf.config import VERSION_1, SVDQConfig
 from svdq_hf.convert import empty_layer, layers_to_convert, progress
 from svdq_hf.footprint import footprint
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.saliency import check_name, data_needs, score, score_needs
 from svdq_hf.sparse import salient_count, top_positions
-from svdq_hf.weight import quantize_chosen, score_inputs
+from svdq_hf.weight import as_scored, quantize_chosen, score_inputs
 
 CELLS, OVERLAPS = "cells.jsonl", "overlap.jsonl"
-OURS = "group 64, mse"
+DEFAULT, OURS = "default", "group 64, mse"
 GRIDS: dict[str, dict[str, Any]] = {
-    OURS: {"group_size": 64, "scale": "mse"},
-    "tensor, absmax": {"group_size": "tensor", "scale": "absmax"},
+    DEFAULT: {},
+    OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
+    "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
 }
-"""Names of the grids of scales that the paper's experiment is run on: ours, and the paper's."""
+"""Grids of scales by name: that of SVDQConfig(), that of format version 1, and the paper's."""
 
 BASELINES = ("fp32", "none")
 
@@ -57,7 +59,7 @@ class Plan:
 
     ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
     methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-    grids: Sequence[str] = tuple(GRIDS)
+    grids: Sequence[str] = (OURS, "tensor, absmax")
     seeds: int = 3
     ranks: Sequence[int] = (8,)
 
@@ -101,13 +103,14 @@ class Key(NamedTuple):
             saliency="magnitude" if self.method in BASELINES else self.method,
             rank=self.rank or 8,
             seed=self.seed,
-            **GRIDS[self.grid or OURS],
+            **GRIDS[self.grid or DEFAULT],
         )
 
     @property
     def scoring(self) -> tuple[object, ...]:
-        """Cells of one scoring share their scores: all k, and both grids where the grid plays no part."""
-        depends = self.method not in BASELINES and "group" in score_needs(self.method)
+        """Cells of one scoring share their scores: all k, and all grids where the grid plays no part."""
+        sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
+        depends = self.method not in BASELINES and sees_grid
         return self.method, self.seed, self.rank, self.grid if depends else None
 
 
@@ -160,12 +163,12 @@ class GridRun:
         if data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
             self.inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
-        return {
-            name: score(
-                key.method, weight, score_inputs(config, weight.shape[1], self.inputs.get(name))
-            ).scores
-            for name, weight in self._weights()
-        }
+        found = {}
+        for name, weight in self._weights():
+            known = score_inputs(config, weight.shape[1], self.inputs.get(name))
+            per_column = column_scale(weight) if config.column_scale else None
+            found[name] = score(key.method, as_scored(weight, config, per_column), known).scores
+        return found
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.layers.items():
@@ -218,6 +221,8 @@ class GridRun:
 
     def _compare(self, key: Key, scores: Mapping[str, Tensor]) -> None:
         """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
+        if key.grid != self.plan.grids[0]:  # scored again for another grid: the first one is compared
+            return
         if key.method == "svd":
             self.svd_choice[key.rank] = self._positions(scores)
         elif "svd" in self.plan.methods and key.method not in BASELINES and key.seed == 0:

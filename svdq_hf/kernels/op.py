@@ -1,20 +1,23 @@
 """`svdq::linear`, the one op: its schema, shapes without data, gradients, and default kernel.
 
 Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
-`y = x @ W.T + bias` with `W = scale * code + salient`. Gradients exist for x, bias and
-salient_values; backward keeps no dense weight. Faster kernels register themselves for their device
-and nothing else changes.
+`y = x @ W.T + bias` with `W = row_scale * scale * level(code) * column_scale + salient`. Gradients
+exist for x, bias and salient_values; backward keeps no dense weight. Faster kernels register
+themselves for their device and nothing else changes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from svdq_hf.decompose import PARTS
 from svdq_hf.kernels import reference
 
 _STORED = (
-    "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns"
+    "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
+    "Tensor? row_scale, Tensor? column_scale, Tensor? levels"
 )
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference kernel looks at positions
 LINEAR = "svdq::linear"
@@ -29,32 +32,22 @@ torch.library.define(
 
 
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    salient_values: Tensor,
-    salient_rows: Tensor,
-    salient_columns: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    group: int,
-) -> Tensor:
-    _check(x, weight, in_features)
-    return reference.linear(
-        x,
-        weight,
-        weight_scale,
-        salient_values,
-        salient_rows,
-        salient_columns,
-        bias,
-        in_features,
-        group,
-    )
+def _linear(x: Tensor, *others: Any) -> Tensor:
+    *stored, bias, in_features, group = others
+    _check(x, stored[0], in_features)
+    return reference.linear(x, _parts(stored), bias, in_features, group)
 
 
-torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd", reference.input_gradient)
+@torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
+def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
+    *stored, in_features, group = others
+    return reference.input_gradient(gradient, _parts(stored), in_features, group)
+
+
+def _parts(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The op's stored arguments by name, without those that are absent."""
+    named = zip(PARTS, stored, strict=True)
+    return {name: part for name, part in named if part is not None}
 
 
 def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
@@ -80,7 +73,7 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *stored, bias, in_features, group = inputs
-    for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
+    for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[1 + len(PARTS)]
     ctx.save_for_backward(x if for_values else None, *stored)
     ctx.bias_dtype = bias.dtype if for_bias else None
     ctx.in_features, ctx.group = in_features, group
@@ -95,7 +88,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_values = _values_gradient(x, gradient, rows=stored[3], columns=stored[4])
     if ctx.bias_dtype is not None:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return for_x, None, None, for_values, None, None, for_bias, None, None
+    absent = [None] * (len(PARTS) - 3)  # of the parts only the salient values have a gradient
+    return for_x, None, None, for_values, *absent, for_bias, None, None
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,7 +105,7 @@ def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
         for_gradient = torch.ops.svdq.linear(second, *stored, None, ctx.in_features, ctx.group)
     if ctx.needs_input_grad[3]:
         for_values = _values_gradient(second, gradient, rows=stored[3], columns=stored[4])
-    return for_gradient, None, None, for_values, None, None, None, None
+    return for_gradient, None, None, for_values, *[None] * (len(PARTS) - 3), None, None
 
 
 GATHERED = 1 << 22

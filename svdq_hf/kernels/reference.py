@@ -5,6 +5,8 @@ own product does the rest; a dense weight never exists. The block is rounded to 
 activations, as the weight of a dense layer in that dtype is.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,10 @@ from svdq_hf.decompose import dense_blocks
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    salient_values: Tensor,
-    salient_rows: Tensor,
-    salient_columns: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    group: int,
+    x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None, in_features: int, group: int
 ) -> Tensor:
-    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`, for the arguments of `svdq::linear`."""
-    parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
-    out = weight.shape[0]
+    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`, W in the parts of `part_specs`."""
+    out = parts["weight"].shape[0]
     tokens = x.reshape(-1, in_features)
     y = x.new_empty(*x.shape[:-1], out)  # not a view of anything: callers change it in place
     flat = y.view(-1, out)
@@ -35,32 +28,10 @@ def linear(
     return y
 
 
-def input_gradient(
-    gradient: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    salient_values: Tensor,
-    salient_rows: Tensor,
-    salient_columns: Tensor,
-    in_features: int,
-    group: int,
-) -> Tensor:
+def input_gradient(gradient: Tensor, parts: Mapping[str, Tensor], in_features: int, group: int) -> Tensor:
     """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
-    parts = _parts(weight, weight_scale, salient_values, salient_rows, salient_columns)
     tokens = gradient.reshape(-1, gradient.shape[-1])
     total = gradient.new_zeros(*gradient.shape[:-1], in_features)
     for rows, block in dense_blocks(parts, in_features, group):
         total.view(-1, in_features).addmm_(tokens[:, rows], block.to(gradient.dtype))
     return total
-
-
-def _parts(
-    weight: Tensor, weight_scale: Tensor, values: Tensor, rows: Tensor, columns: Tensor
-) -> dict[str, Tensor]:
-    return {
-        "weight": weight,
-        "weight_scale": weight_scale,
-        "salient_values": values,
-        "salient_rows": rows,
-        "salient_columns": columns,
-    }

@@ -8,7 +8,18 @@ from transformers import BertModel
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.evaluation import grid as grid_module
-from svdq_hf.evaluation.grid import CELLS, OVERLAPS, GridRun, Key, Plan, append, finished, overlap
+from svdq_hf.evaluation.grid import (
+    CELLS,
+    GRIDS,
+    OURS,
+    OVERLAPS,
+    GridRun,
+    Key,
+    Plan,
+    append,
+    finished,
+    overlap,
+)
 
 PLAN = Plan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
@@ -67,7 +78,7 @@ def test_cell_is_the_model_that_a_user_would_get(tmp_path):
     evaluate(tiny.bert().eval())
     for cell in lines(tmp_path):
         if cell["method"] in ("svd", "magnitude") and cell["grid"] == "group 64, mse":
-            config = SVDQConfig(k=cell["k"], saliency=cell["method"])
+            config = SVDQConfig(k=cell["k"], saliency=cell["method"], **GRIDS[OURS])
             assert evaluate(quantize_model(tiny.bert().eval(), config))["loss"] == cell["loss"]
 
 
@@ -140,11 +151,11 @@ def test_overlaps_are_those_of_the_choices(tmp_path):
     found = {(one["layer"], one["k"], one["other"]): one for one in lines(tmp_path, OVERLAPS)}
     assert len(found) == 13 * 2 * 4
     model = {
-        name: quantize_model(BertModel(tiny.bert_config()), SVDQConfig(k=30, saliency=name))
+        name: quantize_model(BertModel(tiny.bert_config()), SVDQConfig(k=30, saliency=name, **GRIDS[OURS]))
         for name in ("svd", "magnitude")
     }
     for name in model:
-        model[name] = quantize_model(tiny.bert(), SVDQConfig(k=30, saliency=name))
+        model[name] = quantize_model(tiny.bert(), SVDQConfig(k=30, saliency=name, **GRIDS[OURS]))
     layer = "encoder.layer.1.output.dense"
     positions = [
         set(zip(part.salient_rows.tolist(), part.salient_columns.tolist(), strict=True))

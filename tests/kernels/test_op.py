@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from svdq_hf.decompose import PARTS
 from svdq_hf.kernels import op as _op  # defines torch.ops.svdq
 
 LINEAR = torch.ops.svdq.linear.default
 INPUT_GRADIENT = torch.ops.svdq.input_gradient.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-GROUP_SIZES = [8, 64, 128, "row", "tensor"]
+GRIDS = [
+    *({"group_size": size} for size in (8, 64, 128, "row", "tensor")),
+    {"group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8},
+    {"group_size": "row", "levels": "normal"},
+    {"group_size": 64, "column_scale": True},
+    {"group_size": 8, "scale_bits": 8},
+]
 
 
 def roundoff(dtype):
@@ -37,10 +44,7 @@ def assert_within(found, expected, allowed):
 
 
 def stored(parts):
-    return [
-        parts[name]
-        for name in ("weight", "weight_scale", "salient_values", "salient_rows", "salient_columns")
-    ]
+    return [parts.get(name) for name in PARTS]
 
 
 def call(x, parts, bias, scheme, in_features):
@@ -65,10 +69,10 @@ def check_forward(x, parts, bias, scheme, dense_by_hand):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", GROUP_SIZES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("out", "in_features"), [(1, 1), (5, 70), (7, 64), (33, 129), (3, 200)])
-def test_the_product_is_that_of_the_dense_weight(out, in_features, size, dtype, split, dense_by_hand, device):
-    _, parts, scheme = split(out, in_features, 9, group_size=size, device=device)
+def test_the_product_is_that_of_the_dense_weight(out, in_features, grid, dtype, split, dense_by_hand, device):
+    _, parts, scheme = split(out, in_features, 9, device=device, **grid)
     x = torch.randn(4, in_features, dtype=dtype, device=device)
     bias = torch.randn(out, dtype=dtype, device=device)
     check_forward(x, parts, bias, scheme, dense_by_hand)
@@ -136,10 +140,10 @@ def gradients(x, parts, bias, scheme, upstream):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [8, 64, "row", "tensor"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("batch", [(1,), (6,), (2, 3), (0,)], ids=str)
-def test_gradients_are_those_of_the_dense_layer(batch, size, dtype, split, dense_by_hand, device):
-    _, parts, scheme = split(5, 70, 9, group_size=size, device=device)
+def test_gradients_are_those_of_the_dense_layer(batch, grid, dtype, split, dense_by_hand, device):
+    _, parts, scheme = split(5, 70, 9, device=device, **grid)
     dense = dense_by_hand(parts, 70, scheme.grid.columns(70))
     x = torch.randn(*batch, 70, dtype=dtype, device=device)
     bias = torch.randn(5, dtype=dtype, device=device)
