@@ -109,9 +109,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         """The least loss that at most 4.5 bits per weight give without data.
 
         >>> SVDQConfig.best().saliency
-        'magnitude'
+        'relative'
         """
-        return cls(**{"k": 0.002, "saliency": "magnitude", **choices})
+        return cls(**{"k": 0.002, "saliency": "relative", **choices})
 
     @classmethod
     def small(cls, **choices: Any) -> "SVDQConfig":
@@ -120,7 +120,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         >>> SVDQConfig.small().group_size
         64
         """
-        return cls(**{"k": 0.001, "saliency": "magnitude", "group_size": 64, **choices})
+        return cls(**{"k": 0.001, "saliency": "relative", "group_size": 64, **choices})
 
     @classmethod
     def calibrated(cls, **choices: Any) -> "SVDQConfig":
