@@ -30,7 +30,9 @@ from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration import InputStatistics, collect_inputs
+from svdq_hf.config import VERSION_1
 from svdq_hf.convert import layers_to_convert, svdq_layers
+from svdq_hf.evaluation.glue import task_of
 from svdq_hf.evaluation.tables import change, number, small
 from svdq_hf.evaluation.trainer import classifier
 
@@ -39,11 +41,16 @@ OURS: dict[str, Callable[[], SVDQConfig]] = {
     "svdq k=0": lambda: SVDQConfig(k=0),
     "svdq magnitude": lambda: SVDQConfig(saliency="magnitude"),
     "svdq random": lambda: SVDQConfig(saliency="random"),
-    **{
-        f"svdq {preset}": getattr(SVDQConfig, preset)
-        for preset in ("best", "small", "calibrated", "paper")
-        if hasattr(SVDQConfig, preset)
-    },
+    "svdq relative": lambda: SVDQConfig(saliency="relative"),
+    "none of the switches": lambda: SVDQConfig(k=0, group_size=64, **VERSION_1),
+    "normal levels": lambda: SVDQConfig(k=0, group_size=64, **{**VERSION_1, "levels": "normal"}),
+    "column scale": lambda: SVDQConfig(k=0, group_size=64, **{**VERSION_1, "column_scale": True}),
+    "group 32 of 8 bits": lambda: SVDQConfig(k=0, group_size=32, **{**VERSION_1, "scale_bits": 8}),
+    "levels and columns": lambda: SVDQConfig(k=0, group_size=64, scale_bits=16),
+    "svdq best": SVDQConfig.best,
+    "svdq small": SVDQConfig.small,
+    "svdq calibrated": SVDQConfig.calibrated,
+    "svdq paper": SVDQConfig.paper,
 }
 """Our methods by name; a new one is a line here."""
 OURS_WITH_DATA = ("svdq calibrated",)
@@ -260,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.table:
         if chosen.model is None or (chosen.text is None) == (chosen.task is None):
             parser.error("give --model and either --text or --task; or --table")
+        if chosen.task and task_of(chosen.task).labels == 1:
+            parser.error(f"{chosen.task} is a regression: it has no KL to compare")
         bench(chosen).run(chosen.method, chosen.again)
     print(table(read(chosen.out)))
 

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, footprint, read_footprint
+from svdq_hf.config import VERSION_1
 from svdq_hf.demo import default_model, embed
 from svdq_hf.sparse import top_positions
 from svdq_hf.svd import principal
@@ -113,8 +114,13 @@ def sentences() -> None:
         "saliency='random'": SVDQConfig(saliency="random"),
         "k=0": SVDQConfig(k=0),
         "k=4096": SVDQConfig(k=4096),
-        "group_size=32": SVDQConfig(group_size=32),
+        "SVDQConfig.best()": SVDQConfig.best(),
+        "SVDQConfig.small()": SVDQConfig.small(),
+        "levels='linear'": SVDQConfig(levels="linear"),
+        "column_scale=False": SVDQConfig(column_scale=False),
+        "group_size=64": SVDQConfig(group_size=64),
         "scale='absmax'": SVDQConfig(scale="absmax"),
+        "format version 1, group_size=64": SVDQConfig(group_size=64, **VERSION_1),
         "paper()": SVDQConfig.paper(),
     }
     for name, config in variants.items():

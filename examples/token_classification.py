@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.grid import DEFAULT, OURS, GridRun, Plan
+from svdq_hf.evaluation.grid import GridRun
+from svdq_hf.evaluation.plan import DEFAULT, OURS, Plan
 from svdq_hf.evaluation.report import write_report
 from svdq_hf.evaluation.trainer import Score
 

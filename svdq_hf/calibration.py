@@ -28,7 +28,10 @@ class InputStatistics:
 
     def add(self, tokens: Tensor, with_gram: bool) -> None:
         """Count the inputs `[tokens, in]` of one call."""
-        tokens = tokens.float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            self._add(tokens.float(), with_gram)
+
+    def _add(self, tokens: Tensor, with_gram: bool) -> None:
         squares = tokens.double().square().sum(0)
         self.tokens += tokens.shape[0]
         self.square_sum = squares if self.square_sum is None else self.square_sum + squares

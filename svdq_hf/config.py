@@ -22,6 +22,7 @@ VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_b
 """What was no choice yet in files of format version 1."""
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+_SINCE_2 = (*VERSION_1, "error_feedback")
 _STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
@@ -36,8 +37,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
     scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
         `clip_sigma` standard deviations).
-    levels: what the 16 codes stand for: "normal" (quantiles of a normal distribution, as NF4's) or
-        "linear" (-8..7, as the paper's).
+    levels: what the 16 codes stand for: "normal" (those that lose least of normal weights) or "linear"
+        (-8..7, as the paper's).
     column_scale: whether each column has a scale of its own too; scores see the matrix without it.
     scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
     error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
@@ -106,25 +107,25 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
 
     @classmethod
     def best(cls, **choices: Any) -> "SVDQConfig":
-        """The least loss that at most 4.5 bits per weight give without data.
+        """The least loss without data at about 4.5 bits per weight (in layers 384 wide and wider).
 
         >>> SVDQConfig.best().saliency
         'relative'
         """
-        return cls(**{"k": 0.002, "saliency": "relative", **choices})
+        return cls(**{"k": 0.0018, "saliency": "relative", **choices})
 
     @classmethod
     def small(cls, **choices: Any) -> "SVDQConfig":
-        """The least loss that at most 4.28 bits per weight give without data.
+        """The least loss without data at about 4.28 bits per weight (in layers 384 wide and wider).
 
         >>> SVDQConfig.small().group_size
         64
         """
-        return cls(**{"k": 0.001, "saliency": "relative", "group_size": 64, **choices})
+        return cls(**{"k": 0.0009, "saliency": "relative", "group_size": 64, **choices})
 
     @classmethod
     def calibrated(cls, **choices: Any) -> "SVDQConfig":
-        """For those who have data: `quantize_model(model, SVDQConfig.calibrated(), batches)`; 4.25 bits.
+        """For those who have data: `quantize_model(model, SVDQConfig.calibrated(), batches)`; ~4.25 bits.
 
         >>> SVDQConfig.calibrated().data_needs
         ['input_gram', 'input_norm']
@@ -174,12 +175,15 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Change choices, checked; returns the keys that are none."""
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
-        self.__dict__ = SVDQConfig(**{**self.to_dict(), **choices}).__dict__
+        self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), **choices}).__dict__
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
         """All choices and the format's version, as JSON can hold them."""
-        return {**super().to_dict(), "requires": REQUIRES}
+        choices = super().to_dict()
+        if self.format_version == 1:  # which knows no others: that is what they mean there
+            choices = {name: value for name, value in choices.items() if name not in _SINCE_2}
+        return {**choices, "requires": REQUIRES}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SVDQConfig) and self.to_dict() == other.to_dict()
@@ -198,6 +202,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         _require(names is None or listed, "modules_to_not_convert", names, "None or a list of names")
         self._grid  # noqa: B018  # checks itself
+        grouped = isinstance(self.group_size, int) or not self.error_feedback
+        _require(grouped, "group_size", self.group_size, "a number of columns where error_feedback is on")
         if not from_file:  # a stored model loads where its author's own score is not known
             check_name(self.saliency)
 

@@ -5,6 +5,7 @@ the format test and the README's table all ask it. Every shape is a function of 
 Not here: devices, modules, configs, files.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -232,9 +233,20 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
     for name in ("weight_scale", "salient_values", "row_scale", "column_scale"):
         if name in parts and parts[name].is_floating_point() and not torch.isfinite(parts[name]).all():
             raise ValueError(f"{name} has a NaN or an infinity")
+    if not math.isfinite(_largest(parts)):
+        raise ValueError("the product of the scales is more than a float32 can hold")
     if "levels" in parts and parts["levels"][-LOWEST] != 0:
         raise ValueError(f"levels has {int(parts['levels'][-LOWEST])} for code zero, which must be 0")
     _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
+
+
+def _largest(parts: Mapping[str, Tensor]) -> float:
+    """A bound on the 4-bit part's weights, as float32 multiplies them."""
+    bound = torch.tensor(float(-LOWEST))
+    for name in ("levels", "weight_scale", "row_scale", "column_scale"):
+        if name in parts and parts[name].numel():
+            bound = bound * parts[name].float().abs().max().cpu()
+    return float(bound)
 
 
 def _check_positions(packed: Tensor, rows: Tensor, columns: Tensor, in_features: int) -> None:

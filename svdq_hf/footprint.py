@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from svdq_hf.convert import svdq_layers
-from svdq_hf.decompose import FORMAT_VERSION, OPTIONAL, PARTS
+from svdq_hf.decompose import OPTIONAL, PARTS
 
 METADATA_KEY = "svdq_layers"
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -90,7 +90,7 @@ class Footprint:
             }
             for layer in self.layers
         }
-        return {"format_version": FORMAT_VERSION, "totals": totals, "layers": layers}
+        return {"totals": totals, "layers": layers}
 
 
 def footprint(model: nn.Module) -> Footprint:

@@ -66,9 +66,10 @@ CELLS = 4 * TOP
 @cache
 def _cells(levels: str, codes: bool = False) -> Tensor:
     """For each half step its nearest level (or the code of it); a tie goes up."""
-    table = torch.tensor(TABLES[levels], dtype=torch.float32)
+    cpu = torch.device("cpu")  # whatever the caller's default device and dtype are: this is kept
+    table = torch.tensor(TABLES[levels], dtype=torch.float32, device=cpu)
     middles = (table[1:] + table[:-1]) / 2
-    left = torch.arange(CELLS) / 2 - TOP
+    left = torch.arange(CELLS, dtype=torch.float32, device=cpu) / 2 - TOP
     index = torch.bucketize(left, middles, right=True)
     return (index + LOWEST).to(torch.int8) if codes else table[index]
 

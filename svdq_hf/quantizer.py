@@ -226,7 +226,9 @@ def quantize_model(
         ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
             a NaN or an infinity.
     """
-    config = SVDQConfig(**config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
+    config = (
+        SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
+    )
     if not isinstance(config, SVDQConfig):
         raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
     method = getattr(model, "quantization_method", None)

@@ -34,14 +34,20 @@ def quantize_weight(
     """
     check_weight(name, weight)
     try:
-        dense = weight.float().contiguous()
-        per_column = column_scale(dense) if config.scheme.grid.column_scale else None
-        rows, columns, facts = _choose(dense, config, inputs, per_column)
-        gram = inputs.gram if inputs is not None and config.error_feedback else None
-        parts, errors = quantize_chosen(dense, config, rows, columns, per_column, gram)
+        with torch.autocast(weight.device.type, enabled=False):  # what is stored must not depend on it
+            return _quantize(weight.float().contiguous(), config, inputs)
     except Exception as error:  # whatever a user's score raises: it is told of which layer
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"could not quantize {name}: {kind}{error}") from error
+
+
+def _quantize(
+    dense: Tensor, config: SVDQConfig, inputs: InputStatistics | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    per_column = column_scale(dense) if config.scheme.grid.column_scale else None
+    rows, columns, facts = _choose(dense, config, inputs, per_column)
+    gram = inputs.gram if inputs is not None and config.error_feedback else None
+    parts, errors = quantize_chosen(dense, config, rows, columns, per_column, gram)
     return parts, errors | facts
 
 

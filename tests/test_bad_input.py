@@ -252,6 +252,14 @@ def test_a_header_that_leaves_out_a_layer_does_not_change_what_is_loaded(width, 
     assert tiny.different_tensors(load(folder.write()), model) == []
 
 
+def test_scales_whose_product_is_infinite_are_named(stored):
+    unit = stored.part("row_scale")
+    unit[0] = 3e38
+    with pytest.raises(ValueError, match="more than a float32 can hold") as error:
+        load(stored.replace("row_scale", unit))
+    assert_says(error, LAYER, AGAIN)
+
+
 def test_levels_without_zero_for_code_zero_are_named(stored):
     levels = stored.part("levels")
     levels[8] = 3

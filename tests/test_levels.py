@@ -1,20 +1,21 @@
 import pytest
 import torch
 
+from svdq_hf import levels
 from svdq_hf.grid import Grid, expand, quantize
 from svdq_hf.levels import TABLES, codes, highest, nearest
 
-every_table = pytest.mark.parametrize("levels", TABLES)
+every_table = pytest.mark.parametrize("name", TABLES)
 
 
 @every_table
-def test_sixteen_whole_numbers_in_order_with_zero_for_code_zero(levels):
-    table = TABLES[levels]
+def test_sixteen_whole_numbers_in_order_with_zero_for_code_zero(name):
+    table = TABLES[name]
     assert len(table) == 16
     assert sorted(set(table)) == list(table)
     assert table[8] == 0
     assert all(-128 <= level <= 127 for level in table)
-    assert highest(levels) == table[-1]
+    assert highest(name) == table[-1]
 
 
 def test_normal_levels_are_the_means_of_what_rounds_to_them():
@@ -35,15 +36,31 @@ def test_normal_levels_are_the_means_of_what_rounds_to_them():
 
 
 @every_table
-def test_nearest_is_the_nearest_and_codes_are_its_place(levels):
-    table = torch.tensor(TABLES[levels], dtype=torch.float32)
+def test_nearest_is_the_nearest_and_codes_are_its_place(name):
+    table = torch.tensor(TABLES[name], dtype=torch.float32)
     x = torch.cat([torch.randn(5000) * table[-1], torch.tensor([-1e30, 1e30, torch.inf, -torch.inf, 0.0])])
-    found = nearest(x.clone(), levels)
+    found = nearest(x.clone(), name)
     distance = (x.clamp(-200, 200).unsqueeze(1) - table).abs()
     assert torch.equal((x.clamp(-200, 200) - found).abs(), distance.amin(1))
-    assert torch.equal(table[codes(x.clone(), levels).long() + 8], found)
+    assert torch.equal(table[codes(x.clone(), name).long() + 8], found)
 
 
 def test_a_tie_goes_up_or_to_the_even_code():
     assert nearest(torch.tensor([6.0, -5.0, 18.0]), "normal").tolist() == [12.0, 0.0, 24.0]
     assert nearest(torch.tensor([0.5, 1.5, -0.5]), "linear").tolist() == [0.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("setting", ["dtype", "device"])
+def test_defaults_of_the_process_play_no_part(setting, monkeypatch):
+    expected = nearest(torch.linspace(-140, 140, 999), "normal")
+    levels._cells.cache_clear()
+    try:
+        if setting == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+            nearest(torch.zeros(1, dtype=torch.float32), "normal")
+        else:
+            with torch.device("meta"):
+                nearest(torch.zeros(1, dtype=torch.float32, device="cpu"), "normal")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(nearest(torch.linspace(-140, 140, 999), "normal"), expected)

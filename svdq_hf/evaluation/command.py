@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """
     from datasets import disable_progress_bars
 
-    from svdq_hf.evaluation.grid import GridRun, Plan
+    from svdq_hf.evaluation.grid import GridRun
+    from svdq_hf.evaluation.plan import Plan
     from svdq_hf.evaluation.report import write_report
 
     folders = _folders(options)

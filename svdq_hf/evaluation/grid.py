@@ -12,33 +12,24 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.column_scale import column_scale
-from svdq_hf.config import VERSION_1, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import empty_layer, layers_to_convert, progress
+from svdq_hf.evaluation.plan import BASELINES, Key, Plan
 from svdq_hf.footprint import footprint
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.saliency import check_name, data_needs, score, score_needs
+from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
 from svdq_hf.weight import as_scored, quantize_chosen, score_inputs
 
 CELLS, OVERLAPS = "cells.jsonl", "overlap.jsonl"
-DEFAULT, OURS = "default", "group 64, mse"
-GRIDS: dict[str, dict[str, Any]] = {
-    DEFAULT: {},
-    OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
-    "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
-}
-"""Grids of scales by name: that of SVDQConfig(), that of format version 1, and the paper's."""
-
-BASELINES = ("fp32", "none")
 
 
 class Evaluator(Protocol):
@@ -51,67 +42,6 @@ class Evaluator(Protocol):
 
     def calibration(self) -> Iterable[Any]:
         """Batches for the scores that need data."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
-
-    ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
-    methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-    grids: Sequence[str] = (OURS, "tensor, absmax")
-    seeds: int = 3
-    ranks: Sequence[int] = (8,)
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            check_name(method)
-        for grid in self.grids:
-            if grid not in GRIDS:
-                raise ValueError(f"grid {grid!r}: must be one of {list(GRIDS)}")
-        for k in self.ks:
-            SVDQConfig(k=k)  # checks it
-        for rank in self.ranks:
-            SVDQConfig(rank=rank)
-
-    def cells(self) -> Iterator["Key"]:
-        """The key of every cell: the baselines first, then method by method."""
-        yield Key("fp32", None, 0, 0, None)
-        yield from (Key("none", grid, 0, 0, None) for grid in self.grids)
-        for method in self.methods:
-            needs = score_needs(method)
-            ranks = self.ranks if "rank" in needs else (None,)
-            seeds = self.seeds if "seed" in needs and method != "svd" else 1
-            for rank, seed, grid, k in product(ranks, range(seeds), self.grids, self.ks):
-                yield Key(method, grid, k, seed, rank)
-
-
-class Key(NamedTuple):
-    """What makes a cell of one task and model; rank: None where it plays no part."""
-
-    method: str
-    grid: str | None
-    k: int | float
-    seed: int
-    rank: int | None
-
-    @property
-    def config(self) -> SVDQConfig:
-        """The config that quantizes as this cell says."""
-        return SVDQConfig(
-            k=self.k,
-            saliency="magnitude" if self.method in BASELINES else self.method,
-            rank=self.rank or 8,
-            seed=self.seed,
-            **GRIDS[self.grid or DEFAULT],
-        )
-
-    @property
-    def scoring(self) -> tuple[object, ...]:
-        """Cells of one scoring share their scores: all k, and all grids where the grid plays no part."""
-        sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
-        depends = self.method not in BASELINES and sees_grid
-        return self.method, self.seed, self.rank, self.grid if depends else None
 
 
 Positions = dict[int | float, dict[str, Tensor]]
@@ -139,8 +69,12 @@ class GridRun:
         """Run the cells that are not finished; how many that were."""
         done = finished(self.out, self.evaluate.task, self.name)
         todo = [key for key in self.plan.cells() if key not in done]
-        if not todo:
-            return 0
+        if todo:
+            self._run(todo)
+        self._complete_overlaps()
+        return len(todo)
+
+    def _run(self, todo: Sequence[Key]) -> None:
         started = time.perf_counter()
         reference = self.evaluate(self.model)
         seconds = {"quantize": 0.0, "evaluate": time.perf_counter() - started}
@@ -154,7 +88,6 @@ class GridRun:
                 scored = (key.scoring, self._scores(key))
                 self._compare(key, scored[1])
             self._run_cell(key, scored[1])
-        return len(todo)
 
     def _scores(self, key: Key) -> dict[str, Tensor]:
         if key.method in BASELINES:
@@ -219,7 +152,7 @@ class GridRun:
         }  # fmt: skip
         append(self.out / CELLS, [line])
 
-    def _compare(self, key: Key, scores: Mapping[str, Tensor]) -> None:
+    def _compare(self, key: Key, scores: Mapping[str, Tensor], ranks: Sequence[int] | None = None) -> None:
         """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
         if key.grid != self.plan.grids[0]:  # scored again for another grid: the first one is compared
             return
@@ -227,11 +160,24 @@ class GridRun:
             self.svd_choice[key.rank] = self._positions(scores)
         elif "svd" in self.plan.methods and key.method not in BASELINES and key.seed == 0:
             theirs = self._positions(scores)
-            for rank in self.plan.ranks:
+            for rank in self.plan.ranks if ranks is None else ranks:
                 if rank not in self.svd_choice:  # a run that goes on after svd's cells
                     svd = Key("svd", self.plan.grids[0], 1, 0, rank)
                     self.svd_choice[rank] = self._positions(self._scores(svd))
                 append(self.out / OVERLAPS, self._overlaps(key.method, rank, theirs))
+
+    def _complete_overlaps(self) -> None:
+        """Compare what no cell was left to compare: other methods with ranks or ks that came later."""
+        lines = whole_lines(self.out / OVERLAPS)
+        mine = [line for line in lines if (line["task"], line["model"]) == (self.evaluate.task, self.name)]
+        there = {(line.get("rank"), line["other"], line["k"]) for line in mine}
+        ks = [k for k in self.plan.ks if k > 0]
+        others = [method for method in self.plan.methods if method != "svd"]
+        for method in others if "svd" in self.plan.methods else []:
+            ranks = [rank for rank in self.plan.ranks if any((rank, method, k) not in there for k in ks)]
+            if ranks:
+                key = Key(method, self.plan.grids[0], self.plan.ks[0], 0, None)
+                self._compare(key, self._scores(key), ranks)
 
     def _positions(self, scores: Mapping[str, Tensor]) -> Positions:
         found: Positions = {}

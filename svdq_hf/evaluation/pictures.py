@@ -99,7 +99,14 @@ def _curves(axes: "Axes", rows: Sequence[Row], looks: Mapping[str, Look], measur
         if points:
             look = looks[points[0][0].method]
             ks, values = [row.k * aside for row, _ in points], [value for _, value in points]
-            axes.plot(ks, values, color=look.colour, marker=look.marker, label=lettering(label))
+            shade = _shade(points[0][0], rows)
+            axes.plot(ks, values, color=look.colour, marker=look.marker, label=lettering(label), alpha=shade)
+
+
+def _shade(row: Row, rows: Sequence[Row]) -> float:
+    """1 where a method has one curve; of several, one for each rank, the higher ranks are darker."""
+    ranks = sorted({other.rank for other in rows if other.method == row.method and other.rank is not None})
+    return 1.0 if len(ranks) < 2 or row.rank is None else 0.3 + 0.7 * ranks.index(row.rank) / (len(ranks) - 1)
 
 
 def _bars(axes: "Axes", rows: Sequence[Row], looks: Mapping[str, Look], ends: Ends) -> None:

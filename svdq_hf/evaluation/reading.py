@@ -131,8 +131,8 @@ def _keys(found: object, keys: Mapping[str, Kind], where: str) -> dict[str, Any]
     if not isinstance(found, dict):
         raise ValueError(f"{where}: not an object")
     for key, kind in keys.items():
-        if key not in found:
+        if key not in found and not kind.holds(None):
             raise ValueError(f"{where}: the key {key!r} is missing")
-        if not kind.holds(found[key]):
+        if not kind.holds(found.get(key)):
             raise ValueError(f"{where}: {key!r} must be {kind.words}, not {found[key]!r}")
-    return {key: found[key] for key in keys}
+    return {key: found.get(key) for key in keys}

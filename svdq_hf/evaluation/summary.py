@@ -6,6 +6,7 @@ the sentence is left out.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Final
 
 from svdq_hf.evaluation.cells import Group
@@ -98,16 +99,20 @@ def _at(found: Sequence[float], ks: Sequence[float]) -> str:
 
 def _rivals(group: Group) -> Iterator[str]:
     """The paper's claim: at high k, svd is ahead of the scores that need data."""
-    for rival in RIVALS:
-        shared = [k for k in group.ks if group.of("svd", k) and group.of(rival, k)]
-        pair = compare(group.of("svd", shared[-1]), group.of(rival, shared[-1])) if shared else None
-        if pair:
-            yield _rival(rival, shared[-1], pair)
+    for rival, rank in product(RIVALS, sorted({cell.rank for cell in group.of("svd") if cell.rank})):
+        ours = [cell for cell in group.of("svd") if cell.rank == rank]
+        shared = [k for k in group.ks if any(cell.k == k for cell in ours) and group.of(rival, k)]
+        if shared:
+            k = shared[-1]
+            pair = compare([cell for cell in ours if cell.k == k], group.of(rival, k))
+            several = len({cell.rank for cell in group.of("svd")}) > 1
+            if pair:
+                yield _rival(rival, k, pair, f"svd, rank {rank}," if several else "svd")
 
 
-def _rival(rival: str, k: float, pair: Comparison) -> str:
+def _rival(rival: str, k: float, pair: Comparison, svd: str) -> str:
     holds = "holds" if pair.verdict == "better" else "does not hold" if pair.verdict == "worse" else "is open"
     return (
-        f"The paper has svd ahead of {rival} at high k; here at k = {k:g} that {holds}: {pair.right} to "
+        f"The paper has {svd} ahead of {rival} at high k; here at k = {k:g} that {holds}: {pair.right} to "
         f"{pair.other_right} right of {pair.n}, {pair.verdict}, p {chance(pair.p)}."
     )

@@ -8,18 +8,8 @@ from transformers import BertModel
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.evaluation import grid as grid_module
-from svdq_hf.evaluation.grid import (
-    CELLS,
-    GRIDS,
-    OURS,
-    OVERLAPS,
-    GridRun,
-    Key,
-    Plan,
-    append,
-    finished,
-    overlap,
-)
+from svdq_hf.evaluation.grid import CELLS, OVERLAPS, GridRun, append, finished, overlap
+from svdq_hf.evaluation.plan import GRIDS, OURS, Key, Plan
 
 PLAN = Plan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
@@ -174,6 +164,18 @@ def test_ranks_are_run_for_svd_alone_and_each_is_overlapped(tmp_path):
         ("fp32", None), ("none", None), ("svd", 1), ("svd", 4), ("magnitude", None)
     ]  # fmt: skip
     assert [one["rank"] for one in lines(tmp_path, OVERLAPS)] == [1] * 13 + [4] * 13
+
+
+def test_ranks_and_ks_that_come_later_are_overlapped_too(tmp_path):
+    grids = ("group 64, mse",)
+    later, at_once = tmp_path / "later", tmp_path / "at once"
+    for ks, ranks in (((30,), (1,)), ((30, 5), (1, 4))):
+        run(later, Plan(ks=ks, methods=("svd", "awq", "magnitude"), grids=grids, ranks=ranks))
+    run(at_once, Plan(ks=(30, 5), methods=("svd", "awq", "magnitude"), grids=grids, ranks=(1, 4)))
+    found, expected = (
+        {tuple(sorted(one.items())) for one in lines(folder, OVERLAPS)} for folder in (later, at_once)
+    )
+    assert found == expected
 
 
 def test_overlap_by_hand():
