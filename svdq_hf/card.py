@@ -164,12 +164,13 @@ def _checked(one: CardResult) -> EvalResult:
 def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     """The rows of the card's table."""
     weights, choices = read_footprint(folder), SVDQConfig.from_dict(config["quantization_config"])
-    group = choices.group_size
     rows = {
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
         "k, weights in FP32": f"{choices.k} per layer, {weights.salient_share:.3%} of all",
         "score": f"{_code(choices.saliency)}, rank {choices.rank}",
-        "scales": f"one per {f'{group} columns' if isinstance(group, int) else group}, {choices.scale}",
+        "scales": _scales(choices),
+        "levels": choices.levels,
+        "data": f"batches, for {', '.join(choices.data_needs)}" if choices.data_needs else "none",
         "bits per weight": f"{weights.bits_per_weight:.2f} in these layers, everything counted",
         "parameters": f"{_parameters(folder, weights):,} (the Hub counts packed bytes)",
     }
@@ -183,6 +184,15 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     if dense is not None:
         rows["linear layers kept dense"] = ", ".join(dense) or "none"
     return rows
+
+
+def _scales(choices: SVDQConfig) -> str:
+    """How the scales are laid out and fitted, in a few words."""
+    grid = choices.scheme.grid
+    group = f"{grid.group_size} columns" if isinstance(grid.group_size, int) else grid.group_size
+    bits = ", in 8 bits" if grid.row_scale else ""
+    columns = "; one per column" if grid.column_scale else ""
+    return f"one per {group}{bits}, {grid.scale}{columns}"
 
 
 def _parameters(folder: str | Path, weights: Footprint) -> int:
