@@ -116,8 +116,9 @@ def decompose(
     if scheme.grid.column_scale:
         optional["column_scale"] = column_scale(weight) if per_column is None else per_column
         size = optional["column_scale"].float()
-        weight, rest = weight / size, rest / size
-        gram = None if gram is None else gram * size * size.unsqueeze(1)
+        rest /= size  # a copy of our own
+        if gram is not None:
+            weight, gram = weight / size, gram * size * size.unsqueeze(1)
     if scheme.grid.levels != "linear":
         table = TABLES[scheme.grid.levels]
         optional["levels"] = torch.tensor(table, dtype=torch.int8, device=weight.device)
