@@ -341,8 +341,10 @@ def test_minilm_is_small_comes_back_the_same_and_means_the_same(minilm, tmp_path
 
     layers = read_footprint(tmp_path).layers
     assert len(layers) == 6 * 6 + 1
-    for layer in layers:  # 4 bits, a scale of 16 bits for 64 weights, 96 bits for a salient weight
-        assert layer.bits_per_weight <= 4.25 + 96 * 256 / (layer.out * layer.in_features) + 0.02, layer.name
+    for layer in layers:
+        # 4 bits, 8 of scale for 32 weights; 16 for each row and column, 16 levels, 96 for a salient weight
+        once = 16 * (layer.out + layer.in_features) + 16 * 8 + 96 * 256
+        assert layer.bits_per_weight == 4.25 + once / (layer.out * layer.in_features), layer.name
     file = (tmp_path / "model.safetensors").stat().st_size
     embedding = 4 * dense.embeddings.word_embeddings.weight.numel()  # 47 MB in FP32, and stays that
     assert file - embedding < 0.16 * ((minilm / "model.safetensors").stat().st_size - embedding)
@@ -353,4 +355,4 @@ def test_minilm_is_small_comes_back_the_same_and_means_the_same(minilm, tmp_path
     ours = embeddings(model, minilm, texts)
     assert torch.equal(embeddings(reloaded, minilm, texts[:50]), ours[:50])
     likeness = torch.nn.functional.cosine_similarity(ours, embeddings(dense, minilm, texts))
-    assert likeness.mean() >= 0.96  # measured: 0.965 to 0.971, by the choice of sentences
+    assert likeness.mean() >= 0.98  # measured: 0.986
