@@ -117,11 +117,6 @@ def gguf(weight: Tensor, inputs: InputStatistics | None, *, kind: str) -> Packed
     return Packed(8 * stored.nbytes, lambda: torch.from_numpy(quants.dequantize(stored, qtype)))
 
 
-def higgs(weight: Tensor, inputs: InputStatistics | None) -> Packed:
-    """HIGGS: no code of it runs on a CPU."""
-    raise NotImplementedError("transformers packs and unpacks HIGGS with FLUTE's kernels, which need CUDA")
-
-
 def gptq(weight: Tensor, inputs: InputStatistics | None, *, group: int, symmetric: bool) -> Packed:
     """GPTQ by llmcompressor, its defaults (damping 1 %, static order); inputs are the dense model's.
 
@@ -206,11 +201,10 @@ PEERS: dict[str, Peer] = {
     "gguf q4_0": Peer(("gguf.quants",), partial(gguf, kind="Q4_0")),
     "gguf q4_1": Peer(("gguf.quants",), partial(gguf, kind="Q4_1")),
     "gguf q4_k": Peer(("gguf.quants",), partial(gguf, kind="Q4_K")),
-    "higgs": Peer((), higgs),
     "gptq g64": Peer(_GPTQ, partial(gptq, group=64, symmetric=True), data=True),
     "gptq g64 asymmetric": Peer(_GPTQ, partial(gptq, group=64, symmetric=False), data=True),
     "gptq g128": Peer(_GPTQ, partial(gptq, group=128, symmetric=True), data=True),
     "awq g64 (our code)": Peer((), partial(awq, group=64), data=True),
     "awq g128 (our code)": Peer((), partial(awq, group=128), data=True),
 }
-"""Every peer by name; a new one is a function and a line here."""
+"""Every peer by name; a new one is a function and a line here. HIGGS is not one: its kernels need CUDA."""

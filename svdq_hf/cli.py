@@ -92,7 +92,9 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     missing = argparse.SUPPRESS
     help_preset = "start from a preset: best (4.5 bits), small (4.28) or paper"
     add("--preset", choices=("best", "small", "paper"), help=help_preset)
-    add("--k", type=number, default=missing, help="salient weights per layer, or a share below 1")
+    add(
+        "--k", type=command_line.number, default=missing, help="salient weights per layer, or a share below 1"
+    )
     add("--rank", type=int, default=missing, help="rank of the principal structure")
     add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
     add("--group-size", type=_group_size, default=missing, help="columns per scale, 'row' or 'tensor'")
@@ -113,10 +115,6 @@ def _config(options: argparse.Namespace) -> SVDQConfig:
     start = getattr(SVDQConfig, options.preset) if options.preset else SVDQConfig
     config: SVDQConfig = start(**{name: getattr(options, name) for name in names})
     return config
-
-
-def number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _group_size(text: str) -> int | str:

@@ -291,7 +291,7 @@ def test_peer_rounds_to_four_bits(name):
         pytest.skip(reason)
     weight, inputs = torch.randn(64, 256) / 16, torch.randn(600, 256)
     kept = weight.clone()
-    if name in ("gguf q4_k", "higgs"):
+    if name == "gguf q4_k":  # the package itself does not quantize to it
         with pytest.raises(NotImplementedError):
             peer.quantize(weight, None)
         return

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", help="perplexity: a text file")
     add("--context", type=int, default=1024, help="perplexity: tokens the model sees at once (1024)")
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
-    add("--k", nargs="+", type=_number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
+    add("--k", nargs="+", type=number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
     add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
     add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help="of scales: that of "
         "SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's) (default)")  # fmt: skip
@@ -44,7 +44,8 @@ def _shown(values: Sequence[object]) -> str:
     return f"({' '.join(map(str, values))})"
 
 
-def _number(text: str) -> int | float:
+def number(text: str) -> int | float:
+    """A count, or a share: what k may be."""
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
