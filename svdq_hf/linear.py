@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
-from svdq_hf.kernels import op as _op  # noqa: F401  # defines torch.ops.svdq
+from svdq_hf.kernels.op import linear
 
 _FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 
@@ -68,7 +68,8 @@ class SVDQLinear(nn.Module):
                 setattr(self, name, nn.Parameter(empty, requires_grad=name == "salient_values"))
             else:
                 self.register_buffer(name, empty)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by name, without the bias."""
@@ -88,25 +89,28 @@ class SVDQLinear(nn.Module):
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        device, result = x.device.type, x.dtype
-        dtype = self.compute_dtype or result
-        if torch.is_autocast_enabled(device):  # as of a dense layer, the output is autocast's
-            dtype = result = torch.get_autocast_dtype(device)
-        y: Tensor = torch.ops.svdq.linear(
-            x.to(dtype),
-            self.weight,
-            self.weight_scale,
-            self.salient_values,
-            self.salient_rows,
-            self.salient_columns,
-            self.row_scale,
-            self.column_scale,
-            self.levels,
-            self.bias,
+        result = x.dtype
+        if torch.is_autocast_enabled(x.device.type):  # as of a dense layer, the output is autocast's
+            result = torch.get_autocast_dtype(x.device.type)
+            x = x.to(result)
+        elif self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        parameters, buffers = self._parameters, self._buffers  # as attributes they take longer than the op
+        y = linear(
+            x,
+            parameters["weight"],
+            buffers["weight_scale"],
+            parameters["salient_values"],
+            buffers["salient_rows"],
+            buffers["salient_columns"],
+            buffers["row_scale"],
+            buffers["column_scale"],
+            buffers["levels"],
+            parameters["bias"],
             self.in_features,
             self.group,
         )
-        return y.to(result)
+        return y if y.dtype == result else y.to(result)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
         parts = (getattr(self, name) for name in _FLOAT_PARTS)

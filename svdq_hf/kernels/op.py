@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.decompose import PARTS
-from svdq_hf.kernels import reference
+from svdq_hf.kernels import cpu, reference
 
 _STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
@@ -31,16 +31,28 @@ torch.library.define(
 )
 
 
+def linear(*inputs: Any) -> Tensor:
+    """Call the op; without its autograd, which takes longer than a small layer, where there is none to do."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _OP(*inputs)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OP(*inputs)  # type: ignore[no-any-return]
+
+
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
 def _linear(x: Tensor, *others: Any) -> Tensor:
     *stored, bias, in_features, group = others
     _check(x, stored[0], in_features)
+    if cpu.computes(x, in_features, group):
+        return cpu.linear(x, stored, bias, in_features, group)
     return reference.linear(x, _parts(stored), bias, in_features, group)
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
 def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
     *stored, in_features, group = others
+    if cpu.computes(gradient, in_features, group):
+        return cpu.input_gradient(gradient, stored, in_features, group)
     return reference.input_gradient(gradient, _parts(stored), in_features, group)
 
 
@@ -130,3 +142,4 @@ torch.library.register_fake(LINEAR, _linear_shape)
 torch.library.register_fake(INPUT_GRADIENT, _input_gradient_shape)
 torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
 torch.library.register_autograd(INPUT_GRADIENT, _backward_gradient, setup_context=_save_gradient)
+_OP = torch.ops.svdq.linear.default

@@ -1,0 +1,98 @@
+"""The op on a CPU: from the stored bytes where tokens are few, a block of rows at a time where they are many.
+
+Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
+share the cost of writing a block of dense rows into cache, where torch's own product takes it up. Either way
+sums are float32, whatever the dtype of the activations. Where the native library is missing, or a group is
+smaller than it decodes, the plain torch of `reference` computes.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from svdq_hf.kernels.native import AVX512, best_path, dequantize, fits, layer_of, library, multiply
+
+FEW_TOKENS: Final = 16
+"""On the lesser paths: up to here decoding for each eight tokens anew is faster than writing dense rows."""
+
+BLOCK_WEIGHTS: Final = 1 << 20
+"""Weights of a block of dense rows: four megabytes, which a core's cache and its neighbours' hold."""
+
+_kept = threading.local()
+
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def computes(x: Tensor, in_features: int, group: int) -> bool:
+    """Whether this file computes the op for such activations and groups."""
+    return x.is_cpu and x.dtype in DTYPES and fits(group, in_features) and library() is not None
+
+
+def linear(
+    x: Tensor,
+    stored: Sequence[Any],
+    bias: Tensor | None,
+    in_features: int,
+    group: int,
+    path: int | None = None,
+) -> Tensor:
+    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; stored: the parts, in the order of `PARTS`.
+
+    path: of the native library; None: the best.
+
+    Raises:
+        ValueError: parts that are not the format's.
+    """
+    path = best_path() if path is None else path
+    tokens = x
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        tokens = x.float().contiguous()
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    layer = layer_of(stored, in_features, group, bias)
+    out, count = stored[0].shape[0], x.numel() // in_features
+    y = tokens.new_empty((*x.shape[:-1], out))
+    if path == AVX512 or count <= FEW_TOKENS:
+        multiply(layer, tokens, y, count, path)
+    else:
+        for rows, block in dense_blocks(stored, in_features, group, path):
+            torch.mm(tokens.view(-1, in_features), block.T, out=y.view(-1, out)[:, rows])
+        if bias is not None:
+            y += bias
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, group: int) -> Tensor:
+    """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
+    tokens = gradient.reshape(-1, gradient.shape[-1]).float()
+    total = tokens.new_zeros(tokens.shape[0], in_features)
+    for rows, block in dense_blocks(stored, in_features, group):
+        total.addmm_(tokens[:, rows], block)
+    return total.view(*gradient.shape[:-1], in_features).to(gradient.dtype)
+
+
+def dense_blocks(
+    stored: Sequence[Any], in_features: int, group: int, path: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again."""
+    layer = layer_of(stored, in_features, group)
+    out = stored[0].shape[0]
+    height = max(1, min(out, BLOCK_WEIGHTS // in_features))
+    buffer = _buffer(height * in_features)
+    for start in range(0, out, height):
+        rows = slice(start, min(out, start + height))
+        block = buffer[: (rows.stop - start) * in_features].view(-1, in_features)
+        dequantize(layer, rows, block, best_path() if path is None else path)
+        yield rows, block
+
+
+def _buffer(size: int) -> Tensor:
+    """A thread's own float32 `[size]`, kept between calls: fresh pages cost as much as what is written."""
+    kept: Tensor | None = getattr(_kept, "buffer", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+    return kept

@@ -1,0 +1,681 @@
+/* y = x W^T + bias straight from the stored 4-bit weights, and W itself a block of rows at a time.
+ *
+ * Plain C with a plain C interface: no header of torch or Python, so that one build serves every torch.
+ * The caller (kernels/native) has checked shapes, dtypes and contiguity; what only the data can tell
+ * (positions out of range or out of order) is checked here and answered by an error code, never followed.
+ *
+ * Few tokens: a row is decoded in registers (sixteen levels times the group's scale are a table, in which one
+ * permutation looks sixteen codes up), and every weight is used for up to MOST_TOKENS tokens at once. Many
+ * tokens: a panel of rows is decoded into cache first. Sums are float32, in an order that does not depend on
+ * the number of threads.
+ *
+ * Paths: AVX-512; AVX2; whatever the compiler makes of vectors of sixteen floats (NEON, SSE).
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+enum { ABI = 1, BLOCK = 64, HALF = 32, LANES = 16, MOST_TOKENS = 8, MOST_ROWS = 4, FEW_TOKENS = 12 };
+enum { OK = 0, NO_MEMORY = 1, BAD_POSITION = 2, MISALIGNED = 3 };
+enum { PLAIN = 0, WITH_AVX2 = 1, WITH_AVX512 = 2 };
+enum { SCALE_FLOAT32 = 0, SCALE_BFLOAT16 = 1, SCALE_INT8 = 2 };
+
+/* A stored weight: the parts of the format, all contiguous; NULL where the grid has no such part. */
+typedef struct {
+    int64_t out, in, group; /* group: columns that share a scale, a multiple of 32, or >= in */
+    const uint8_t *codes;   /* [out, 32 * ceil(in / 64)] */
+    const void *scale;      /* [out or 1, groups] */
+    int64_t scale_kind, scale_rows, groups;
+    const uint16_t *row_scale;    /* [out], bfloat16 */
+    const uint16_t *column_scale; /* [in], bfloat16 */
+    const int8_t *levels;         /* [16], of the codes from -8 on */
+    const float *values;          /* [k]: the salient weights, sorted by row */
+    const int32_t *rows, *columns;
+    int64_t k;
+    const float *bias; /* [out] */
+} Layer;
+
+/* Whether every pointer is a multiple of its type's size: of a mapped file it need not be. */
+static int aligned(const Layer *layer) {
+    uintptr_t fours = (uintptr_t)layer->values | (uintptr_t)layer->rows | (uintptr_t)layer->columns |
+                      (uintptr_t)layer->bias;
+    uintptr_t twos = (uintptr_t)layer->row_scale | (uintptr_t)layer->column_scale;
+    if (layer->scale_kind == 0) fours |= (uintptr_t)layer->scale;
+    if (layer->scale_kind == 1) twos |= (uintptr_t)layer->scale;
+    return fours % 4 == 0 && twos % 2 == 0;
+}
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* ------------------------------------------------------------------ threads: those of torch's own runtime */
+
+typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
+static Parallel *run_parallel; /* GOMP_parallel of the OpenMP that torch has loaded; NULL: one thread */
+
+EXPORT void svdq_use_openmp(void *gomp_parallel) {
+    run_parallel = (Parallel *)(uintptr_t)gomp_parallel;
+}
+
+static void in_parallel(void (*work)(void *), void *what, int64_t threads) {
+    if (run_parallel && threads > 1)
+        run_parallel(work, what, (unsigned)threads, 0);
+    else
+        work(what);
+}
+
+/* Memory of a thread's own that is kept between calls: a fresh page costs more than a small layer. */
+static _Thread_local struct {
+    float *start;
+    size_t size;
+} kept;
+
+static float *scratch(size_t floats) {
+    if (kept.size < floats) {
+        free(kept.start);
+        kept.size = 0;
+        kept.start = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
+        if (kept.start) kept.size = floats;
+    }
+    return kept.start;
+}
+
+/* ------------------------------------------------------------------------------------- scales and levels */
+
+INLINE float widen(uint16_t bfloat16) {
+    uint32_t bits = (uint32_t)bfloat16 << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+INLINE int64_t blocks_of(const Layer *layer) {
+    return (layer->in + BLOCK - 1) / BLOCK;
+}
+
+INLINE void table_of(const Layer *layer, float *table) {
+    for (int i = 0; i < 16; i++) table[i] = layer->levels ? layer->levels[i] : (float)(i - 8);
+}
+
+/* The scales of a row for its half blocks of 32 codes from `start` on, float32: [count]. */
+INLINE void scales_of_row(const Layer *layer, int64_t row, int64_t start, int64_t count, float *found) {
+    int64_t groups = layer->groups, each = layer->group / HALF;
+    int64_t first = layer->scale_rows == 1 ? 0 : row * groups;
+    float unit = layer->row_scale ? widen(layer->row_scale[row]) : 1.0f;
+    const int8_t *bytes = (const int8_t *)layer->scale + first;
+    const uint16_t *words = (const uint16_t *)layer->scale + first;
+    const float *floats = (const float *)layer->scale + first;
+#define SCALE(g)                                                                                             \
+    (layer->scale_kind == SCALE_INT8       ? bytes[g] * unit                                                 \
+     : layer->scale_kind == SCALE_BFLOAT16 ? widen(words[g])                                                 \
+                                           : floats[g])
+    if (groups == 1 || each == 0) {
+        for (int64_t i = 0; i < count; i++) found[i] = SCALE(0);
+        return;
+    }
+    int64_t whole = groups * each - start < count ? groups * each - start : count;
+    if (each == 1 && layer->scale_kind == SCALE_INT8) /* the default: a loop that vectorises */
+        for (int64_t i = 0; i < whole; i++) found[i] = bytes[start + i] * unit;
+    else
+        for (int64_t i = 0, g = start / each, end; i < whole; g++)
+            for (end = (g + 1) * each - start < whole ? (g + 1) * each - start : whole; i < end; i++)
+                found[i] = SCALE(g);
+#undef SCALE
+    for (int64_t i = whole < 0 ? 0 : whole; i < count; i++) found[i] = 0.0f; /* padding: its codes are zero */
+}
+
+/* ------------------------------------------------- decoding 64 codes: [64] floats, in units of nothing */
+
+INLINE void decode_plain(const uint8_t *codes, const float *table, float low, float high, float *weights) {
+#if defined(__aarch64__)
+    int8_t bytes[16];
+    for (int i = 0; i < 16; i++) bytes[i] = (int8_t)table[i];
+    int8x16_t levels = vld1q_s8(bytes);
+    int8_t found[BLOCK];
+    for (int half = 0; half < 2; half++) {
+        uint8x16_t code = vld1q_u8(codes + 16 * half);
+        vst1q_s8(found + 16 * half, vqtbl1q_s8(levels, vandq_u8(code, vdupq_n_u8(15))));
+        vst1q_s8(found + HALF + 16 * half, vqtbl1q_s8(levels, vshrq_n_u8(code, 4)));
+    }
+    for (int i = 0; i < HALF; i++) weights[i] = found[i] * low;
+    for (int i = HALF; i < BLOCK; i++) weights[i] = found[i] * high;
+#else
+    for (int i = 0; i < HALF; i++) weights[i] = table[codes[i] & 15] * low;
+    for (int i = 0; i < HALF; i++) weights[HALF + i] = table[codes[i] >> 4] * high;
+#endif
+}
+
+#if defined(__x86_64__)
+AVX2 INLINE void decode_avx2(const uint8_t *codes, __m256i levels, float low, float high, float *weights) {
+    __m256i code = _mm256_loadu_si256((const __m256i *)codes), nibble = _mm256_set1_epi8(15);
+    __m256i halves[2] = {_mm256_and_si256(code, nibble),
+                         _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble)};
+    for (int half = 0; half < 2; half++) {
+        __m256i level = _mm256_shuffle_epi8(levels, halves[half]);
+        __m256 scale = _mm256_set1_ps(half ? high : low);
+        __m128i parts[2] = {_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1)};
+        for (int i = 0; i < 4; i++) {
+            __m128i eight = i % 2 ? _mm_unpackhi_epi64(parts[i / 2], parts[i / 2]) : parts[i / 2];
+            __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+            _mm256_storeu_ps(weights + HALF * half + 8 * i, _mm256_mul_ps(wide, scale));
+        }
+    }
+}
+
+AVX2 INLINE __m256i byte_levels(const float *table) {
+    int8_t bytes[16];
+    for (int i = 0; i < 16; i++) bytes[i] = (int8_t)table[i];
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+/* Sixteen weights of a block: part 0 and 1 are its low nibbles, 2 and 3 its high ones. */
+AVX512 INLINE void decode_avx512(const uint8_t *codes, __m512 table, float low, float high, __m512 *weights) {
+    __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16)));
+    __m512 lows = _mm512_mul_ps(table, _mm512_set1_ps(low)),
+           highs = _mm512_mul_ps(table, _mm512_set1_ps(high));
+    weights[0] = _mm512_permutexvar_ps(first, lows); /* looks at the lowest four bits alone */
+    weights[1] = _mm512_permutexvar_ps(second, lows);
+    weights[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), highs);
+    weights[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), highs);
+}
+#endif
+
+/* ----------------------------------- a tile: some rows times some tokens, without the salient weights
+ *
+ * x: [tokens, padded], the activations times their columns' scales; sums: [MOST_TOKENS][MOST_ROWS].
+ */
+
+#define TILE_ARGUMENTS                                                                                       \
+    const Layer *layer, int64_t row, const float *table, const float *scales, const float *x,                \
+        float sums[MOST_TOKENS][MOST_ROWS]
+
+INLINE float sum_of(Vector v) {
+    float part[LANES];
+    memcpy(part, &v, sizeof part);
+    for (int step = LANES / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) part[i] += part[i + step];
+    return part[0];
+}
+
+#define PLAIN_TILE(DECODE, LEVELS)                                                                           \
+    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;                                              \
+    Vector acc[MOST_TOKENS] = {0};                                                                           \
+    const uint8_t *codes = layer->codes + row * HALF * blocks;                                               \
+    for (int64_t b = 0; b < blocks; b++) {                                                                   \
+        float weights[BLOCK];                                                                                \
+        DECODE(codes + HALF * b, LEVELS, scales[2 * b], scales[2 * b + 1], weights);                         \
+        for (int t = 0; t < tokens; t++)                                                                     \
+            for (int part = 0; part < BLOCK; part += LANES)                                                  \
+                acc[t] += *(const Vector *)(weights + part) *                                                \
+                          *(const Vector *)(x + t * padded + BLOCK * b + part);                              \
+    }                                                                                                        \
+    for (int t = 0; t < tokens; t++) sums[t][0] = sum_of(acc[t])
+
+INLINE void plain_tile(TILE_ARGUMENTS, const int tokens) {
+    PLAIN_TILE(decode_plain, table);
+}
+
+#if defined(__x86_64__)
+AVX2 INLINE void avx2_tile(TILE_ARGUMENTS, const int tokens) {
+    __m256i levels = byte_levels(table);
+    PLAIN_TILE(decode_avx2, levels);
+}
+
+AVX512 INLINE void avx512_tile(TILE_ARGUMENTS, const int tokens, const int rows) {
+    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks, width = HALF * blocks;
+    __m512 levels = _mm512_loadu_ps(table), acc[MOST_TOKENS][MOST_ROWS];
+    const uint8_t *codes = layer->codes + row * width;
+    int64_t ahead = row + 2 * rows <= layer->out ? rows * width : 0; /* the next tile's, from memory */
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) acc[t][r] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+        __m512 weights[MOST_ROWS][4];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *here = codes + r * width + HALF * b;
+            _mm_prefetch((const char *)(here + ahead), _MM_HINT_T0);
+            decode_avx512(here, levels, scales[r * 2 * blocks + 2 * b], scales[r * 2 * blocks + 2 * b + 1],
+                          weights[r]);
+        }
+        for (int part = 0; part < 4; part++)
+            for (int t = 0; t < tokens; t++) {
+                __m512 activation = _mm512_loadu_ps(x + t * padded + BLOCK * b + LANES * part);
+                for (int r = 0; r < rows; r++)
+                    acc[t][r] = _mm512_fmadd_ps(weights[r][part], activation, acc[t][r]);
+            }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) sums[t][r] = _mm512_reduce_add_ps(acc[t][r]);
+}
+#endif
+
+/* Each number of tokens is compiled on its own, so that the sums stay in registers. */
+#define EACH_TOKENS(CALL)                                                                                    \
+    switch (tokens) {                                                                                        \
+    case 1: CALL(1); break;                                                                                  \
+    case 2: CALL(2); break;                                                                                  \
+    case 3: CALL(3); break;                                                                                  \
+    case 4: CALL(4); break;                                                                                  \
+    case 5: CALL(5); break;                                                                                  \
+    case 6: CALL(6); break;                                                                                  \
+    case 7: CALL(7); break;                                                                                  \
+    default: CALL(8);                                                                                        \
+    }
+
+typedef void Tile(TILE_ARGUMENTS, int64_t tokens, int64_t rows);
+
+static void tile_plain(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
+    (void)rows;
+#define CALL(n) plain_tile(layer, row, table, scales, x, sums, n)
+    EACH_TOKENS(CALL)
+#undef CALL
+}
+
+#if defined(__x86_64__)
+AVX2 static void tile_avx2(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
+    (void)rows;
+#define CALL(n) avx2_tile(layer, row, table, scales, x, sums, n)
+    EACH_TOKENS(CALL)
+#undef CALL
+}
+
+AVX512 static void tile_avx512(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
+#define CALL(n) avx512_tile(layer, row, table, scales, x, sums, n, 4)
+    if (rows == 4) {
+        if (tokens == 1)
+            CALL(1);
+        else
+            CALL(2);
+        return;
+    }
+#undef CALL
+#define CALL(n) avx512_tile(layer, row, table, scales, x, sums, n, 2)
+    if (rows == 2) {
+        EACH_TOKENS(CALL)
+        return;
+    }
+#undef CALL
+#define CALL(n) avx512_tile(layer, row, table, scales, x, sums, n, 1)
+    EACH_TOKENS(CALL)
+#undef CALL
+}
+#endif
+
+/* Rows of a tile: as many as leave its sums in registers. */
+INLINE int64_t rows_of_tile(int64_t cpu, int64_t tokens, int64_t left) {
+    int64_t most = cpu != WITH_AVX512 ? 1 : tokens <= 2 ? 4 : 2;
+    return left >= most ? most : left >= 2 && most > 2 ? 2 : 1;
+}
+
+/* ----------------------------------------------------------------------------------------- the product */
+
+static void fail(int64_t *error, int64_t why) {
+    __atomic_store_n(error, why, __ATOMIC_RELAXED);
+}
+
+typedef struct {
+    const Layer *layer;
+    const float *x;      /* [tokens, in] */
+    const float *scaled; /* [tokens, padded]: x times the columns' scales, then zeros */
+    float *y;            /* [tokens, out] */
+    int64_t tokens, cpu, chunk;
+    int64_t next, error; /* shared by the threads */
+} Product;
+
+/* The first salient entry of a row or of a later one. */
+INLINE int64_t first_of_row(const Layer *layer, int64_t row) {
+    int64_t low = 0, high = layer->k;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (layer->rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* y += salient x for the rows [first, last). */
+INLINE int add_salient(const Product *p, int64_t first, int64_t last) {
+    const Layer *layer = p->layer;
+    for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+        int64_t row = layer->rows[e], column = layer->columns[e];
+        if (row < first || column < 0 || column >= layer->in) return BAD_POSITION;
+        float value = layer->values[e];
+        for (int64_t t = 0; t < p->tokens; t++)
+            p->y[t * layer->out + row] += value * p->x[t * layer->in + column];
+    }
+    return OK;
+}
+
+static void work_on_rows(void *given) {
+    Product *p = given;
+    const Layer *layer = p->layer;
+    int64_t halves = 2 * blocks_of(layer), padded = BLOCK * blocks_of(layer);
+    Tile *tile = tile_plain;
+#if defined(__x86_64__)
+    if (p->cpu == WITH_AVX2) tile = tile_avx2;
+    if (p->cpu == WITH_AVX512) tile = tile_avx512;
+#endif
+    float table[16], sums[MOST_TOKENS][MOST_ROWS];
+    float *scales = malloc((size_t)(MOST_ROWS * halves) * sizeof *scales);
+    if (!scales) fail(&p->error, NO_MEMORY);
+    table_of(layer, table);
+    while (scales) {
+        int64_t first = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED);
+        if (first >= layer->out) break;
+        int64_t last = first + p->chunk < layer->out ? first + p->chunk : layer->out;
+        for (int64_t row = first, rows; row < last; row += rows) {
+            rows = rows_of_tile(p->cpu, p->tokens < MOST_TOKENS ? p->tokens : MOST_TOKENS, last - row);
+            for (int64_t r = 0; r < rows; r++) scales_of_row(layer, row + r, 0, halves, scales + r * halves);
+            for (int64_t t = 0; t < p->tokens; t += MOST_TOKENS) {
+                int64_t tokens = p->tokens - t < MOST_TOKENS ? p->tokens - t : MOST_TOKENS;
+                tile(layer, row, table, scales, p->scaled + t * padded, sums, tokens, rows);
+                for (int64_t i = 0; i < tokens; i++)
+                    for (int64_t r = 0; r < rows; r++)
+                        p->y[(t + i) * layer->out + row + r] =
+                            sums[i][r] + (layer->bias ? layer->bias[row + r] : 0);
+            }
+        }
+        if (add_salient(p, first, last)) fail(&p->error, BAD_POSITION);
+    }
+    free(scales);
+}
+
+/* x [tokens, in] times the columns' scales, then zeros: [tokens, padded]; x itself where that is the same. */
+static const float *scaled_by_columns(const Layer *layer, const float *x, int64_t tokens) {
+    int64_t padded = BLOCK * blocks_of(layer), in = layer->in;
+    if (!layer->column_scale && padded == in) return x;
+    float *scaled = scratch((size_t)(tokens * padded));
+    for (int64_t t = 0; scaled && t < tokens; t++) {
+        const float *from = x + t * in;
+        float *to = scaled + t * padded;
+        if (layer->column_scale)
+            for (int64_t i = 0; i < in; i++) to[i] = from[i] * widen(layer->column_scale[i]);
+        else
+            memcpy(to, from, (size_t)in * sizeof *to);
+        memset(to + in, 0, (size_t)(padded - in) * sizeof *to);
+    }
+    return scaled;
+}
+
+/* ---------------------------------------------------------------------------------- the weight itself */
+
+typedef struct {
+    const Layer *layer;
+    float *dense; /* [last - first, in] */
+    int64_t first, last, cpu, next, error;
+} Dense;
+
+#define ROWS_ARGUMENTS                                                                                       \
+    const Layer *layer, int64_t first, int64_t last, const float *table, float *scales, float *dense
+
+#define PLAIN_ROWS(DECODE, LEVELS)                                                                           \
+    int64_t blocks = blocks_of(layer);                                                                       \
+    for (int64_t row = first; row < last; row++, dense += layer->in) {                                       \
+        scales_of_row(layer, row, 0, 2 * blocks, scales);                                                    \
+        for (int64_t b = 0; b < blocks; b++) {                                                               \
+            float weights[BLOCK];                                                                            \
+            int64_t left = layer->in - BLOCK * b, here = left < BLOCK ? left : BLOCK;                        \
+            const uint16_t *columns = layer->column_scale ? layer->column_scale + BLOCK * b : NULL;          \
+            DECODE(layer->codes + (row * blocks + b) * HALF, LEVELS, scales[2 * b], scales[2 * b + 1],       \
+                   weights);                                                                                 \
+            for (int64_t i = 0; i < here; i++)                                                               \
+                dense[BLOCK * b + i] = columns ? weights[i] * widen(columns[i]) : weights[i];                \
+        }                                                                                                    \
+    }                                                                                                        \
+    (void)table
+
+static void rows_plain(ROWS_ARGUMENTS) {
+    PLAIN_ROWS(decode_plain, table);
+}
+
+#if defined(__x86_64__)
+AVX2 static void rows_avx2(ROWS_ARGUMENTS) {
+    __m256i levels = byte_levels(table);
+    PLAIN_ROWS(decode_avx2, levels);
+}
+#endif
+
+static void dequantize_rows(void *given) {
+    enum { CHUNK = 16 };
+    Dense *d = given;
+    const Layer *layer = d->layer;
+    float table[16], *scales = malloc((size_t)(2 * blocks_of(layer)) * sizeof *scales);
+    if (!scales) fail(&d->error, NO_MEMORY);
+    table_of(layer, table);
+    while (scales) {
+        int64_t first = d->first + __atomic_fetch_add(&d->next, CHUNK, __ATOMIC_RELAXED);
+        if (first >= d->last) break;
+        int64_t last = first + CHUNK < d->last ? first + CHUNK : d->last;
+        float *dense = d->dense + (first - d->first) * layer->in;
+#if defined(__x86_64__)
+        if (d->cpu >= WITH_AVX2)
+            rows_avx2(layer, first, last, table, scales, dense);
+        else
+#endif
+            rows_plain(layer, first, last, table, scales, dense);
+        for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+            int64_t row = layer->rows[e], column = layer->columns[e];
+            if (row < first || column < 0 || column >= layer->in)
+                fail(&d->error, BAD_POSITION);
+            else
+                dense[(row - first) * layer->in + column] += layer->values[e];
+        }
+    }
+    free(scales);
+}
+
+/* dense [last - first, in] = rows of W, float32. */
+EXPORT int64_t svdq_dequantize(const Layer *layer, float *dense, int64_t first, int64_t last, int64_t threads,
+                               int64_t cpu) {
+    Dense d = {layer, dense, first, last, cpu, 0, OK};
+    if (!aligned(layer)) return MISALIGNED;
+    in_parallel(dequantize_rows, &d, threads);
+    return d.error;
+}
+
+/* ------------------------------------------------------------- many tokens: a panel of dense rows in cache
+ *
+ * Each thread dequantizes a panel of its own rows, salient weights and all, into its own cache and
+ * multiplies it there: dense weights never cross from one core to another, and nobody waits for anybody.
+ * A panel is [columns][32 rows], so that a sum is a lane and is never taken across a register; it is cheap
+ * to turn the matrix on its side while four bits still stand for a weight.
+ */
+
+#if defined(__x86_64__)
+enum { PANEL_ROWS = 2 * LANES, PANEL_COLUMNS = 512, PANELS = 2, PANEL_TOKENS = 12 };
+
+/* Sixteen rows' scales for the half blocks of a panel's columns: [halves][16 rows]. */
+INLINE void scales_of_panel(const Layer *layer, int64_t row, int64_t rows, int64_t start, float *found) {
+    enum { HALVES = PANEL_COLUMNS / HALF };
+    float scales[HALVES];
+    for (int64_t r = 0; r < LANES; r++) {
+        if (r < rows) scales_of_row(layer, row + r, start / HALF, HALVES, scales);
+        for (int64_t i = 0; i < HALVES; i++) found[i * LANES + r] = r < rows ? scales[i] : 0;
+    }
+}
+
+/* Columns [start, stop) of up to sixteen rows into sixteen lanes of panel [columns][PANEL_ROWS].
+ * columns: the scale of each column, or NULL. What lies beyond `stop`, up to a whole block, is zero. */
+AVX512 static void fill_lanes(const Layer *layer, int64_t row, int64_t rows, int64_t start, int64_t stop,
+                              const float *table, const float *columns, float *panel) {
+    float scales[PANEL_COLUMNS / HALF * LANES], *scale = scales;
+    int64_t width = HALF * blocks_of(layer);
+    __m512 levels = _mm512_loadu_ps(table);
+    __mmask16 there = rows >= LANES ? 0xFFFF : (__mmask16)((1u << rows) - 1);
+    __m512i of_row =
+        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                           _mm512_set1_epi32((int)width));
+    scales_of_panel(layer, row, rows, start, scales);
+    for (int64_t block = start; block < stop; block += BLOCK, scale += 2 * LANES) {
+        const uint8_t *codes = layer->codes + row * width + block / 2;
+        __m512 low = _mm512_loadu_ps(scale), high = _mm512_loadu_ps(scale + LANES);
+        for (int four = 0; four < HALF; four += 4) { /* four bytes of each row: eight weights of it */
+            __m512i bytes =
+                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, of_row, codes + four, 1);
+            for (int i = 0; i < 4; i++) {
+                int64_t at = block - start + four + i;
+                __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8 * i), levels);
+                __m512 second = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8 * i + 4), levels);
+                first = _mm512_mul_ps(first, low);
+                second = _mm512_mul_ps(second, high);
+                if (columns) {
+                    first = _mm512_mul_ps(first, _mm512_set1_ps(columns[at]));
+                    second = _mm512_mul_ps(second, _mm512_set1_ps(columns[at + HALF]));
+                }
+                _mm512_storeu_ps(panel + at * PANEL_ROWS, first);
+                _mm512_storeu_ps(panel + (at + HALF) * PANEL_ROWS, second);
+            }
+        }
+    }
+}
+
+/* The rows [first, last) and columns [start, stop), salient weights among them: panels
+ * [PANELS][columns][rows]. */
+AVX512 static int64_t fill_panels(const Layer *layer, int64_t first, int64_t last, int64_t start,
+                                  int64_t stop, const float *table, float *panels) {
+    float columns[PANEL_COLUMNS];
+    for (int64_t i = 0; layer->column_scale && i < PANEL_COLUMNS; i++)
+        columns[i] = start + i < stop ? widen(layer->column_scale[start + i]) : 0;
+    for (int64_t row = first; row < last; row += LANES)
+        fill_lanes(layer, row, last - row, start, stop, table, layer->column_scale ? columns : NULL,
+                   panels + (row - first) / PANEL_ROWS * PANEL_ROWS * PANEL_COLUMNS +
+                       (row - first) % PANEL_ROWS);
+    for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+        int64_t row = layer->rows[e] - first, column = layer->columns[e];
+        if (row < 0 || column < 0 || column >= layer->in) return BAD_POSITION;
+        if (column >= start && column < stop)
+            panels[(row / PANEL_ROWS * PANEL_COLUMNS + column - start) * PANEL_ROWS + row % PANEL_ROWS] +=
+                layer->values[e];
+    }
+    return OK;
+}
+
+/* y [tokens, up to 32 rows] (+)= x [tokens, width] panel [width, 32 rows]. */
+AVX512 INLINE void panel_tile(const float *x, int64_t x_stride, const float *panel, int64_t width, float *y,
+                              int64_t y_stride, int64_t rows, int add, const float *bias, const int tokens) {
+    __m512 acc[PANEL_TOKENS][2];
+    __mmask16 there[2];
+    for (int half = 0; half < 2; half++) {
+        int64_t left = rows - half * LANES;
+        there[half] = left >= LANES ? 0xFFFF : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+    }
+    for (int t = 0; t < tokens; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i++, panel += PANEL_ROWS) {
+        __m512 first = _mm512_load_ps(panel), second = _mm512_load_ps(panel + LANES);
+        for (int t = 0; t < tokens; t++) {
+            __m512 activation = _mm512_set1_ps(x[t * x_stride + i]);
+            acc[t][0] = _mm512_fmadd_ps(first, activation, acc[t][0]);
+            acc[t][1] = _mm512_fmadd_ps(second, activation, acc[t][1]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < 2; half++) {
+            float *to = y + t * y_stride + half * LANES;
+            __m512 before = _mm512_setzero_ps();
+            if (add)
+                before = _mm512_maskz_loadu_ps(there[half], to);
+            else if (bias)
+                before = _mm512_maskz_loadu_ps(there[half], bias + half * LANES);
+            _mm512_mask_storeu_ps(to, there[half], _mm512_add_ps(acc[t][half], before));
+        }
+}
+
+AVX512 static void multiply_panels(const Product *p, int64_t first, int64_t last, int64_t start, int64_t stop,
+                                   const float *panels) {
+    const Layer *layer = p->layer;
+    for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
+        const float *x = p->x + t * layer->in + start, *panel = panels;
+        for (int64_t row = first; row < last; row += PANEL_ROWS, panel += PANEL_ROWS * PANEL_COLUMNS) {
+            const float *bias = layer->bias ? layer->bias + row : NULL;
+            float *y = p->y + t * layer->out + row;
+#define CALL(n) panel_tile(x, layer->in, panel, stop - start, y, layer->out, last - row, start > 0, bias, n)
+            switch (p->tokens - t) {
+            case 1: CALL(1); break;
+            case 2: CALL(2); break;
+            case 3: CALL(3); break;
+            case 4: CALL(4); break;
+            case 5: CALL(5); break;
+            case 6: CALL(6); break;
+            case 7: CALL(7); break;
+            case 8: CALL(8); break;
+            case 9: CALL(9); break;
+            case 10: CALL(10); break;
+            case 11: CALL(11); break;
+            default: CALL(12);
+            }
+#undef CALL
+        }
+    }
+}
+
+AVX512 static void work_on_panels(void *given) {
+    Product *p = given;
+    const Layer *layer = p->layer;
+    float table[16], *panels = aligned_alloc(64, sizeof *panels * PANELS * PANEL_ROWS * PANEL_COLUMNS);
+    if (!panels) fail(&p->error, NO_MEMORY);
+    table_of(layer, table);
+    while (panels) {
+        int64_t first = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED);
+        if (first >= layer->out) break;
+        int64_t last = first + p->chunk < layer->out ? first + p->chunk : layer->out;
+        for (int64_t start = 0; start < layer->in; start += PANEL_COLUMNS) {
+            int64_t stop = start + PANEL_COLUMNS < layer->in ? start + PANEL_COLUMNS : layer->in;
+            if (fill_panels(layer, first, last, start, stop, table, panels)) fail(&p->error, BAD_POSITION);
+            multiply_panels(p, first, last, start, stop, panels);
+        }
+    }
+    free(panels);
+}
+#endif
+
+/* y [tokens, out] = x [tokens, in] W^T + bias, float32. */
+EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
+                           int64_t cpu) {
+    Product p = {layer, x, x, y, tokens, cpu, 0, 0, OK};
+    if (!aligned(layer)) return MISALIGNED;
+    if (tokens == 0) return OK;
+#if defined(__x86_64__)
+    if (cpu == WITH_AVX512 && tokens > FEW_TOKENS) {
+        p.chunk = layer->out >= 4 * threads * PANELS * PANEL_ROWS ? PANELS * PANEL_ROWS
+                  : layer->out >= 4 * threads * PANEL_ROWS        ? PANEL_ROWS
+                                                                  : LANES;
+        in_parallel(work_on_panels, &p, threads);
+        return p.error;
+    }
+#endif
+    p.scaled = scaled_by_columns(layer, x, tokens);
+    if (!p.scaled) return NO_MEMORY;
+    p.chunk = layer->out / (8 * threads) / MOST_ROWS * MOST_ROWS;
+    p.chunk = p.chunk < 2 * MOST_ROWS ? 2 * MOST_ROWS : p.chunk > 64 ? 64 : p.chunk;
+    in_parallel(work_on_rows, &p, threads);
+    return p.error;
+}
+
+EXPORT int64_t svdq_abi(void) {
+    return ABI;
+}
+
+/* The best path that this processor can run. */
+EXPORT int64_t svdq_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return WITH_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return WITH_AVX2;
+#endif
+    return PLAIN;
+}

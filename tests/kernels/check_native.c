@@ -1,0 +1,89 @@
+/* The native library against a plain double loop, on buffers of the exact size: built by test_native.py with
+ * sanitizers, which see any byte read or written beyond them. Prints the number of products checked. */
+
+#include "svdq.c"
+
+#include <math.h>
+#include <stdio.h>
+
+static uint32_t state = 1;
+static uint32_t next_random(void) {
+    return state = state * 1664525u + 1013904223u;
+}
+static float number(void) {
+    return (float)(int32_t)next_random() / 2147483648.0f;
+}
+static uint16_t narrow(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+static void *buffer(int64_t bytes) {
+    return malloc((size_t)(bytes ? bytes : 1));
+}
+
+static int check(int64_t out, int64_t in, int64_t group, int64_t kind, int64_t k, int64_t tokens,
+                 int64_t cpu) {
+    int64_t width = (in + 63) / 64 * 32, groups = (in + group - 1) / group;
+    uint8_t *codes = buffer(out * width);
+    void *scale = buffer(out * groups * (kind == 0 ? 4 : kind == 1 ? 2 : 1));
+    uint16_t *row_scale = buffer(2 * out), *column_scale = buffer(2 * in);
+    int8_t *levels = buffer(16);
+    float *values = buffer(4 * k), *bias = buffer(4 * out);
+    int32_t *rows = buffer(4 * k), *columns = buffer(4 * k);
+    float *x = buffer(4 * tokens * in), *y = buffer(4 * tokens * out), *dense = buffer(4 * out * in);
+    for (int64_t i = 0; i < out * width; i++) codes[i] = (uint8_t)(next_random() >> 24);
+    for (int64_t i = 0; i < out * groups; i++) {
+        if (kind == 0) ((float *)scale)[i] = number();
+        if (kind == 1) ((uint16_t *)scale)[i] = narrow(number());
+        if (kind == 2) ((int8_t *)scale)[i] = (int8_t)(next_random() >> 24);
+    }
+    for (int64_t i = 0; i < out; i++) row_scale[i] = narrow(number()), bias[i] = number();
+    for (int64_t i = 0; i < in; i++) column_scale[i] = narrow(number());
+    for (int i = 0; i < 16; i++) levels[i] = (int8_t)(i * 15 - 120);
+    for (int64_t i = 0; i < k; i++) /* one in each row, from the first on */
+        rows[i] = (int32_t)(i % out), columns[i] = (int32_t)(next_random() % in), values[i] = number();
+    for (int64_t i = 0; i < tokens * in; i++) x[i] = number();
+    Layer layer = {out,       in,           group,  codes,  scale, kind,    out, groups,
+                   row_scale, column_scale, levels, values, rows,  columns, k,   bias};
+    int64_t failed =
+        svdq_dequantize(&layer, dense, 0, out, 1, cpu) || svdq_linear(&layer, x, y, tokens, 1, cpu);
+    for (int64_t t = 0; t < tokens && !failed; t++)
+        for (int64_t o = 0; o < out; o++) {
+            double sum = bias[o], size = fabs(bias[o]);
+            for (int64_t i = 0; i < in; i++)
+                sum += (double)x[t * in + i] * dense[o * in + i],
+                    size += fabs((double)x[t * in + i] * dense[o * in + i]);
+            failed |= !(fabs(sum - y[t * out + o]) <= 1e-6 * size);
+        }
+    if (k && tokens && !failed) { /* a position that does not exist is told, not followed */
+        columns[k - 1] = (int32_t)in;
+        failed |= svdq_linear(&layer, x, y, tokens, 1, cpu) != BAD_POSITION;
+        failed |= svdq_dequantize(&layer, dense, 0, out, 1, cpu) != BAD_POSITION;
+    }
+    void *all[] = {codes, scale, row_scale, column_scale, levels, values, bias, rows, columns, x, y, dense};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    if (failed)
+        printf("wrong: out %ld in %ld group %ld kind %ld tokens %ld path %ld\n", out, in, group, kind, tokens,
+               cpu);
+    return (int)failed;
+}
+
+int main(void) {
+    static const int64_t shapes[][2] = {{1, 1}, {3, 70}, {17, 64}, {33, 129}, {70, 600}},
+                         tokens[] = {0, 1, 2, 5, 9, 13, 26};
+    int checked = 0;
+    for (int64_t cpu = PLAIN; cpu <= svdq_cpu(); cpu++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (int64_t kind = 0; kind < 3; kind++)
+                for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++) {
+                    int64_t out = shapes[s][0], in = shapes[s][1];
+                    int64_t groups[] = {32, 64, 128, in};
+                    for (int g = 0; g < 4; g++, checked++) {
+                        int64_t group = groups[g] < in ? groups[g] : in;
+                        if (check(out, in, group, kind, out < 5 ? out : 5, tokens[t], cpu)) return 1;
+                    }
+                }
+    printf("%d\n", checked);
+    return 0;
+}

@@ -1,0 +1,223 @@
+"""The native library: every path against float64 and the reference; threads, bad input, its absence."""
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_hf.decompose import PARTS, reconstruct
+from svdq_hf.kernels import cpu, native, op, reference
+
+HERE = Path(__file__).parent
+SOURCE = Path(native.__file__).parent
+PATHS = range(native.best_path() + 1)
+GRIDS = [
+    {"group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8},
+    {"group_size": 64, "levels": "normal", "column_scale": True, "scale_bits": 8},
+    {"group_size": 64},
+    {"group_size": 128, "scale_bits": 8},
+    {"group_size": "row"},
+    {"group_size": "tensor", "scale": "absmax"},
+]
+SHAPES = [(1, 64), (5, 70), (33, 129), (100, 200), (18, 1100)]
+needs_library = pytest.mark.skipif(native.library() is None, reason="no C compiler built the native library")
+pytestmark = needs_library
+
+
+def stored(parts):
+    return [parts.get(name) for name in PARTS]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: ("plain", "avx2", "avx512")[path])
+def path(request):
+    return request.param
+
+
+def test_it_was_built_here():
+    """Where there is a compiler, a build that fails is not optional."""
+    assert shutil.which("cc") is None or native.library() is not None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("out", "in_features"), SHAPES)
+def test_a_dequantized_block_is_the_references_bit_for_bit(out, in_features, grid, path, split):
+    _, parts, scheme = split(out, in_features, 9, **grid)
+    group = scheme.grid.columns(in_features)
+    blocks = [block.clone() for _, block in cpu.dense_blocks(stored(parts), in_features, group, path)]
+    assert torch.equal(torch.cat(blocks), reconstruct(parts, in_features, scheme))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("out", "in_features"), SHAPES)
+def test_the_product_is_exact_to_float32(out, in_features, grid, path, split):
+    _, parts, scheme = split(out, in_features, 9, **grid)
+    weight, bias = reconstruct(parts, in_features, scheme).double(), torch.randn(out)
+    for tokens in (1, 2, 3, 8, 9, 12, 13, 16, 17, 40):
+        x = torch.randn(tokens, in_features)
+        y = cpu.linear(x, stored(parts), bias, in_features, scheme.grid.columns(in_features), path)
+        size = x.double().abs() @ weight.abs().T + bias.abs()
+        # Each weight was rounded up to three times before, each product and sum is once: 2**-24 each.
+        allowed = (in_features + 5) * 2.0**-24 * size
+        assert ((y - (x.double() @ weight.T + bias)).abs() <= allowed).all(), tokens
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_activations_are_summed_in_float32_and_rounded_once(dtype, tokens, path, split):
+    _, parts, scheme = split(20, 300, 9)
+    x = torch.randn(tokens, 300).to(dtype)
+    narrow, wide = (
+        cpu.linear(each, stored(parts), None, 300, scheme.grid.columns(300), path) for each in (x, x.float())
+    )
+    assert torch.equal(narrow, wide.to(dtype))
+
+
+def test_gradients_are_those_of_the_reference(split):
+    _, parts, scheme = split(33, 129, 9, **GRIDS[0])
+    gradient, group = torch.randn(2, 3, 33), scheme.grid.columns(129)
+    found = cpu.input_gradient(gradient, stored(parts), 129, group)
+    torch.testing.assert_close(found, reference.input_gradient(gradient, parts, 129, group))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_one_thread_and_two_and_a_second_run_give_the_same_bits(tokens, path, split):
+    _, parts, scheme = split(300, 200, 50, **GRIDS[0])
+    x, threads = torch.randn(tokens, 200), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 2):
+            torch.set_num_threads(number)
+            found.append(cpu.linear(x, stored(parts), None, 200, scheme.grid.columns(200), path))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+
+
+def test_one_token_gives_the_same_bits_alone_and_among_eight(split):
+    _, parts, scheme = split(20, 300, 9, **GRIDS[0])
+    x = torch.randn(8, 300)
+    group = scheme.grid.columns(300)
+    together = cpu.linear(x, stored(parts), None, 300, group)
+    alone = [cpu.linear(x[i : i + 1], stored(parts), None, 300, group) for i in range(8)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import os, re, torch
+from svdq_hf.kernels import native
+assert native.library() is not None and native._parallel_of_torch() is not None
+loaded = re.findall(r"\\S*lib[gi]?omp\\S*", open("/proc/self/maps").read())
+print(len({os.path.realpath(file) for file in loaded}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone lists them in /proc")
+def test_it_runs_on_the_openmp_that_torch_has_loaded_and_brings_none():
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("1", "")
+
+
+def wrong(parts, **changes):
+    return stored({**parts, **changes})
+
+
+def test_parts_that_would_be_read_beyond_their_end_are_refused(split):
+    _, parts, scheme = split(5, 70, 4, **GRIDS[0])
+    x, group = torch.randn(3, 70), scheme.grid.columns(70)
+    for name, part in parts.items():
+        damaged = [part[:-1], part.repeat(2, *[1] * (part.ndim - 1)), part.double()]
+        damaged += [part.repeat_interleave(2, -1)[..., ::2]]
+        for bad in damaged:
+            if name == "weight" and bad.dtype == part.dtype and bad.is_contiguous():
+                continue  # of another number of rows: then the other parts do not fit
+            with pytest.raises(ValueError, match="not what the format stores"):
+                cpu.linear(x, wrong(parts, **{name: bad}), None, 70, group)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("name", "value"), [("salient_columns", 70), ("salient_columns", -1)])
+def test_a_position_that_does_not_exist_is_an_error(name, value, tokens, split):
+    _, parts, scheme = split(5, 70, 4, **GRIDS[0])
+    position = parts[name].clone()
+    position[2] = value
+    with pytest.raises(ValueError, match="position is out of range"):
+        cpu.linear(
+            torch.randn(tokens, 70), wrong(parts, **{name: position}), None, 70, scheme.grid.columns(70)
+        )
+
+
+def test_a_tensor_that_starts_at_an_odd_byte_is_an_error(split):
+    _, parts, scheme = split(5, 70, 4)
+    shifted = torch.empty(17, dtype=torch.int8)[1:].numpy().view("float32")
+    odd = torch.from_numpy(shifted)
+    with pytest.raises(ValueError, match="clone"):
+        cpu.linear(torch.randn(1, 70), wrong(parts, salient_values=odd), None, 70, scheme.grid.columns(70))
+
+
+def test_small_groups_and_doubles_are_computed_by_the_reference():
+    x = torch.randn(2, 64)
+    assert cpu.computes(x, 64, 32)
+    assert not cpu.computes(x, 64, 16)
+    assert not cpu.computes(x.double(), 64, 32)
+    assert cpu.computes(x[:, :24], 24, 24)  # a whole row
+
+
+@pytest.fixture
+def without_library(monkeypatch, tmp_path):
+    """As where the package was installed without a compiler."""
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_without_the_library_everything_runs_and_one_line_says_what_it_costs(
+    without_library, split, dense_by_hand, caplog
+):
+    _, parts, scheme = split(5, 70, 4)
+    x, group = torch.randn(3, 70), scheme.grid.columns(70)
+    with caplog.at_level(logging.WARNING):
+        found = [op.linear(x, *stored(parts), None, 70, group) for _ in range(2)]
+    assert torch.equal(found[0], reference.linear(x, parts, None, 70, group))
+    assert torch.equal(found[0], found[1])
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 1
+    assert "several times slower" in lines[0]
+    assert "C compiler" in lines[0]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_library_of_another_release_is_left_alone(without_library, caplog):
+    source, built = without_library / "old.c", without_library / "_svdq.so"
+    source.write_text("long svdq_abi(void) { return 0; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", built, source], check=True)
+    with caplog.at_level(logging.WARNING):
+        assert native.library() is None
+    assert "_svdq.so is of another release (0, not" in caplog.text
+    assert ctypes.CDLL(str(built)).svdq_abi() == 0
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, whose sanitizers this needs")
+def test_sanitizers_see_no_byte_beyond_a_buffer_and_nothing_undefined(tmp_path):
+    program = tmp_path / "check"
+    flags = ["-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    built = subprocess.run(
+        ["gcc", *flags, f"-I{SOURCE}", str(HERE / "check_native.c"), "-lm", "-o", str(program)],
+        capture_output=True,
+        text=True,
+    )
+    if "cannot find" in built.stderr:
+        pytest.skip("gcc has no sanitizers here")
+    assert built.returncode == 0, built.stderr
+    # leaks: the memory that a thread keeps between calls is meant to stay
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}
+    done = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) == 420 * len(PATHS)
