@@ -103,6 +103,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     column_scale = argparse.BooleanOptionalAction
     add("--column-scale", action=column_scale, default=missing, help="a scale for each column as well")
     add("--scale-bits", type=int, default=missing, help="of a group's scale: 8 or 16")
+    add("--lm-head", action="store_true", default=missing, help="quantize the output head as well")
     add("--seed", type=int, default=missing)
     add("--clip-sigma", type=float, default=missing, help="where sigma clips, in standard deviations")
     add("--compute-dtype", default=missing, help="float32, bfloat16 or float16")

@@ -22,7 +22,7 @@ VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_b
 """What was no choice yet in files of format version 1."""
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-_SINCE_2 = (*VERSION_1, "error_feedback")
+_SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
 _STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
@@ -43,6 +43,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
     error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
         needs batches (`quantize_model`).
+    lm_head: whether the output head is quantized too; an embedding tied to it reads its packed rows.
     modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
         everything outside the base model, layers of fewer than 8 rows. A name matches from the
         start, as a regular expression, or as a suffix.
@@ -71,6 +72,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         column_scale: bool = True,
         scale_bits: Literal[16, 8] = 8,
         error_feedback: bool = False,
+        lm_head: bool = False,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -89,12 +91,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.column_scale = column_scale
         self.scale_bits = scale_bits
         self.error_feedback = error_feedback
+        self.lm_head = lm_head
         names = modules_to_not_convert
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
         self._check(from_file="format_version" in stored)
-        self.format_version = self.scheme.format_version
+        self.format_version = 2 if self.lm_head else self.scheme.format_version
 
     @classmethod
     def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
@@ -197,6 +200,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
         _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
         _require(type(self.error_feedback) is bool, "error_feedback", self.error_feedback, "true or false")
+        _require(type(self.lm_head) is bool, "lm_head", self.lm_head, "true or false")
+        known = not (self.lm_head and self.data_needs)
+        _require(known, "lm_head", self.lm_head, "False where the score or error_feedback needs data")
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -163,6 +163,31 @@ def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) 
     return float((error / total) ** 0.5) if total else 0.0
 
 
+def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The parts of the matrix that has these `rows` `[n]`, in their order; a row may come twice.
+
+    >>> parts = decompose(torch.eye(4), *torch.empty(2, 0, dtype=torch.int32), Scheme(k=0))
+    >>> reconstruct(take_rows(parts, torch.tensor([2, 2])), 4, Scheme(k=0)).argmax(1).tolist()
+    [2, 2]
+    """
+    found = dict(parts)
+    for name in ("weight", "row_scale", "weight_scale"):
+        if name in parts and parts[name].shape[0] == parts["weight"].shape[0]:  # not a scale for all
+            found[name] = parts[name][rows]
+    wanted = rows.to(parts["salient_rows"].dtype)
+    starts = torch.searchsorted(parts["salient_rows"], wanted)
+    counts = torch.searchsorted(parts["salient_rows"], wanted, right=True) - starts
+    before = counts.cumsum(0) - counts
+    entries = torch.arange(int(counts.sum()), device=rows.device) + (starts - before).repeat_interleave(
+        counts
+    )
+    found["salient_values"] = parts["salient_values"][entries]
+    found["salient_columns"] = parts["salient_columns"][entries]
+    place = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    found["salient_rows"] = place.repeat_interleave(counts)
+    return found
+
+
 def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> Iterator[tuple[slice, Tensor]]:
     """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again.
 

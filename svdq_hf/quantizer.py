@@ -25,6 +25,7 @@ from svdq_hf.card import TAGS
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     convert_layers,
+    empty_layer,
     layers_to_convert,
     linear_layers,
     replace_layers,
@@ -32,10 +33,13 @@ from svdq_hf.convert import (
     svdq_layers,
 )
 from svdq_hf.decompose import check_parts, part_specs
+from svdq_hf.embedding import SVDQEmbedding
 from svdq_hf.footprint import file_metadata, numbers
+from svdq_hf.head import Head, dense_names, find_head, put_head, quantize_head, restore_head
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.loading import (
     REMEDY,
+    Checkpoint,
     check_dense,
     file_names,
     keep_own_names,
@@ -109,6 +113,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             chosen = layers_to_convert(model, self.quantization_config)
         if not self.pre_quantized and checkpoint.entries:
             check_dense(checkpoint, chosen)
+        head = self._head(model, checkpoint)
+        if head is not None and self.pre_quantized:
+            chosen.pop(head.name, None)
+            put_head(model, head, empty_layer(head.module, self.quantization_config))
         replace_layers(model, chosen, self.quantization_config)
         for name, layer in svdq_layers(model):
             layer.facts = numbers(checkpoint.facts.get(name, {}))
@@ -122,9 +130,16 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             # would round an FP32 weight before it is quantized.
             self.strict = model._keep_in_fp32_modules_strict
             model._keep_in_fp32_modules_strict = set(self.strict or ()) | {
-                rf"^{re.escape(name)}\.weight$" for name in chosen
+                f"^{re.escape(name)}$"
+                for name in (*weights, *(dense_names(model, head) if head is not None else ()))
             }
         return model
+
+    def _head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Head | None:
+        """The output head, where it is quantized."""
+        if not self.quantization_config.lm_head:
+            return None
+        return find_head(model, checkpoint.entries if self.pre_quantized else None)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
@@ -143,6 +158,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             raise ValueError(str(self.failures[0])) from self.failures[0]
         for name, layer in svdq_layers(model):
             _check_loaded(name, layer)
+        if self.quantization_config.lm_head and not self.pre_quantized:
+            quantize_head(model, self.quantization_config)  # loaded dense, and tied
+            for module in model.modules():
+                if isinstance(module, SVDQEmbedding):
+                    module.dtype = model.config.dtype
         keep_own_names(model)
         model.add_model_tags(list(TAGS))  # for the card that push_to_hub writes
         return model
@@ -156,6 +176,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        restore_head(model, target)
         restore_layers(model, target)
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in TAGS]
         restore_names(model)
@@ -234,7 +255,11 @@ def quantize_model(
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
+    if config.lm_head:
+        find_head(model)  # an error before anything is changed
     convert_layers(model, config, batches)
+    if config.lm_head:
+        quantize_head(model, config)
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
         config = model.hf_quantizer.quantization_config

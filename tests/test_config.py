@@ -48,6 +48,7 @@ def test_the_defaults_are_those_of_the_readme():
         "column_scale": True,
         "scale_bits": 8,
         "error_feedback": False,
+        "lm_head": False,
         "modules_to_not_convert": None,
         "compute_dtype": None,
         "seed": 0,

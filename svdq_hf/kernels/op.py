@@ -15,7 +15,7 @@ from torch import Tensor
 from svdq_hf.decompose import PARTS
 from svdq_hf.kernels import cpu, reference
 
-_STORED = (
+STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
     "Tensor? row_scale, Tensor? column_scale, Tensor? levels"
 )
@@ -24,10 +24,10 @@ LINEAR = "svdq::linear"
 INPUT_GRADIENT = "svdq::input_gradient"
 
 torch.library.define(
-    LINEAR, f"(Tensor x, {_STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=_TAGS
+    LINEAR, f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=_TAGS
 )
 torch.library.define(
-    INPUT_GRADIENT, f"(Tensor gradient, {_STORED}, int in_features, int group) -> Tensor", tags=_TAGS
+    INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor", tags=_TAGS
 )
 
 

@@ -1,0 +1,124 @@
+"""The output head, quantized on request: in a small model it is most of the bytes that a token costs.
+
+Where the head and the embedding are one matrix, it is stored once, packed, and the embedding reads its rows
+from there. Not here: which other layers are quantized (`convert`), loading (`quantizer`).
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.convert import dense_layer, empty_layer, svdq_layers
+from svdq_hf.embedding import SVDQEmbedding, can_be_read
+from svdq_hf.linear import SVDQLinear
+from svdq_hf.weight import quantize_weight
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head, by name, and the embeddings `{name: module}` that are the same matrix."""
+
+    name: str
+    module: nn.Linear
+    embeddings: dict[str, nn.Embedding]
+
+
+def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
+    """The output head of a transformers model, and what is tied to it.
+
+    stored: names of tensors in a checkpoint that `model` is being loaded from: an embedding of the head's
+    shape that is not there is the head's. None: an embedding that shares the head's tensor is.
+
+    Raises:
+        ValueError: there is no head that is a plain linear layer, or something tied to it is no embedding
+            that can read packed rows.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(output) is not nn.Linear:
+        found = "it has none" if output is None else f"its output layer is a {type(output).__name__}"
+        raise ValueError(
+            f"lm_head=True: {type(model).__name__} has no output head to quantize ({found}); "
+            "load the model with its head (AutoModelForCausalLM), or leave lm_head out"
+        )
+    others = [(name, module) for name, module in model.named_modules() if module is not output]
+    if stored is None:
+        tied = [(name, module) for name, module in others if _weight(module) is output.weight]
+    else:
+        absent = [(name, module) for name, module in others if f"{name}.weight" not in stored]
+        shape = output.weight.shape
+        tied = [
+            each for each in absent if isinstance(each[1], nn.Embedding) and each[1].weight.shape == shape
+        ]
+    for name, module in tied:
+        if not can_be_read(module):
+            raise ValueError(
+                f"lm_head=True: {name} shares the head's weight and is a {type(module).__name__}, which "
+                "cannot read packed rows; leave lm_head out"
+            )
+    name = next(name for name, module in model.named_modules() if module is output)
+    return Head(name, output, {name: module for name, module in tied if isinstance(module, nn.Embedding)})
+
+
+def _weight(module: nn.Module) -> object:
+    return getattr(module, "weight", None)
+
+
+def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
+    """Put a quantized layer, filled or empty, in the place of the head, and its rows in the embeddings'."""
+    for name, module in head.embeddings.items():
+        model.set_submodule(name, SVDQEmbedding(layer, module).train(module.training))
+    model.set_submodule(head.name, layer)
+    if head.embeddings:
+        _set_tied(model, False)
+
+
+def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
+    """Quantize the output head of a model that is in memory, in place.
+
+    Raises:
+        ValueError: see `find_head` and `quantize_weight`.
+    """
+    head = find_head(model)
+    weight = head.module.weight.detach()
+    layer = empty_layer(head.module, config)
+    parts, layer.facts = quantize_weight(weight, config, head.name)
+    layer.load_parts(parts)
+    bias = head.module.bias
+    if bias is not None and head.embeddings:  # it may be tied too, and is a tensor of its own from now on
+        bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    layer.bias = bias
+    layer.salient_values.requires_grad_(head.module.weight.requires_grad)
+    put_head(model, head, layer)
+
+
+def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a quantized head that embeddings read from dense, and tie them again; others stay as they are."""
+    readers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQEmbedding)}
+    for name, layer in list(svdq_layers(model)):
+        mine = {place: reader for place, reader in readers.items() if reader.head is layer}
+        if mine:
+            dense = dense_layer(layer, dtype)
+            model.set_submodule(name, dense)
+            for place, reader in mine.items():
+                model.set_submodule(place, reader.restored(dense.weight))  # type: ignore[arg-type]
+    if readers:
+        _set_tied(model, True)
+        model.tie_weights()  # type: ignore[operator]
+
+
+def dense_names(model: Any, head: Head) -> list[str]:
+    """Names of the tensors of a dense checkpoint that the head may be loaded from."""
+    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+    name = f"{head.name}.weight"
+    return sorted({name}.union(*(pair for pair in tied if name in pair)))
+
+
+def _set_tied(model: Any, tied: bool) -> None:
+    """Tell a transformers model whether its head and embedding are one tensor."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
