@@ -49,7 +49,7 @@ def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tenso
 
 
 SYNTHETIC_DAMPING = 1.0
-"""Of a Gram matrix from synthetic batches: of real inputs it says half."""
+"""The same of a Gram matrix of synthetic batches. With 0.01, random tokens made Gemma 3 worse (measured)."""
 
 
 def trusted_less(gram: Tensor, per_column: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Batches for those who have no data: a model that writes text writes its own, another reads random tokens.
 
-Error feedback needs the inputs of each layer, and what it needs of them (which go together, which are large)
-is a property of the model more than of the text. The model's own words are LLM-QAT's idea (Liu et al. 2023,
-arXiv 2305.17888). Not here: what is measured on these batches (`calibration`).
+Error feedback needs to know which inputs of a layer are large and which go together. Of an encoder, random
+tokens say most of it; of a causal model hardly any, and its own words do (measured: the README), which is the
+idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: what is measured on them (`calibration`).
 """
 
 from typing import Any
