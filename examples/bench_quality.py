@@ -49,6 +49,7 @@ OURS: dict[str, Callable[[], SVDQConfig]] = {
     "levels and columns": lambda: SVDQConfig(k=0, group_size=64, scale_bits=16),
     "svdq best": SVDQConfig.best,
     "svdq small": SVDQConfig.small,
+    "svdq best, synthetic": lambda: SVDQConfig.best(error_feedback="synthetic"),
     "svdq calibrated": SVDQConfig.calibrated,
     "svdq paper": SVDQConfig.paper,
 }

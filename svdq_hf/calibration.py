@@ -72,7 +72,7 @@ def collect_inputs(
         for name, layer in layers.items()
     ]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch in batches:
                 masks[:] = _masks(batch)
                 _call(model, batch)
@@ -141,7 +141,8 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without gradients and in evaluation mode; afterwards as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -170,7 +170,7 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
         "score": f"{_code(choices.saliency)}, rank {choices.rank}",
         "scales": _scales(choices),
         "levels": choices.levels,
-        "data": f"batches, for {', '.join(choices.data_needs)}" if choices.data_needs else "none",
+        "data": _data(choices),
         "bits per weight": f"{weights.bits_per_weight:.2f} in these layers, everything counted",
         "parameters": f"{_parameters(folder, weights):,} (the Hub counts packed bytes)",
     }
@@ -184,6 +184,12 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     if dense is not None:
         rows["linear layers kept dense"] = ", ".join(dense) or "none"
     return rows
+
+
+def _data(choices: SVDQConfig) -> str:
+    """What was needed beside the weights."""
+    batches = "none, but synthetic batches" if choices.synthetic else "batches"
+    return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
 
 
 def _scales(choices: SVDQConfig) -> str:

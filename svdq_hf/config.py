@@ -21,6 +21,9 @@ REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
 VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_bits": 16}
 """What was no choice yet in files of format version 1."""
 
+ErrorFeedback = bool | Literal["synthetic"]
+SYNTHETIC = "synthetic"
+
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
 _STORED_ONLY = ("quant_method", "format_version", "requires")
@@ -42,7 +45,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     column_scale: whether each column has a scale of its own too; scores see the matrix without it.
     scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
     error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
-        needs batches (`quantize_model`).
+        needs batches, or "synthetic" ones, made of no data (both: `quantize_model`).
     lm_head: whether the output head is quantized too; an embedding tied to it reads its packed rows.
     modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
         everything outside the base model, layers of fewer than 8 rows. A name matches from the
@@ -71,7 +74,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         levels: Levels = "normal",
         column_scale: bool = True,
         scale_bits: Literal[16, 8] = 8,
-        error_feedback: bool = False,
+        error_feedback: ErrorFeedback = False,
         lm_head: bool = False,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
@@ -137,14 +140,28 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         return cls(**{"k": 0.0005, "group_size": 64, **data, **choices})
 
     @property
+    def synthetic(self) -> bool:
+        """Whether the batches that are needed are made, not given."""
+        return self.error_feedback == SYNTHETIC
+
+    @property
     def data_needs(self) -> list[str]:
-        """What only batches can give, of `saliency.NEEDS`; empty where no data is needed."""
+        """What only batches can give, of `saliency.NEEDS`; empty where the model need not be run."""
         feedback = ["input_gram"] if self.error_feedback else []
+        return sorted({*feedback, *self._score_needs})
+
+    @property
+    def _score_needs(self) -> list[str]:
         known = self.saliency in saliency_names()  # a stored model's author may have had a score of his own
-        return sorted({*feedback, *(data_needs(self.saliency) if known else [])})
+        return data_needs(self.saliency) if known else []
 
     def no_data(self) -> ValueError:
-        """The error for a config that needs data and has none."""
+        """The error for a config that needs batches, where there are none and the model cannot be run."""
+        if self.synthetic:
+            return ValueError(
+                "error_feedback 'synthetic' runs the dense model: load it dense and call "
+                "quantize_model(model, config)"
+            )
         of_score = data_needs(self.saliency)
         if of_score:
             return no_data(f"saliency {self.saliency!r}", of_score)
@@ -199,10 +216,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(_is_count(self.rank) and self.rank > 0, "rank", self.rank, "an int from 1 on")
         _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
         _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
-        _require(type(self.error_feedback) is bool, "error_feedback", self.error_feedback, "true or false")
+        known = type(self.error_feedback) is bool or self.error_feedback == SYNTHETIC
+        _require(known, "error_feedback", self.error_feedback, "true, false or 'synthetic'")
         _require(type(self.lm_head) is bool, "lm_head", self.lm_head, "true or false")
-        known = not (self.lm_head and self.data_needs)
-        _require(known, "lm_head", self.lm_head, "False where the score or error_feedback needs data")
+        possible = not (self.lm_head and self._score_needs)  # no inputs are collected for the head
+        _require(possible, "lm_head", self.lm_head, "False where the score needs data")
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)

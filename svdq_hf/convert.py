@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.synthetic import synthetic_batches
 from svdq_hf.weight import check_weight, quantize_weight
 
 Item = TypeVar("Item")
@@ -33,9 +34,15 @@ def collect_for(
     """The statistics that `config` needs of `layers`; empty where it needs no data.
 
     Raises:
-        ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs`.
+        ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs` and
+            `synthetic_batches`.
     """
     needs = config.data_needs
+    if config.synthetic:
+        if batches is not None:
+            raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
+        batches = synthetic_batches(model, seed=config.seed)
+        model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed
     if not needs and batches is not None:
         raise ValueError(f"saliency {config.saliency!r} needs no data: leave the batches out")
     if not needs:

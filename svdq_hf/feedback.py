@@ -1,9 +1,10 @@
 """Error feedback: what rounding one column loses is made good by the columns that are not rounded yet.
 
-For those who have data. With H = X^T X of the layer's inputs, rounding column j by e changes the outputs
-least if the later columns move by `-e * [H^-1]_j,later / [H^-1]_jj` (Optimal Brain Surgeon; GPTQ, Frantar
-et al. 2022, takes all columns in order and all rows at once). The scales are fitted group by group, to
-the weights as they are by then. Not here: which weights are salient, and how codes are stored.
+For those who have data, or take what `synthetic` makes for it. With H = X^T X of the layer's inputs,
+rounding column j by e changes the outputs least if the later columns move by `-e * [H^-1]_j,later /
+[H^-1]_jj` (Optimal Brain Surgeon; GPTQ, Frantar et al. 2022, takes all columns in order and all rows at
+once). The scales are fitted group by group, to the weights as they are by then. Not here: which weights are
+salient, and how codes are stored.
 """
 
 import torch
@@ -45,6 +46,21 @@ def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tenso
         lost = _round_group(rest, weight, kept, part, step, factor, found, grid)
         rest[:, part.stop :] -= lost @ factor[part, part.stop :]
     return Quantized(found, scale, unit)
+
+
+SYNTHETIC_DAMPING = 1.0
+"""The same of a Gram matrix of synthetic batches. With 0.01, random tokens made Gemma 3 worse (measured)."""
+
+
+def trusted_less(gram: Tensor, per_column: Tensor | None) -> Tensor:
+    """`gram` `[in, in]` with `SYNTHETIC_DAMPING` of its mean diagonal added, as the grid sees its columns.
+
+    >>> trusted_less(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), None).tolist()
+    [[5.0, 1.0], [1.0, 7.0]]
+    """
+    square = gram.new_ones(gram.shape[0]) if per_column is None else per_column.float().square()
+    mean = (gram.diagonal() * square).mean()
+    return gram + torch.diag(SYNTHETIC_DAMPING * mean / square)
 
 
 def _round_group(

@@ -27,6 +27,7 @@ CONFIGS = {
         "compute_dtype": "bfloat16",
         "seed": 7,
     },
+    "synthetic": {"error_feedback": "synthetic"},
     "rows": {"group_size": "row", "compute_dtype": torch.float16},
     "an empty list": {"modules_to_not_convert": []},
 }
