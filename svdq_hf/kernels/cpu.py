@@ -1,13 +1,14 @@
 """The op on a CPU: from the stored bytes where tokens are few, a block of rows at a time where they are many.
 
 Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
-share the cost of writing a block of dense rows into cache, where torch's own product takes it up. Either way
-sums are float32, whatever the dtype of the activations. Where the native library is missing, or a group is
-smaller than it decodes, the plain torch of `reference` computes.
+share the cost of writing dense rows into cache first. Either way sums are float32, whatever the dtype of the
+activations; but where the processor has AMX, many bfloat16 tokens meet bfloat16 rows, as in a dense layer.
+Where the native library is missing, or a group is smaller than it decodes, `reference` computes.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -48,22 +49,40 @@ def linear(
         ValueError: parts that are not the format's.
     """
     path = best_path() if path is None else path
+    out, count = stored[0].shape[0], x.numel() // in_features
+    if count > FEW_TOKENS and x.dtype == torch.bfloat16 and _has_amx():
+        return _by_blocks(x, stored, bias, in_features, group, path)
     tokens = x
     if x.dtype != torch.float32 or not x.is_contiguous():
         tokens = x.float().contiguous()
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    layer = layer_of(stored, in_features, group, bias)
-    out, count = stored[0].shape[0], x.numel() // in_features
-    y = tokens.new_empty((*x.shape[:-1], out))
     if path == AVX512 or count <= FEW_TOKENS:
-        multiply(layer, tokens, y, count, path)
+        y = tokens.new_empty((*x.shape[:-1], out))
+        multiply(layer_of(stored, in_features, group, bias), tokens, y, count, path)
     else:
-        for rows, block in dense_blocks(stored, in_features, group, path):
-            torch.mm(tokens.view(-1, in_features), block.T, out=y.view(-1, out)[:, rows])
-        if bias is not None:
-            y += bias
+        y = _by_blocks(tokens, stored, bias, in_features, group, path)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _by_blocks(
+    x: Tensor, stored: Sequence[Any], bias: Tensor | None, in_features: int, group: int, path: int
+) -> Tensor:
+    """`linear` in the dtype of x, by torch's own product with a block of dense rows at a time."""
+    y = x.new_empty((*x.shape[:-1], stored[0].shape[0]))
+    tokens, flat = x.reshape(-1, in_features), y.view(-1, y.shape[-1])
+    for rows, block in dense_blocks(stored, in_features, group, path):
+        torch.mm(tokens, block.to(x.dtype).T, out=flat[:, rows])
+    if bias is not None:
+        y += bias.to(y.dtype)
+    return y
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles: torch's product then beats any in float32."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(supported())
 
 
 def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, group: int) -> Tensor:

@@ -78,6 +78,15 @@ def test_narrow_activations_are_summed_in_float32_and_rounded_once(dtype, tokens
     assert torch.equal(narrow, wide.to(dtype))
 
 
+def test_where_there_is_amx_many_bfloat16_tokens_are_multiplied_as_the_reference_does(split, monkeypatch):
+    """It cannot be timed here; what it computes can be checked anywhere."""
+    _, parts, scheme = split(20, 300, 9)
+    x, bias, group = torch.randn(50, 300).bfloat16(), torch.randn(20), scheme.grid.columns(300)
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    found = cpu.linear(x, stored(parts), bias, 300, group)
+    assert torch.equal(found, reference.linear(x, parts, bias.bfloat16(), 300, group))
+
+
 def test_gradients_are_those_of_the_reference(split):
     _, parts, scheme = split(33, 129, 9, **GRIDS[0])
     gradient, group = torch.randn(2, 3, 33), scheme.grid.columns(129)
