@@ -30,10 +30,10 @@ HALF_BLOCK: Final = 32
 """A group that the library decodes is a multiple of this, or a whole row."""
 
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_ERRORS = {
-    1: MemoryError("no memory for a CPU kernel's panels"),
-    2: ValueError("a salient position is out of range or out of order"),
-    3: ValueError("a stored tensor does not start at a multiple of its dtype's size: clone() it"),
+_ERRORS: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "no memory for a CPU kernel's panels"),
+    2: (ValueError, "a salient position is out of range or out of order"),
+    3: (ValueError, "a stored tensor does not start at a multiple of its dtype's size: clone() it"),
 }
 
 
@@ -185,4 +185,5 @@ def _is(part: Tensor, dtype: torch.dtype, size: int) -> bool:
 
 def _raise(code: int) -> None:
     if code:
-        raise _ERRORS[code]
+        kind, why = _ERRORS[code]
+        raise kind(why)
