@@ -160,8 +160,11 @@ def main() -> None:
                 if isinstance(found, str):
                     print(f"{variant}: not here ({found})")
                     variants.remove(variant)
+                    rounds.pop(variant, None)
                 else:
                     rounds.setdefault(variant, []).append(found)
+        if BASELINE not in rounds:
+            raise SystemExit("without the dense model there is nothing to compare with")
         print(table("Llama 1B, random" if options.llama_1b else Path(folder).name, rounds))
 
 

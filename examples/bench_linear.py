@@ -62,11 +62,14 @@ def exactness(layer: nn.Module, weight: Tensor) -> str:
 
 
 def copies(call: Call, weight: Tensor) -> list[Call]:
-    """As many copies of a layer as no cache holds."""
+    """As many copies of a layer as no cache holds; none of one that cannot be copied."""
     if not isinstance(call, nn.Module):
         return []
     stored = sum(part.nbytes for part in (*call.parameters(), *call.buffers()))
-    return [call, *(copy.deepcopy(call) for _ in range(BEYOND_CACHE // max(stored, 1)))]
+    try:
+        return [call, *(copy.deepcopy(call) for _ in range(BEYOND_CACHE // max(stored, 1)))]
+    except RuntimeError:  # quanto's tensors cannot be copied
+        return []
 
 
 def seconds(call: Callable[[], object], times: int) -> float:

@@ -68,7 +68,7 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         raise ValueError("the model is quantized already, by svdq; call dequantize_model(model) first")
     if modules.keys() == {""}:
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
-    asked = _patterns(config)
+    asked = kept_dense(config)
     skips = default_skips(model) + asked
     linear = linear_layers(model)
     chosen = {
@@ -99,12 +99,12 @@ def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
     names = list(names)
     return [
         pattern
-        for pattern in _patterns(config)
+        for pattern in kept_dense(config)
         if all(should_convert_module(name, [pattern]) for name in names)
     ]
 
 
-def _patterns(config: SVDQConfig) -> list[str]:
+def kept_dense(config: SVDQConfig) -> list[str]:
     """The user's names of modules, each a regular expression that compiles."""
     patterns = list(config.modules_to_not_convert or [])
     for pattern in patterns:
@@ -215,12 +215,20 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every SVDQLinear by the dense layer that it stands for, in `dtype`."""
-    layers = dict(svdq_layers(model))
-    for name, layer in layers.items():
+    check_here(model)
+    for name, layer in progress(dict(svdq_layers(model)).items(), "Dequantizing"):
+        model.set_submodule(name, dense_layer(layer, dtype))
+
+
+def check_here(model: nn.Module) -> None:
+    """Refuse to dequantize a model of which a layer is on disk.
+
+    Raises:
+        ValueError: it names the layer.
+    """
+    for name, layer in svdq_layers(model):
         if any(part.is_meta for part in layer.parts().values()):
             raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
-    for name, layer in progress(layers.items(), "Dequantizing"):
-        model.set_submodule(name, dense_layer(layer, dtype))
 
 
 def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:

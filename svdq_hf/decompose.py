@@ -173,7 +173,7 @@ def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     found = dict(parts)
     for name in ("weight", "row_scale", "weight_scale"):
         if name in parts and parts[name].shape[0] == parts["weight"].shape[0]:  # not a scale for all
-            found[name] = parts[name][rows]
+            found[name] = parts[name].index_select(0, rows)  # which refuses a row below 0
     wanted = rows.to(parts["salient_rows"].dtype)
     starts = torch.searchsorted(parts["salient_rows"], wanted)
     counts = torch.searchsorted(parts["salient_rows"], wanted, right=True) - starts

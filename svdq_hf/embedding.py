@@ -1,6 +1,7 @@
 """SVDQEmbedding: the embedding of a model whose output head is quantized and shares its matrix."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,8 @@ class SVDQEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
         self.dtype = dense.weight.dtype
-        self.scale = scale_of(dense)
+        self.scale, self.rounded = scale_of(dense)
         dense.weight = nn.Parameter(dense.weight.detach().to("meta"), requires_grad=False)
-        dense.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # some families reach for it
         self._others = (head, dense)  # in a tuple: no submodules, whose parts would be stored twice
 
     @property
@@ -35,19 +35,30 @@ class SVDQEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A tensor without data, of the shape and dtype that the dense weight would have."""
-        return self._others[1].weight
+        weight = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # some families reach for it
+        return weight
 
     def forward(self, ids: Tensor) -> Tensor:
         head = self.head
+        if (
+            head.weight.device != ids.device
+        ):  # the head may be offloaded, and only its own hook brings it back
+            raise ValueError(
+                f"ids are on {ids.device} and the output head, whose rows are the embeddings, on "
+                f"{head.weight.device}: keep the two on one device"
+            )
         stored = [None if (part := getattr(head, name)) is None else part.detach() for name in PARTS]
         rows: Tensor = torch.ops.svdq.embedding(ids, *stored, head.in_features, head.group, self.dtype)
-        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=self.dtype)
+        if self.rounded:  # as in the dense embedding, of which it is a buffer
+            return rows * torch.tensor(self.scale, dtype=self.dtype)
+        return rows if self.scale == 1 else rows * self.scale
 
     def restored(self, weight: nn.Parameter) -> nn.Embedding:
         """The dense embedding again, with the weight `[out, in]` of a dense head."""
         dense = self._others[1]
         dense.weight = weight
-        if isinstance(getattr(dense, "embed_scale", None), Tensor):  # a buffer, which may be on meta
+        if self.rounded:  # it may be on meta
             dense.register_buffer("embed_scale", torch.tensor(self.scale), persistent=False)
         return dense
 
@@ -60,13 +71,16 @@ class SVDQEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, rows of the output head"
 
 
-def can_be_read(module: nn.Module) -> bool:
+def can_be_read(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether a module only looks rows up, and maybe multiplies them by a number (as Gemma's does)."""
     named = type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding")
     return named and isinstance(module, nn.Embedding)
 
 
-def scale_of(embedding: nn.Embedding) -> float:
-    """The number that an embedding's rows are multiplied by; 1 where there is none."""
-    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
-    return float(scale)
+def scale_of(embedding: nn.Embedding) -> tuple[float, bool]:
+    """The number that an embedding's rows are multiplied by (1 where there is none); whether as a tensor.
+
+    A tensor is rounded to the dtype of the rows first, a number is not.
+    """
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return float(getattr(embedding, "scalar_embed_scale", scale)), isinstance(scale, Tensor)

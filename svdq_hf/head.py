@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import dense_layer, empty_layer, svdq_layers
+from svdq_hf.convert import dense_layer, empty_layer, kept_dense, svdq_layers
 from svdq_hf.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.weight import quantize_weight
+from svdq_hf.weight import check_weight, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -38,33 +39,49 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
             that can read packed rows.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is None and stored is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no output head, and this checkpoint keeps its embedding in the "
+            "packed one: load the model with its head (AutoModelForCausalLM)"
+        )
     if type(output) is not nn.Linear:
         found = "it has none" if output is None else f"its output layer is a {type(output).__name__}"
         raise ValueError(
             f"lm_head=True: {type(model).__name__} has no output head to quantize ({found}); "
             "load the model with its head (AutoModelForCausalLM), or leave lm_head out"
         )
-    others = [(name, module) for name, module in model.named_modules() if module is not output]
-    if stored is None:
-        tied = [(name, module) for name, module in others if _weight(module) is output.weight]
-    else:
-        absent = [(name, module) for name, module in others if f"{name}.weight" not in stored]
-        shape = output.weight.shape
-        tied = [
-            each for each in absent if isinstance(each[1], nn.Embedding) and each[1].weight.shape == shape
-        ]
-    for name, module in tied:
+    tied: dict[str, nn.Embedding] = {}
+    for name, module in model.named_modules():
+        if module is output or not _is_tied(name, module, output, stored):
+            continue
         if not can_be_read(module):
             raise ValueError(
                 f"lm_head=True: {name} shares the head's weight and is a {type(module).__name__}, which "
                 "cannot read packed rows; leave lm_head out"
             )
-    name = next(name for name, module in model.named_modules() if module is output)
-    return Head(name, output, {name: module for name, module in tied if isinstance(module, nn.Embedding)})
+        tied[name] = module
+    return Head(next(name for name, module in model.named_modules() if module is output), output, tied)
 
 
-def _weight(module: nn.Module) -> object:
-    return getattr(module, "weight", None)
+def _is_tied(name: str, module: nn.Module, output: nn.Linear, stored: Container[str] | None) -> bool:
+    if stored is None:
+        return getattr(module, "weight", None) is output.weight
+    same = isinstance(module, nn.Embedding) and module.weight.shape == output.weight.shape
+    return same and f"{name}.weight" not in stored
+
+
+def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
+    """`find_head` of a dense model, checked: nothing about it need stop the quantizing later.
+
+    Raises:
+        ValueError: see `find_head`; or modules_to_not_convert matches the head, or its weight has a NaN.
+    """
+    head = find_head(model)
+    if not should_convert_module(head.name, kept_dense(config)):
+        raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {head.name} dense: which is it?")
+    if not head.module.weight.is_meta:
+        check_weight(head.name, head.module.weight)
+    return head
 
 
 def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
@@ -73,7 +90,7 @@ def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
         model.set_submodule(name, SVDQEmbedding(layer, module).train(module.training))
     model.set_submodule(head.name, layer)
     if head.embeddings:
-        _set_tied(model, False)
+        _untie(model, {head.name, *head.embeddings})
 
 
 def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
@@ -106,7 +123,9 @@ def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
             for place, reader in mine.items():
                 model.set_submodule(place, reader.restored(dense.weight))  # type: ignore[arg-type]
     if readers:
-        _set_tied(model, True)
+        for module in model.modules():
+            module.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
         model.tie_weights()  # type: ignore[operator]
 
 
@@ -117,8 +136,19 @@ def dense_names(model: Any, head: Head) -> list[str]:
     return sorted({name}.union(*(pair for pair in tied if name in pair)))
 
 
-def _set_tied(model: Any, tied: bool) -> None:
-    """Tell a transformers model whether its head and embedding are one tensor."""
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+def _untie(model: Any, modules: Container[str]) -> None:
+    """Let transformers tie nothing to these modules; the config still says what the dense model is.
+
+    (Some families scale what goes into a tied head, and ask the config whether it is.)
+    """
+    ties = model.all_tied_weights_keys.items()
+    kept = {one: other for one, other in ties if _owner(one) not in modules and _owner(other) not in modules}
+    for module in model.modules():
+        if getattr(module, "_tied_weights_keys", None):
+            module._tied_weights_keys = None
+    model._tied_weights_keys = kept or None
+    model.all_tied_weights_keys = kept
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

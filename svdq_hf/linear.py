@@ -95,9 +95,15 @@ class SVDQLinear(nn.Module):
             x = x.to(result)
         elif self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
-        parameters, buffers = self._parameters, self._buffers  # as attributes they take longer than the op
-        y = linear(
-            x,
+        y = linear(x, *self._inputs(), self.in_features, self.group)
+        return y if y.dtype == result else y.to(result)
+
+    def _inputs(self) -> tuple[Tensor | None, ...]:
+        """The stored tensors and the bias, in the op's order; as attributes they take longer than the op."""
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" not in parameters or "bias" not in parameters:  # a replica of DataParallel; parametrized
+            return tuple(getattr(self, name) for name in (*PARTS, "bias"))
+        return (
             parameters["weight"],
             buffers["weight_scale"],
             parameters["salient_values"],
@@ -107,10 +113,7 @@ class SVDQLinear(nn.Module):
             buffers["column_scale"],
             buffers["levels"],
             parameters["bias"],
-            self.in_features,
-            self.group,
         )
-        return y if y.dtype == result else y.to(result)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
         parts = (getattr(self, name) for name in _FLOAT_PARTS)

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from svdq_hf.card import TAGS
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
+    check_here,
     convert_layers,
     empty_layer,
     layers_to_convert,
@@ -35,7 +36,7 @@ from svdq_hf.convert import (
 from svdq_hf.decompose import check_parts, part_specs
 from svdq_hf.embedding import SVDQEmbedding
 from svdq_hf.footprint import file_metadata, numbers
-from svdq_hf.head import Head, dense_names, find_head, put_head, quantize_head, restore_head
+from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.loading import (
     REMEDY,
@@ -139,7 +140,19 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         """The output head, where it is quantized."""
         if not self.quantization_config.lm_head:
             return None
-        return find_head(model, checkpoint.entries if self.pre_quantized else None)
+        if not self.pre_quantized:
+            return chosen_head(model, self.quantization_config)
+        if not checkpoint.entries:
+            raise ValueError(
+                "a model of which lm_head is quantized loads from a folder, not from a state dict"
+            )
+        embedding = model.get_input_embeddings()
+        whole = any(
+            f"{name}.weight" in checkpoint.entries for name, m in model.named_modules() if m is embedding
+        )
+        if whole and getattr(model, "get_output_embeddings", lambda: None)() is None:
+            return None  # loaded for something else, with an embedding of its own
+        return find_head(model, checkpoint.entries)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
@@ -159,6 +172,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         for name, layer in svdq_layers(model):
             _check_loaded(name, layer)
         if self.quantization_config.lm_head and not self.pre_quantized:
+            if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+                raise ValueError(
+                    "lm_head=True needs the model on one device while it is quantized: load it without "
+                    "device_map, save_pretrained() it, and load that with one"
+                )
             quantize_head(model, self.quantization_config)  # loaded dense, and tied
             for module in model.modules():
                 if isinstance(module, SVDQEmbedding):
@@ -176,6 +194,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        check_here(model)
         restore_head(model, target)
         restore_layers(model, target)
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in TAGS]
@@ -256,7 +275,7 @@ def quantize_model(
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
     if config.lm_head:
-        find_head(model)  # an error before anything is changed
+        chosen_head(model, config)  # an error before anything is changed
     convert_layers(model, config, batches)
     if config.lm_head:
         quantize_head(model, config)

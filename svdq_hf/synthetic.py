@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from svdq_hf.calibration import evaluating
 
@@ -72,15 +73,19 @@ def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tens
     start = random[:, :1] if first is None else torch.full_like(random[:, :1], first)
     with torch.random.fork_rng(), evaluating(model):
         torch.manual_seed(seed)
-        written: Tensor = model.generate(
-            input_ids=start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-        )
+        own, model.generation_config = model.generation_config, GenerationConfig()  # not its penalties
+        try:
+            written: Tensor = model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+        finally:
+            model.generation_config = own
     return written

@@ -12,20 +12,29 @@ from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, footprint, quantiz
 from svdq_hf.embedding import SVDQEmbedding
 
 CONFIG = SVDQConfig(k=16, rank=2, lm_head=True)
-TIED = ["llama-tied", "gemma3", "gpt2", "opt", "t5", "masked"]
+TIED = ["llama-tied", "gemma3", "gpt2", "opt", "t5", "umt5", "masked"]
 
 
 def masked():
     return tiny._seeded(hf.BertForMaskedLM, tiny.bert_config())
 
 
+def umt5():
+    """It scales what goes into a tied head, and asks the config whether it is tied."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+    return tiny._seeded(hf.UMT5ForConditionalGeneration, hf.UMT5Config(**sizes, tie_word_embeddings=True))
+
+
 def dense(family):
     """A dense model with its head, by the name of its family."""
-    return masked() if family == "masked" else tiny.FAMILIES[family].loud_model()
+    own = {"masked": masked, "umt5": umt5}
+    return own[family]() if family in own else tiny.FAMILIES[family].loud_model()
 
 
 def inputs(family):
-    return {"input_ids": tiny.tokens()} if family == "masked" else tiny.FAMILIES[family].inputs()
+    if family == "masked":
+        return {"input_ids": tiny.tokens()}
+    return tiny.FAMILIES["t5" if family == "umt5" else family].inputs()
 
 
 def logits(model, family):
@@ -54,7 +63,7 @@ def test_a_tied_head_is_packed_once_and_the_embedding_reads_its_rows(family):
     assert scale == (8 if family == "gemma3" else 1)
     names = [name for name in model.state_dict() if "embed_tokens" in name or "word_embeddings" in name]
     assert names == []
-    assert model.config.tie_word_embeddings is False
+    assert model.config.tie_word_embeddings is True  # what some families ask, to scale what goes in
 
 
 def test_outputs_are_those_of_the_dequantized_model_bit_for_bit_in_the_embedding(family):
@@ -63,9 +72,16 @@ def test_outputs_are_those_of_the_dequantized_model_bit_for_bit_in_the_embedding
     plain = dequantize_model(copy.deepcopy(model))
     assert type(plain.get_output_embeddings()) is nn.Linear
     assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    assert plain.config.tie_word_embeddings is True
+    assert plain.all_tied_weights_keys
     assert not readers(plain)
     torch.testing.assert_close(found, logits(plain, family), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_are_near_the_dense_models(family):
+    """Without its salient weights a model this small is far off, but not by a factor."""
+    before, after = logits(dense(family), family), logits(quantize_model(dense(family), CONFIG), family)
+    assert 0.7 < float(after.norm() / before.norm()) < 1.4
+    assert float(torch.cosine_similarity(after.flatten(), before.flatten(), 0)) > 0.9
 
 
 def test_a_saved_model_reloads_bit_for_bit(family, tmp_path):
@@ -134,6 +150,62 @@ def test_a_packed_head_without_a_model_to_put_it_in_is_an_error(tmp_path):
         hf.AutoModel.from_pretrained(tmp_path)
 
 
+def test_an_untied_models_file_loads_for_another_task(tmp_path):
+    model = quantize_model(dense("llama-untied"), CONFIG)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModel.from_pretrained(tmp_path)
+    assert tiny.different_tensors(again, model.model) == []
+
+
+def test_a_state_dict_does_not_say_what_is_tied_and_is_refused(tmp_path):
+    model = quantize_model(dense("llama-untied"), CONFIG)
+    model.save_pretrained(tmp_path)
+    config = hf.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="loads from a folder, not from a state dict"):
+        hf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
+
+
+def test_a_head_on_disk_is_an_error_and_not_memory_as_it_is(tmp_path):
+    quantize_model(dense("llama-tied"), CONFIG).save_pretrained(tmp_path)
+    places = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": tmp_path / "off"}
+    model = hf.LlamaForCausalLM.from_pretrained(tmp_path, **places)
+    with pytest.raises(ValueError, match="keep the two on one device"):
+        logits(model, "llama-tied")
+
+
+def test_keeping_the_head_dense_and_quantizing_it_is_a_contradiction():
+    with pytest.raises(ValueError, match="keeps lm_head dense: which is it"):
+        quantize_model(dense("llama-tied"), SVDQConfig(lm_head=True, modules_to_not_convert=["lm_head"]))
+
+
+def test_a_damaged_head_is_refused_before_anything_is_changed():
+    model = dense("llama-untied")
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="lm_head: weight has a NaN"):
+        quantize_model(model, CONFIG)
+    assert not any(isinstance(module, SVDQLinear) for module in model.modules())
+
+
+def test_a_scale_that_is_a_number_is_not_rounded_to_the_dtype_of_the_rows():
+    model = tiny._seeded(
+        hf.PLBartForConditionalGeneration,
+        hf.PLBartConfig(**tiny._TWO_STACKS, **tiny._TOKENS, max_position_embeddings=40, scale_embedding=True),
+    ).bfloat16()
+    ids = torch.tensor([[3, 7]])
+    scale = model.model.shared.embed_scale
+    quantize_model(model, CONFIG)
+    rows = model.get_output_embeddings().dequantize()[ids].bfloat16()
+    assert torch.equal(model.model.shared(ids), rows * scale)
+
+
+def test_a_copy_reads_its_own_head():
+    model = quantize_model(dense("llama-tied"), CONFIG)
+    again = copy.deepcopy(model)
+    assert readers(again)[0].head is again.lm_head
+    assert again.lm_head is not model.lm_head
+
+
 def test_a_model_without_a_head_says_so_before_anything_is_changed():
     model = tiny.bert()
     with pytest.raises(ValueError, match="BertModel has no output head to quantize"):
@@ -143,8 +215,9 @@ def test_a_model_without_a_head_says_so_before_anything_is_changed():
 
 def test_an_id_beyond_the_vocabulary_is_an_error_as_it_is_of_a_dense_embedding():
     model = quantize_model(dense("llama-tied"), CONFIG)
-    with pytest.raises(IndexError):
-        model.model.embed_tokens(torch.tensor([96]))
+    for wrong in (96, -1):
+        with pytest.raises(IndexError):
+            model.model.embed_tokens(torch.tensor([wrong]))
 
 
 def test_lm_head_is_true_or_false():

@@ -3,8 +3,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
-from svdq_hf.decompose import Scheme, part_specs, reconstruct
+from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
 from svdq_hf.grid import Grid
 from svdq_hf.linear import SVDQLinear
 
@@ -333,3 +335,22 @@ def test_gradient_of_a_gradient_is_that_of_the_dense_layer(split):
     # float32 sums of 70 products, squared twice
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(found[1], expected[1][at], rtol=1e-4, atol=1e-2)
+
+
+def test_a_replica_of_data_parallel_computes_the_same():
+    """nn.DataParallel's replicas keep their tensors as plain attributes."""
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize_model(model, SVDQConfig(k=8, saliency="magnitude"))
+    layer, x = model[0], torch.randn(2, 64)
+    replica = layer._replicate_for_data_parallel()
+    for name in (*PARTS, "bias"):
+        setattr(replica, name, getattr(layer, name))
+    assert torch.equal(replica(x), layer(x))
+
+
+def test_a_part_that_is_elsewhere_is_an_error_and_not_memory_as_it_is():
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize_model(model, SVDQConfig(k=8, saliency="magnitude"))
+    model[0].salient_values = nn.Parameter(model[0].salient_values.to("meta"))
+    with pytest.raises(ValueError, match="a stored tensor on meta"), torch.no_grad():
+        model(torch.randn(2, 64))

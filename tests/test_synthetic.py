@@ -113,3 +113,12 @@ def test_what_is_added_is_even_as_the_grid_sees_the_columns():
     torch.testing.assert_close(
         added, SYNTHETIC_DAMPING * seen.diagonal().mean() * torch.eye(6), atol=1e-4, rtol=1e-5
     )
+
+
+def test_a_models_own_way_of_writing_does_not_change_the_batches():
+    model, plain = tiny.llama(), tiny.llama()
+    model.generation_config.update(num_beams=3, num_return_sequences=3, return_dict_in_generate=True)
+    own = model.generation_config
+    found, expected = (synthetic_batches(each, tokens=256) for each in (model, plain))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, expected, strict=True))
+    assert model.generation_config is own

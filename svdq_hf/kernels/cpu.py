@@ -17,7 +17,7 @@ from torch import Tensor
 from svdq_hf.kernels.native import AVX512, best_path, dequantize, fits, layer_of, library, multiply
 
 FEW_TOKENS: Final = 16
-"""On the lesser paths: up to here decoding for each eight tokens anew is faster than writing dense rows."""
+"""Where tokens have no panels (no AVX-512) or want bfloat16 rows: more than these take dense rows instead."""
 
 BLOCK_WEIGHTS: Final = 1 << 20
 """Weights of a block of dense rows: four megabytes, which a core's cache and its neighbours' hold."""

@@ -4,18 +4,17 @@ Each row asked for is taken out of the parts as they are stored, and only those 
 gradient: what it reads is frozen, and the salient entries train through the product alone.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdq_hf.decompose import PARTS, dense_blocks, take_rows
-from svdq_hf.kernels.op import STORED
+from svdq_hf.decompose import dense_blocks, take_rows
+from svdq_hf.kernels.op import STORED, TAGS, named, together
 
 EMBEDDING = "svdq::embedding"
 torch.library.define(
-    EMBEDDING, f"(Tensor ids, {STORED}, int in_features, int group, ScalarType dtype) -> Tensor"
+    EMBEDDING, f"(Tensor ids, {STORED}, int in_features, int group, ScalarType dtype) -> Tensor", tags=TAGS
 )
 
 
@@ -23,16 +22,13 @@ torch.library.define(
 def _embedding(ids: Tensor, *others: Any) -> Tensor:
     *stored, in_features, group, dtype = others
     found = torch.empty(ids.numel(), in_features, dtype=dtype, device=ids.device)
-    for rows, block in dense_blocks(take_rows(_named(stored), ids.reshape(-1)), in_features, group):
+    for rows, block in dense_blocks(take_rows(named(stored), ids.reshape(-1)), in_features, group):
         found[rows] = block.to(dtype)
     return found.view(*ids.shape, in_features)
 
 
-def _named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {name: part for name, part in zip(PARTS, stored, strict=True) if part is not None}
-
-
 def _shape(ids: Tensor, *others: Any) -> Tensor:
+    together(ids.device, others[:-3])
     return ids.new_empty(*ids.shape, others[-3], dtype=others[-1])
 
 

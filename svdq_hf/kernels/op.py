@@ -19,15 +19,15 @@ STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
     "Tensor? row_scale, Tensor? column_scale, Tensor? levels"
 )
-_TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference kernel looks at positions
+TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference kernel looks at positions
 LINEAR = "svdq::linear"
 INPUT_GRADIENT = "svdq::input_gradient"
 
 torch.library.define(
-    LINEAR, f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=_TAGS
+    LINEAR, f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=TAGS
 )
 torch.library.define(
-    INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor", tags=_TAGS
+    INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor", tags=TAGS
 )
 
 
@@ -45,7 +45,7 @@ def _linear(x: Tensor, *others: Any) -> Tensor:
     _check(x, stored[0], in_features)
     if cpu.computes(x, in_features, group):
         return cpu.linear(x, stored, bias, in_features, group)
-    return reference.linear(x, _parts(stored), bias, in_features, group)
+    return reference.linear(x, named(stored), bias, in_features, group)
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
@@ -53,17 +53,17 @@ def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
     *stored, in_features, group = others
     if cpu.computes(gradient, in_features, group):
         return cpu.input_gradient(gradient, stored, in_features, group)
-    return reference.input_gradient(gradient, _parts(stored), in_features, group)
+    return reference.input_gradient(gradient, named(stored), in_features, group)
 
 
-def _parts(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
+def named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """The op's stored arguments by name, without those that are absent."""
-    named = zip(PARTS, stored, strict=True)
-    return {name: part for name, part in named if part is not None}
+    return {name: part for name, part in zip(PARTS, stored, strict=True) if part is not None}
 
 
 def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     _check(x, weight, others[-2])
+    together(x.device, others[:-3])
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -81,6 +81,17 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
         )
     if x.device != weight.device:
         raise ValueError(f"input is on {x.device} and the weight on {weight.device}; move one of them")
+
+
+def together(device: torch.device, stored: Sequence[Tensor | None]) -> None:
+    """Refuse parts of which one is elsewhere (offloaded, say): torch would answer with memory as it is.
+
+    Raises:
+        ValueError: it names the two devices.
+    """
+    for part in stored:
+        if part is not None and part.device != device:
+            raise ValueError(f"input is on {device} and a stored tensor on {part.device}; move one of them")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

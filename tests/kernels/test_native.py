@@ -151,15 +151,29 @@ def test_parts_that_would_be_read_beyond_their_end_are_refused(split):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize(("name", "value"), [("salient_columns", 70), ("salient_columns", -1)])
+@pytest.mark.parametrize("name", ["salient_columns", "salient_rows"])
+@pytest.mark.parametrize("value", [70, -1])
 def test_a_position_that_does_not_exist_is_an_error(name, value, tokens, split):
     _, parts, scheme = split(5, 70, 4, **GRIDS[0])
     position = parts[name].clone()
     position[2] = value
     with pytest.raises(ValueError, match="position is out of range"):
+        list(cpu.dense_blocks(wrong(parts, **{name: position}), 70, scheme.grid.columns(70)))
+    with pytest.raises(ValueError, match="position is out of range"):
         cpu.linear(
             torch.randn(tokens, 70), wrong(parts, **{name: position}), None, 70, scheme.grid.columns(70)
         )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_positions_out_of_order_are_an_error_and_not_left_out(tokens, path, split):
+    _, parts, scheme = split(100, 70, 40, **GRIDS[0])
+    backwards = wrong(parts, salient_rows=parts["salient_rows"].flip(0))
+    if path == native.AVX512 or tokens == 1:
+        with pytest.raises(ValueError, match="out of order"):
+            cpu.linear(torch.randn(tokens, 70), backwards, None, 70, scheme.grid.columns(70), path)
+    with pytest.raises(ValueError, match="out of order"):
+        list(cpu.dense_blocks(backwards, 70, scheme.grid.columns(70), path))
 
 
 def test_a_tensor_that_starts_at_an_odd_byte_is_an_error(split):

@@ -122,8 +122,9 @@ def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor |
     right = (  # sizes rather than shapes: a pointer stays within what it points to, and it is quicker
         _is(weight, torch.int8, out * packed_width(in_features))
         and scale_kind is not None
-        and scale.numel() in (groups, out * groups)
+        and tuple(scale.shape) in ((1, groups), (out, groups))
         and scale.is_contiguous()
+        and scale.is_cpu
         and groups == -(-in_features // group)
         and _is(values, torch.float32, k)
         and _is(rows, torch.int32, k)
@@ -180,7 +181,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _is(part: Tensor, dtype: torch.dtype, size: int) -> bool:
-    return part.dtype is dtype and part.numel() == size and part.is_contiguous()
+    return part.dtype is dtype and part.numel() == size and part.is_contiguous() and part.is_cpu
 
 
 def _raise(code: int) -> None:

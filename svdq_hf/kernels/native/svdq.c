@@ -28,6 +28,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { ABI = 1, BLOCK = 64, HALF = 32, LANES = 16, MOST_TOKENS = 8, MOST_ROWS = 4, FEW_TOKENS = 12 };
+enum { FEW_PRODUCTS = 1 << 15 }; /* below, a second thread costs more than it brings */
 enum { OK = 0, NO_MEMORY = 1, BAD_POSITION = 2, MISALIGNED = 3 };
 enum { PLAIN = 0, WITH_AVX2 = 1, WITH_AVX512 = 2 };
 enum { SCALE_FLOAT32 = 0, SCALE_BFLOAT16 = 1, SCALE_INT8 = 2 };
@@ -73,22 +74,6 @@ static void in_parallel(void (*work)(void *), void *what, int64_t threads) {
         run_parallel(work, what, (unsigned)threads, 0);
     else
         work(what);
-}
-
-/* Memory of a thread's own that is kept between calls: a fresh page costs more than a small layer. */
-static _Thread_local struct {
-    float *start;
-    size_t size;
-} kept;
-
-static float *scratch(size_t floats) {
-    if (kept.size < floats) {
-        free(kept.start);
-        kept.size = 0;
-        kept.start = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
-        if (kept.start) kept.size = floats;
-    }
-    return kept.start;
 }
 
 /* ------------------------------------------------------------------------------------- scales and levels */
@@ -209,28 +194,58 @@ INLINE float sum_of(Vector v) {
     return part[0];
 }
 
-#define PLAIN_TILE(DECODE, LEVELS)                                                                           \
-    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;                                              \
-    Vector acc[MOST_TOKENS] = {0};                                                                           \
-    const uint8_t *codes = layer->codes + row * HALF * blocks;                                               \
-    for (int64_t b = 0; b < blocks; b++) {                                                                   \
-        float weights[BLOCK];                                                                                \
-        DECODE(codes + HALF * b, LEVELS, scales[2 * b], scales[2 * b + 1], weights);                         \
-        for (int t = 0; t < tokens; t++)                                                                     \
-            for (int part = 0; part < BLOCK; part += LANES)                                                  \
-                acc[t] += *(const Vector *)(weights + part) *                                                \
-                          *(const Vector *)(x + t * padded + BLOCK * b + part);                              \
-    }                                                                                                        \
-    for (int t = 0; t < tokens; t++) sums[t][0] = sum_of(acc[t])
-
 INLINE void plain_tile(TILE_ARGUMENTS, const int tokens) {
-    PLAIN_TILE(decode_plain, table);
+    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;
+    Vector acc[MOST_TOKENS] = {0};
+    const uint8_t *codes = layer->codes + row * HALF * blocks;
+    for (int64_t b = 0; b < blocks; b++) {
+        float weights[BLOCK];
+        decode_plain(codes + HALF * b, table, scales[2 * b], scales[2 * b + 1], weights);
+        for (int t = 0; t < tokens; t++)
+            for (int part = 0; part < BLOCK; part += LANES)
+                acc[t] +=
+                    *(const Vector *)(weights + part) * *(const Vector *)(x + t * padded + BLOCK * b + part);
+    }
+    for (int t = 0; t < tokens; t++) sums[t][0] = sum_of(acc[t]);
 }
 
 #if defined(__x86_64__)
+/* Eight weights at a time; `ways` sums for each token, so that one need not wait for the one before. */
 AVX2 INLINE void avx2_tile(TILE_ARGUMENTS, const int tokens) {
-    __m256i levels = byte_levels(table);
-    PLAIN_TILE(decode_avx2, levels);
+    enum { EIGHT = 8, MOST_WAYS = 4 };
+    const int ways = tokens <= 2 ? MOST_WAYS : tokens <= 4 ? 2 : 1;
+    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;
+    __m256i levels = byte_levels(table), nibble = _mm256_set1_epi8(15);
+    __m256 acc[MOST_TOKENS][MOST_WAYS];
+    const uint8_t *codes = layer->codes + row * HALF * blocks;
+    int64_t ahead = row + 1 < layer->out ? HALF * blocks : 0; /* the next row's, from memory */
+    for (int t = 0; t < tokens; t++)
+        for (int way = 0; way < ways; way++) acc[t][way] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+        __m256i code = _mm256_loadu_si256((const __m256i *)(codes + HALF * b));
+        _mm_prefetch((const char *)(codes + HALF * b + ahead), _MM_HINT_T0);
+        for (int half = 0; half < 2; half++) {
+            __m256i place = _mm256_and_si256(half ? _mm256_srli_epi16(code, 4) : code, nibble);
+            __m256i level = _mm256_shuffle_epi8(levels, place);
+            __m256 scale = _mm256_set1_ps(scales[2 * b + half]);
+            __m128i parts[2] = {_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1)};
+            for (int i = 0; i < HALF / EIGHT; i++) {
+                __m128i eight = i % 2 ? _mm_unpackhi_epi64(parts[i / 2], parts[i / 2]) : parts[i / 2];
+                __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), scale);
+                const float *at = x + BLOCK * b + HALF * half + EIGHT * i;
+                for (int t = 0; t < tokens; t++)
+                    acc[t][i % ways] =
+                        _mm256_fmadd_ps(weights, _mm256_loadu_ps(at + t * padded), acc[t][i % ways]);
+            }
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        float part[EIGHT];
+        for (int way = 1; way < ways; way++) acc[t][0] = _mm256_add_ps(acc[t][0], acc[t][way]);
+        _mm256_storeu_ps(part, acc[t][0]);
+        sums[t][0] =
+            ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+    }
 }
 
 AVX512 INLINE void avx512_tile(TILE_ARGUMENTS, const int tokens, const int rows) {
@@ -324,13 +339,18 @@ static void fail(int64_t *error, int64_t why) {
     __atomic_store_n(error, why, __ATOMIC_RELAXED);
 }
 
+/* Every salient entry is met by one thread, once; where they are out of order or range, fewer are. */
+static void count(int64_t *met, int64_t more) {
+    __atomic_fetch_add(met, more, __ATOMIC_RELAXED);
+}
+
 typedef struct {
     const Layer *layer;
     const float *x;      /* [tokens, in] */
     const float *scaled; /* [tokens, padded]: x times the columns' scales, then zeros */
     float *y;            /* [tokens, out] */
     int64_t tokens, cpu, chunk;
-    int64_t next, error; /* shared by the threads */
+    int64_t next, error, salient; /* shared by the threads; salient: entries met so far */
 } Product;
 
 /* The first salient entry of a row or of a later one. */
@@ -346,17 +366,18 @@ INLINE int64_t first_of_row(const Layer *layer, int64_t row) {
     return low;
 }
 
-/* y += salient x for the rows [first, last). */
-INLINE int add_salient(const Product *p, int64_t first, int64_t last) {
+/* y += salient x for the rows [first, last); how many entries that were. */
+INLINE int64_t add_salient(const Product *p, int64_t first, int64_t last) {
     const Layer *layer = p->layer;
-    for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+    int64_t start = first_of_row(layer, first), e = start;
+    for (; e < layer->k && layer->rows[e] < last; e++) {
         int64_t row = layer->rows[e], column = layer->columns[e];
-        if (row < first || column < 0 || column >= layer->in) return BAD_POSITION;
+        if (row < first || column < 0 || column >= layer->in) break;
         float value = layer->values[e];
         for (int64_t t = 0; t < p->tokens; t++)
             p->y[t * layer->out + row] += value * p->x[t * layer->in + column];
     }
-    return OK;
+    return e - start;
 }
 
 static void work_on_rows(void *given) {
@@ -388,7 +409,7 @@ static void work_on_rows(void *given) {
                             sums[i][r] + (layer->bias ? layer->bias[row + r] : 0);
             }
         }
-        if (add_salient(p, first, last)) fail(&p->error, BAD_POSITION);
+        count(&p->salient, add_salient(p, first, last));
     }
     free(scales);
 }
@@ -397,7 +418,7 @@ static void work_on_rows(void *given) {
 static const float *scaled_by_columns(const Layer *layer, const float *x, int64_t tokens) {
     int64_t padded = BLOCK * blocks_of(layer), in = layer->in;
     if (!layer->column_scale && padded == in) return x;
-    float *scaled = scratch((size_t)(tokens * padded));
+    float *scaled = malloc((size_t)(tokens * padded) * sizeof *scaled);
     for (int64_t t = 0; scaled && t < tokens; t++) {
         const float *from = x + t * in;
         float *to = scaled + t * padded;
@@ -415,7 +436,7 @@ static const float *scaled_by_columns(const Layer *layer, const float *x, int64_
 typedef struct {
     const Layer *layer;
     float *dense; /* [last - first, in] */
-    int64_t first, last, cpu, next, error;
+    int64_t first, last, cpu, next, error, salient;
 } Dense;
 
 #define ROWS_ARGUMENTS                                                                                       \
@@ -466,13 +487,13 @@ static void dequantize_rows(void *given) {
         else
 #endif
             rows_plain(layer, first, last, table, scales, dense);
-        for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+        int64_t start = first_of_row(layer, first), e = start;
+        for (; e < layer->k && layer->rows[e] < last; e++) {
             int64_t row = layer->rows[e], column = layer->columns[e];
-            if (row < first || column < 0 || column >= layer->in)
-                fail(&d->error, BAD_POSITION);
-            else
-                dense[(row - first) * layer->in + column] += layer->values[e];
+            if (row < first || column < 0 || column >= layer->in) break;
+            dense[(row - first) * layer->in + column] += layer->values[e];
         }
+        count(&d->salient, e - start);
     }
     free(scales);
 }
@@ -480,10 +501,12 @@ static void dequantize_rows(void *given) {
 /* dense [last - first, in] = rows of W, float32. */
 EXPORT int64_t svdq_dequantize(const Layer *layer, float *dense, int64_t first, int64_t last, int64_t threads,
                                int64_t cpu) {
-    Dense d = {layer, dense, first, last, cpu, 0, OK};
+    Dense d = {layer, dense, first, last, cpu, 0, OK, 0};
     if (!aligned(layer)) return MISALIGNED;
     in_parallel(dequantize_rows, &d, threads);
-    return d.error;
+    int64_t due = (last == layer->out ? layer->k : first_of_row(layer, last)) -
+                  (first ? first_of_row(layer, first) : 0);
+    return d.error ? d.error : d.salient == due ? OK : BAD_POSITION;
 }
 
 /* ------------------------------------------------------------- many tokens: a panel of dense rows in cache
@@ -542,8 +565,8 @@ AVX512 static void fill_lanes(const Layer *layer, int64_t row, int64_t rows, int
     }
 }
 
-/* The rows [first, last) and columns [start, stop), salient weights among them: panels
- * [PANELS][columns][rows]. */
+/* The rows [first, last) and columns [start, stop) as panels [PANELS][columns][rows], salient weights among
+ * them; returns how many of those the rows have. */
 AVX512 static int64_t fill_panels(const Layer *layer, int64_t first, int64_t last, int64_t start,
                                   int64_t stop, const float *table, float *panels) {
     float columns[PANEL_COLUMNS];
@@ -553,36 +576,40 @@ AVX512 static int64_t fill_panels(const Layer *layer, int64_t first, int64_t las
         fill_lanes(layer, row, last - row, start, stop, table, layer->column_scale ? columns : NULL,
                    panels + (row - first) / PANEL_ROWS * PANEL_ROWS * PANEL_COLUMNS +
                        (row - first) % PANEL_ROWS);
-    for (int64_t e = first_of_row(layer, first); e < layer->k && layer->rows[e] < last; e++) {
+    int64_t first_entry = first_of_row(layer, first), e = first_entry;
+    for (; e < layer->k && layer->rows[e] < last; e++) {
         int64_t row = layer->rows[e] - first, column = layer->columns[e];
-        if (row < 0 || column < 0 || column >= layer->in) return BAD_POSITION;
+        if (row < 0 || column < 0 || column >= layer->in) break;
         if (column >= start && column < stop)
             panels[(row / PANEL_ROWS * PANEL_COLUMNS + column - start) * PANEL_ROWS + row % PANEL_ROWS] +=
                 layer->values[e];
     }
-    return OK;
+    return e - first_entry;
 }
 
 /* y [tokens, up to 32 rows] (+)= x [tokens, width] panel [width, 32 rows]. */
 AVX512 INLINE void panel_tile(const float *x, int64_t x_stride, const float *panel, int64_t width, float *y,
-                              int64_t y_stride, int64_t rows, int add, const float *bias, const int tokens) {
+                              int64_t y_stride, int64_t rows, int add, const float *bias, const int tokens,
+                              const int halves) {
     __m512 acc[PANEL_TOKENS][2];
     __mmask16 there[2];
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < halves; half++) {
         int64_t left = rows - half * LANES;
         there[half] = left >= LANES ? 0xFFFF : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
     }
-    for (int t = 0; t < tokens; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < halves; half++) acc[t][half] = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i++, panel += PANEL_ROWS) {
-        __m512 first = _mm512_load_ps(panel), second = _mm512_load_ps(panel + LANES);
+        __m512 weights[2];
+        for (int half = 0; half < halves; half++) weights[half] = _mm512_load_ps(panel + half * LANES);
         for (int t = 0; t < tokens; t++) {
             __m512 activation = _mm512_set1_ps(x[t * x_stride + i]);
-            acc[t][0] = _mm512_fmadd_ps(first, activation, acc[t][0]);
-            acc[t][1] = _mm512_fmadd_ps(second, activation, acc[t][1]);
+            for (int half = 0; half < halves; half++)
+                acc[t][half] = _mm512_fmadd_ps(weights[half], activation, acc[t][half]);
         }
     }
     for (int t = 0; t < tokens; t++)
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < halves; half++) {
             float *to = y + t * y_stride + half * LANES;
             __m512 before = _mm512_setzero_ps();
             if (add)
@@ -596,12 +623,16 @@ AVX512 INLINE void panel_tile(const float *x, int64_t x_stride, const float *pan
 AVX512 static void multiply_panels(const Product *p, int64_t first, int64_t last, int64_t start, int64_t stop,
                                    const float *panels) {
     const Layer *layer = p->layer;
+    int64_t width = stop - start;
     for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
         const float *x = p->x + t * layer->in + start, *panel = panels;
         for (int64_t row = first; row < last; row += PANEL_ROWS, panel += PANEL_ROWS * PANEL_COLUMNS) {
             const float *bias = layer->bias ? layer->bias + row : NULL;
             float *y = p->y + t * layer->out + row;
-#define CALL(n) panel_tile(x, layer->in, panel, stop - start, y, layer->out, last - row, start > 0, bias, n)
+#define CALL(n)                                                                                              \
+    (last - row > LANES                                                                                      \
+         ? panel_tile(x, layer->in, panel, width, y, layer->out, last - row, start > 0, bias, n, 2)          \
+         : panel_tile(x, layer->in, panel, width, y, layer->out, last - row, start > 0, bias, n, 1))
             switch (p->tokens - t) {
             case 1: CALL(1); break;
             case 2: CALL(2); break;
@@ -633,7 +664,8 @@ AVX512 static void work_on_panels(void *given) {
         int64_t last = first + p->chunk < layer->out ? first + p->chunk : layer->out;
         for (int64_t start = 0; start < layer->in; start += PANEL_COLUMNS) {
             int64_t stop = start + PANEL_COLUMNS < layer->in ? start + PANEL_COLUMNS : layer->in;
-            if (fill_panels(layer, first, last, start, stop, table, panels)) fail(&p->error, BAD_POSITION);
+            int64_t met = fill_panels(layer, first, last, start, stop, table, panels);
+            if (start == 0) count(&p->salient, met);
             multiply_panels(p, first, last, start, stop, panels);
         }
     }
@@ -644,16 +676,17 @@ AVX512 static void work_on_panels(void *given) {
 /* y [tokens, out] = x [tokens, in] W^T + bias, float32. */
 EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
                            int64_t cpu) {
-    Product p = {layer, x, x, y, tokens, cpu, 0, 0, OK};
+    Product p = {layer, x, x, y, tokens, cpu, 0, 0, OK, 0};
     if (!aligned(layer)) return MISALIGNED;
     if (tokens == 0) return OK;
+    if (layer->out * layer->in * tokens < FEW_PRODUCTS) threads = 1;
 #if defined(__x86_64__)
     if (cpu == WITH_AVX512 && tokens > FEW_TOKENS) {
         p.chunk = layer->out >= 4 * threads * PANELS * PANEL_ROWS ? PANELS * PANEL_ROWS
                   : layer->out >= 4 * threads * PANEL_ROWS        ? PANEL_ROWS
                                                                   : LANES;
         in_parallel(work_on_panels, &p, threads);
-        return p.error;
+        return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
     }
 #endif
     p.scaled = scaled_by_columns(layer, x, tokens);
@@ -661,7 +694,8 @@ EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t
     p.chunk = layer->out / (8 * threads) / MOST_ROWS * MOST_ROWS;
     p.chunk = p.chunk < 2 * MOST_ROWS ? 2 * MOST_ROWS : p.chunk > 64 ? 64 : p.chunk;
     in_parallel(work_on_rows, &p, threads);
-    return p.error;
+    if (p.scaled != x) free((float *)p.scaled);
+    return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
 }
 
 EXPORT int64_t svdq_abi(void) {
