@@ -256,15 +256,16 @@ def quantize_model(
 
     config: an SVDQConfig, or its choices as a dict; None: the defaults.
 
-    batches: for the scores that need data ("awq", "spqr"): what the model takes, a few of them, each
-    a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
+    batches: for error feedback and the scores that need data ("awq", "spqr"): what the model takes, a few
+    of them, each a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
 
     For a transformers model everything else is set as `from_pretrained` sets it, so that
     `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
 
     Raises:
         ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
-            a NaN or an infinity.
+            a NaN or an infinity; data is needed and missing, or batches cannot be made of none
+            ("synthetic"); lm_head is asked for and there is no head that can be quantized.
     """
     config = (
         SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
