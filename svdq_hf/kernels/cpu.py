@@ -1,9 +1,9 @@
 """The op on a CPU: from the stored bytes where tokens are few, a block of rows at a time where they are many.
 
-Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
+Few tokens wait for memory, so the weights are decoded in registers and never written. Many tokens
 share the cost of writing a block of dense rows into cache, where torch's own product takes it up. Either way
-sums are float32, whatever the dtype of the activations. Where the native library is missing, or a group is
-smaller than it decodes, the plain torch of `reference` computes.
+sums are float32, whatever the dtype of the activations. Where the native library is missing, a group is
+smaller than it decodes, or codes are not of 4 bits, the plain torch of `reference` computes.
 """
 
 import threading
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.kernels.native import AVX512, best_path, dequantize, fits, layer_of, library, multiply
+from svdq_hf.packing import bits_of
 
 FEW_TOKENS: Final = 16
 """On the lesser paths: up to here decoding for each eight tokens anew is faster than writing dense rows."""
@@ -27,9 +28,10 @@ _kept = threading.local()
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def computes(x: Tensor, in_features: int, group: int) -> bool:
-    """Whether this file computes the op for such activations and groups."""
-    return x.is_cpu and x.dtype in DTYPES and fits(group, in_features) and library() is not None
+def computes(x: Tensor, weight: Tensor, in_features: int, group: int) -> bool:
+    """Whether this file computes the op for such activations, packed codes and groups."""
+    known = x.dtype in DTYPES and bits_of(weight) == 4 and fits(group, in_features)
+    return x.is_cpu and known and library() is not None
 
 
 def linear(
