@@ -1,4 +1,4 @@
-"""Data-free 4-bit quantization for Transformers; importing it registers "svdq" with transformers.
+"""Data-free low-bit quantization for Transformers; importing it registers "svdq" with transformers.
 
 >>> from svdq_hf import SVDQConfig
 >>> SVDQConfig(k=256).quant_method

@@ -30,8 +30,6 @@ from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 
-TAGS = ("svdq", "4-bit", "quantized", "mixed-precision")
-
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -46,9 +44,9 @@ _AUTO_CLASSES = {
 }
 
 _LOADING = """\
-## 4-bit weights, by svdq_hf
+## {bits}-bit weights, by svdq_hf
 
-The most salient weights of each linear layer are in FP32, the rest in 4 bits
+The most salient weights of each linear layer are in FP32, the rest in {bits} bits
 (after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343)).
 
 ```sh
@@ -64,6 +62,15 @@ model = {auto}.from_pretrained("{name}"){note}
 """
 
 logger = logging.getLogger(__name__)
+
+
+def tags(bits: int = 4) -> list[str]:
+    """What the Hub files a model of so many bits under.
+
+    >>> tags(8)
+    ['svdq', '8-bit', 'quantized', 'mixed-precision']
+    """
+    return ["svdq", f"{bits}-bit", "quantized", "mixed-precision"]
 
 
 class CardResult(NamedTuple):
@@ -111,7 +118,8 @@ def model_card(
     config = _config(folder)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "model"
-    metadata = {"library_name": "transformers", **base_metadata(base_card, base_model), "tags": list(TAGS)}
+    bits = SVDQConfig.from_dict(config["quantization_config"]).bits
+    metadata = {"library_name": "transformers", **base_metadata(base_card, base_model), "tags": tags(bits)}
     if results:
         name = (repo_id or f"{base_model or architecture}-svdq").split("/")[-1]
         metadata[RESULTS] = eval_results_to_model_index(name, [_checked(result) for result in results])
@@ -119,6 +127,7 @@ def model_card(
     if "base_model" in metadata:
         facts = {"base model": _code(metadata["base_model"]), **facts}
     loading = _LOADING.format(
+        bits=bits,
         auto=auto_class(architecture),
         name=repo_id or "user/model",
         note="" if repo_id else "  # the name of this repository, or a folder",

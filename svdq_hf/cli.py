@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="svdq", description="Data-free 4-bit quantization for Transformers."
+        prog="svdq", description="Data-free low-bit quantization for Transformers."
     )
     parser.add_argument("--version", action="version", version=f"svdq_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -96,10 +96,11 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         "--k", type=command_line.number, default=missing, help="salient weights per layer, or a share below 1"
     )
     add("--rank", type=int, default=missing, help="rank of the principal structure")
+    add("--bits", type=int, default=missing, help="of a weight that is not salient: 4, 3 or 8")
     add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
     add("--group-size", type=_group_size, default=missing, help="columns per scale, 'row' or 'tensor'")
     add("--scale", default=missing, help="mse, absmax or sigma")
-    add("--levels", default=missing, help="what the 16 codes stand for: normal or linear")
+    add("--levels", default=missing, help="what codes stand for: normal or linear")
     column_scale = argparse.BooleanOptionalAction
     add("--column-scale", action=column_scale, default=missing, help="a scale for each column as well")
     add("--scale-bits", type=int, default=missing, help="of a group's scale: 8 or 16")
@@ -235,7 +236,7 @@ def _sentences(result: DemoResult) -> Table:
     table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
     table.add_column("sentences", overflow="fold")
     table.add_column("FP32", justify="right")
-    table.add_column("4-bit", justify="right")
+    table.add_column("quantized", justify="right")
     for pair, dense, quantized in zip(SENTENCES, result.similarity_fp32, result.similarity_svdq, strict=True):
         table.add_row("\n".join(pair), f"{dense:.3f}", f"{quantized:.3f}")
     return table

@@ -30,18 +30,18 @@ _STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
 class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
-    """Quantize linear layers to 4 bits and keep the k most salient weights of each in FP32.
+    """Quantize linear layers to 4 bits (or 3, or 8) and keep the k most salient weights of each in FP32.
 
     k: salient weights per layer: a count, or a share of the layer's weights (a float below 1).
     rank: rank of the principal structure that the score "svd" looks at.
     saliency: the score that picks them: "svd", "magnitude", "relative", "random"; "awq" and "spqr",
         which need batches (`quantize_model`); or your own (`register_saliency`).
-    bits: 4.
+    bits: of a code: 4, 3 or 8.
     group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
     scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
         `clip_sigma` standard deviations).
-    levels: what the 16 codes stand for: "normal" (those that lose least of normal weights) or "linear"
-        (-8..7, as the paper's).
+    levels: what the codes stand for: "normal" (those that lose least of normal weights) or "linear" (-8..7,
+        as the paper's). None: "normal"; of 8 bits, which have no other, "linear".
     column_scale: whether each column has a scale of its own too; scores see the matrix without it.
     scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
     error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
@@ -67,11 +67,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         k: int | float = 256,
         rank: int = 8,
         saliency: str = "svd",
-        bits: int = 4,
+        bits: Literal[3, 4, 8] = 4,
         group_size: GroupSize = 32,
         scale: ScaleRule = "mse",
         clip_sigma: float = 2.5,
-        levels: Levels = "normal",
+        levels: Levels | None = None,
         column_scale: bool = True,
         scale_bits: Literal[16, 8] = 8,
         error_feedback: ErrorFeedback = False,
@@ -90,7 +90,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.group_size = group_size
         self.scale = scale
         self.clip_sigma = clip_sigma
-        self.levels = levels
+        # The levels of a table have 8 bits themselves, so 8 bits of code leave no choice.
+        self.levels: Levels = ("linear" if bits == 8 else "normal") if levels is None else levels
         self.column_scale = column_scale
         self.scale_bits = scale_bits
         self.error_feedback = error_feedback
@@ -100,7 +101,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
         self._check(from_file="format_version" in stored)
-        self.format_version = 2 if self.lm_head else self.scheme.format_version
+        self.format_version = max(2 if self.lm_head else 1, self.scheme.format_version)
 
     @classmethod
     def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
@@ -175,7 +176,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     @property
     def _grid(self) -> Grid:
         return Grid(
-            self.group_size, self.scale, self.clip_sigma, self.levels, self.column_scale, self.scale_bits
+            self.group_size,
+            self.scale,
+            self.clip_sigma,
+            self.levels,
+            self.column_scale,
+            self.scale_bits,
+            self.bits,
         )
 
     @property
@@ -215,7 +222,6 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(share or _is_count(self.k), "k", self.k, "an int from 0 on, or a float between 0 and 1")
         _require(_is_count(self.rank) and self.rank > 0, "rank", self.rank, "an int from 1 on")
         _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
-        _require(type(self.bits) is int and self.bits == 4, "bits", self.bits, "4")
         known = type(self.error_feedback) is bool or self.error_feedback == SYNTHETIC
         _require(known, "error_feedback", self.error_feedback, "true, false or 'synthetic'")
         _require(type(self.lm_head) is bool, "lm_head", self.lm_head, "true or false")

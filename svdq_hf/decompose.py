@@ -1,4 +1,4 @@
-"""weight = 4-bit part + salient part: the parts that are stored, their names, shapes and dtypes.
+"""weight = low-bit part + salient part: the parts that are stored, their names, shapes and dtypes.
 
 `part_specs` is the one place that says what a stored layer is made of; the empty module, the loader,
 the format test and the README's table all ask it. Every shape is a function of `(out, in, scheme)`.
@@ -17,14 +17,14 @@ from torch import Tensor
 from svdq_hf.column_scale import column_scale
 from svdq_hf.feedback import quantize_with_feedback
 from svdq_hf.grid import Grid, expand, quantize, row_blocks, scale_of
-from svdq_hf.levels import TABLES
-from svdq_hf.packing import LOWEST, look_up_into, pack, packed_width, unpack_into
+from svdq_hf.packing import RANGES, bits_of, look_up_into, pack, packed_shape, padded_width, unpack_into
 from svdq_hf.sparse import salient_count, take_out
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest version of the stored format; a file of an older version loads for ever.
 
 1: codes are -8..7. 2: may have levels of its own, a scale for each column, and groups' scales of 8 bits.
+3: may have codes of 3 or 8 bits.
 """
 
 
@@ -39,6 +39,8 @@ class Scheme:
     def format_version(self) -> int:
         """The oldest version of the format that can say what is stored."""
         grid = self.grid
+        if grid.bits != 4:
+            return 3
         return 2 if grid.levels != "linear" or grid.column_scale or grid.row_scale else 1
 
 
@@ -54,7 +56,7 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
 
     weight: packed codes; weight_scale; salient_values `[k]`, FP32; salient_rows and salient_columns
     `[k]`, sorted by row, then by column. Where the grid has them: row_scale `[out]`; column_scale
-    `[in]`; levels `[16]`, of the codes from -8 on.
+    `[in]`; levels `[2**bits]`, of the codes from the lowest on.
 
     >>> {name: spec.shape for name, spec in part_specs(8, 96, Scheme(k=3)).items()}
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -65,10 +67,10 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
     optional = {
         "row_scale": (scheme.grid.row_scale, PartSpec((out,), torch.bfloat16)),
         "column_scale": (scheme.grid.column_scale, PartSpec((in_features,), torch.bfloat16)),
-        "levels": (scheme.grid.levels != "linear", PartSpec((len(TABLES["linear"]),), torch.int8)),
+        "levels": (scheme.grid.levels != "linear", PartSpec((len(scheme.grid.table),), torch.int8)),
     }
     return {
-        "weight": PartSpec((out, packed_width(in_features)), torch.int8),
+        "weight": PartSpec((out, *packed_shape(in_features, scheme.grid.bits)), torch.int8),
         "weight_scale": PartSpec(scheme.grid.scale_shape(out, in_features), scheme.grid.scale_dtype),
         "salient_values": PartSpec((k,), torch.float32),
         "salient_rows": PartSpec((k,), torch.int32),
@@ -120,8 +122,7 @@ def decompose(
         if gram is not None:
             weight, gram = weight / size, gram * size * size.unsqueeze(1)
     if scheme.grid.levels != "linear":
-        table = TABLES[scheme.grid.levels]
-        optional["levels"] = torch.tensor(table, dtype=torch.int8, device=weight.device)
+        optional["levels"] = torch.tensor(scheme.grid.table, dtype=torch.int8, device=weight.device)
     if gram is None or salient is None:
         codes, scale, row_scale = quantize(rest, scheme.grid, salient)
     else:
@@ -129,7 +130,7 @@ def decompose(
     if row_scale is not None:
         optional["row_scale"] = row_scale
     return {
-        "weight": pack(codes),
+        "weight": pack(codes, scheme.grid.bits),
         "weight_scale": scale,
         "salient_values": values,
         "salient_rows": rows,
@@ -197,7 +198,7 @@ def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> I
     """
     packed, scale = parts["weight"], parts["weight_scale"]
     levels, per_column = parts.get("levels"), parts.get("column_scale")
-    out, padded = packed.shape[0], 2 * packed.shape[1]
+    out, padded = packed.shape[0], padded_width(packed)
     blocks = row_blocks(out, padded) if packed.device.type == "cpu" else [slice(0, out)]
     height = blocks[0].stop if blocks else 0
     buffer = torch.empty(height, padded, dtype=torch.float32, device=packed.device)
@@ -243,10 +244,11 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
     Raises:
         ValueError: a part is missing; a shape or dtype is not that of `part_specs`; a scale or a
             salient value is NaN or infinite; code zero is not level zero; a position is out of range,
-            out of order or there twice; the code at a salient position or in the padding is not zero.
+            out of order or there twice; the code at a salient position or in the padding is not zero;
+            a code of 8 bits is -128.
     """
     packed = parts.get("weight")
-    out = packed.shape[0] if packed is not None and packed.ndim == 2 else 0
+    out = packed.shape[0] if packed is not None and packed.ndim > 0 else 0
     for name, spec in part_specs(out, in_features, scheme).items():
         part = parts.get(name)
         if part is None:
@@ -261,14 +263,15 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
             raise ValueError(f"{name} has a NaN or an infinity")
     if not math.isfinite(_largest(parts)):
         raise ValueError("the product of the scales is more than a float32 can hold")
-    if "levels" in parts and parts["levels"][-LOWEST] != 0:
-        raise ValueError(f"levels has {int(parts['levels'][-LOWEST])} for code zero, which must be 0")
+    zero = -RANGES[scheme.grid.bits][0]
+    if "levels" in parts and parts["levels"][zero] != 0:
+        raise ValueError(f"levels has {int(parts['levels'][zero])} for code zero, which must be 0")
     _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
 
 
 def _largest(parts: Mapping[str, Tensor]) -> float:
-    """A bound on the 4-bit part's weights, as float32 multiplies them."""
-    bound = torch.tensor(float(-LOWEST))
+    """A bound on the low-bit part's weights, as float32 multiplies them."""
+    bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]))
     for name in ("levels", "weight_scale", "row_scale", "column_scale"):
         if name in parts and parts[name].numel():
             bound = bound * parts[name].float().abs().max().cpu()
@@ -287,12 +290,14 @@ def _check_positions(packed: Tensor, rows: Tensor, columns: Tensor, in_features:
     order = rows.long() * in_features + columns.long()
     if (order[1:] <= order[:-1]).any():
         raise ValueError("salient positions are out of order, or one is there twice")
-    width = packed.shape[1]
-    for block in row_blocks(out, 2 * width):
-        codes = torch.empty(block.stop - block.start, 2 * width, dtype=torch.int8, device=packed.device)
+    width, lowest = padded_width(packed), RANGES[bits_of(packed)][0]
+    for block in row_blocks(out, width):
+        codes = torch.empty(block.stop - block.start, width, dtype=torch.int8, device=packed.device)
         unpack_into(packed[block], codes)
         inside = (rows >= block.start) & (rows < block.stop)
         if codes[rows[inside].long() - block.start, columns[inside].long()].any():
             raise ValueError("weight has a code that is not zero at a salient position")
         if codes[:, in_features:].any():
             raise ValueError("weight has a code that is not zero in its padding")
+        if bits_of(packed) == 8 and (codes < lowest).any():  # a byte can say more than a code
+            raise ValueError(f"weight has the code {lowest - 1}, where codes of 8 bits are {lowest} and more")

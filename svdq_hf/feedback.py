@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from svdq_hf.grid import LARGEST, Grid, Quantized, fit, whole_numbers
-from svdq_hf.levels import TABLES, codes
+from svdq_hf.levels import codes
+from svdq_hf.packing import RANGES
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to it: GPTQ's."""
@@ -74,13 +75,13 @@ def _round_group(
     grid: Grid,
 ) -> Tensor:
     """Round one group's columns in turn, each error spread over the group; the errors `[out, columns]`."""
-    levels = torch.tensor(TABLES[grid.levels], dtype=torch.float32, device=weight.device)
-    lost = torch.empty_like(rest[:, part])
+    levels = torch.tensor(grid.table, dtype=torch.float32, device=weight.device)
+    lost, lowest = torch.empty_like(rest[:, part]), RANGES[grid.bits][0]
     for place, column in enumerate(range(part.start, part.stop)):
         now = rest[:, column]
-        code = codes(torch.where(step == 0, 0.0, now / step), grid.levels)
+        code = codes(torch.where(step == 0, 0.0, now / step), grid.levels, grid.bits)
         code[kept[:, column]] = 0
-        stands_for = torch.where(kept[:, column], weight[:, column], step * levels[code.long() + 8])
+        stands_for = torch.where(kept[:, column], weight[:, column], step * levels[code.long() - lowest])
         found[:, column] = code
         lost[:, place] = (now - stands_for) / factor[column, column]
         later = slice(column + 1, part.stop)

@@ -17,6 +17,7 @@ from torch import nn
 
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import OPTIONAL, PARTS
+from svdq_hf.packing import BLOCK
 
 METADATA_KEY = "svdq_layers"
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -178,9 +179,9 @@ def _stored_layer(
     shape = fact.get("shape")
     # Without the fact, the width is known only up to the padding of a row to whole blocks of 64.
     k = tensors[f"{name}.salient_values"][0]
-    if len(packed) != 2 or len(k) != 1 or 0 in packed:
-        raise ValueError(f"{name}: weight is {packed} and salient_values {k}, not [out, bytes] and [k]")
-    in_features = 2 * packed[1]
+    if len(packed) not in (2, 3) or len(k) != 1 or 0 in packed:
+        raise ValueError(f"{name}: weight is {packed} and salient_values {k}, not packed rows and [k]")
+    in_features = 2 * packed[1] if len(packed) == 2 else BLOCK * packed[1]
     if isinstance(shape, list) and len(shape) == 2 and type(shape[1]) is int and 0 < shape[1] <= in_features:
         in_features = shape[1]
     return LayerFootprint(name, packed[0], in_features, k[0], size, numbers(fact))

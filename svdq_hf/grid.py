@@ -1,7 +1,7 @@
-"""Float weights <-> 4-bit codes and scales: how finely scales are spread, and how they are chosen.
+"""Float weights <-> codes of a few bits, and scales: how finely scales are spread, and how they are chosen.
 
 `w ~ scale * level(code) * column_scale`: one scale for each group of a row, for each row, or for the whole
-matrix; sixteen levels; and, if the grid has it, one scale for each column, taken out beforehand.
+matrix; sixteen levels (of 4 bits); and, if the grid has it, one scale for each column, taken out beforehand.
 
 Sources: absmax is the rule of arXiv 2512.01343 section 3 and sigma its clipped variant; the scale's sign as
 part of the search is llama.cpp's Q4_0 (the side with the largest weight gets the code -8, of which there is
@@ -34,6 +34,7 @@ class Grid:
     or "tensor". scale: the rule. clip_sigma: where the rule "sigma" clips, in standard deviations.
     levels: what codes stand for. column_scale: whether each column has a scale of its own as well.
     scale_bits: of a group's scale, 16 or 8; where they are 8, each row has a factor in 16 bits.
+    bits: of a code: 3, 4 or 8.
     """
 
     group_size: GroupSize = 64
@@ -42,6 +43,7 @@ class Grid:
     levels: Levels = "linear"
     column_scale: bool = False
     scale_bits: Literal[16, 8] = 16
+    bits: Literal[3, 4, 8] = 4
 
     def __post_init__(self) -> None:
         size, allowed = (
@@ -57,8 +59,11 @@ class Grid:
             raise ValueError(f"group_size={size!r}: must be {allowed}")
         if self.scale not in get_args(ScaleRule):
             raise ValueError(f"scale={self.scale!r}: must be one of {list(get_args(ScaleRule))}")
-        if self.levels not in TABLES:
-            raise ValueError(f"levels={self.levels!r}: must be one of {list(TABLES)}")
+        if type(self.bits) is not int or self.bits not in TABLES:
+            raise ValueError(f"bits={self.bits!r}: must be one of {list(TABLES)}")
+        if self.levels not in TABLES[self.bits]:
+            allowed = f"one of {list(TABLES[self.bits])} where bits is {self.bits}"
+            raise ValueError(f"levels={self.levels!r}: must be {allowed}")
         if type(self.scale_bits) is not int or self.scale_bits not in (8, 16):
             raise ValueError(f"scale_bits={self.scale_bits!r}: must be 8 or 16")
         if type(self.column_scale) is not bool:
@@ -82,6 +87,11 @@ class Grid:
         if not isinstance(self.group_size, int):
             return torch.float32
         return torch.int8 if self.row_scale else torch.bfloat16
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The levels of all codes, from the lowest on."""
+        return TABLES[self.bits][self.levels]
 
     @property
     def row_scale(self) -> bool:
@@ -125,7 +135,7 @@ def quantize(weight: Tensor, grid: Grid, salient: Tensor | None = None) -> Quant
                 fitted = whole_numbers(fitted, row_scale[rows])
             scale[rows] = fitted.to(scale.dtype)
         step = expand(scale_of(rows, scale, row_scale), grid.columns(in_features), in_features)
-        found[rows] = codes(torch.where(step == 0, 0.0, weight[rows] / step), grid.levels)
+        found[rows] = codes(torch.where(step == 0, 0.0, weight[rows] / step), grid.levels, grid.bits)
     return Quantized(found, scale, row_scale)
 
 
@@ -184,17 +194,20 @@ def fit(groups: Tensor, salient: Tensor, grid: Grid) -> Tensor:
 
 
 def _absmax(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
-    return torch.full_like(unit[..., :1], 1 / highest(grid.levels))
+    return torch.full_like(unit[..., :1], 1 / highest(grid.levels, grid.bits))
 
 
 def _sigma(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     kept = (~salient).sum(-1, keepdim=True).clamp(min=1)
     deviation = (unit.square().sum(-1, keepdim=True) / kept).sqrt()
-    return (grid.clip_sigma * deviation).clamp(max=1) / highest(grid.levels)
+    return (grid.clip_sigma * deviation).clamp(max=1) / highest(grid.levels, grid.bits)
 
 
 SIZES = {"linear": 10, "normal": 6}
 """Clipping points tried on each side; more would leave less than 0.05 % less error (measured)."""
+
+LEAST_CLIP = {3: 1.4, 4: 2.2, 8: 3.3}
+"""The nearest clipping point tried, in standard deviations, by bits: normal weights clip at 2.1, 2.7, 3.9."""
 
 
 def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
@@ -203,17 +216,17 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     For levels q the best scale is `s = <w, q> / <q, q>` and the error that is left `|w|^2 - s <w, q>`,
     so each candidate is judged by its levels, with its own best scale, and one reduction less.
     """
-    top, bottom = TABLES[grid.levels][-1], TABLES[grid.levels][0]
+    top, bottom = grid.table[-1], grid.table[0]
     beyond = 0.5 if grid.levels == "linear" else 0.0  # what rounds to the outermost level still
     deviation = unit.square().mean(-1, keepdim=True).sqrt()
-    lowest = (2.2 * deviation).clamp(1e-6, 0.85)  # of normal weights, 4 bits clip at 2.7 sigma
+    lowest = (LEAST_CLIP[grid.bits] * deviation).clamp(1e-6, 0.85)
     best_gain = torch.zeros_like(deviation)
     best = torch.zeros_like(deviation)
     scaled, product = torch.empty_like(unit), torch.empty_like(unit)
 
     def judge(inverse_scale: Tensor) -> None:
         nonlocal best, best_gain
-        level = nearest(torch.mul(unit, inverse_scale, out=scaled), grid.levels)
+        level = nearest(torch.mul(unit, inverse_scale, out=scaled), grid.levels, grid.bits)
         along = torch.mul(unit, level, out=product).sum(-1, keepdim=True)
         square = torch.mul(level, level, out=product).sum(-1, keepdim=True).clamp_(min=1)
         gain = along.square() / square
@@ -224,7 +237,8 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     for step in range(sizes):
         clip = lowest ** (1 - step / (sizes - 1))
         judge((top + beyond) / clip)
-        judge((bottom + beyond) / clip)
+        if bottom != -top:  # else the other sign's codes are the same
+            judge((bottom + beyond) / clip)
     judge(torch.full_like(deviation, top))  # absmax's codes: never worse than that rule
     judge(torch.where(best == 0, 0.0, 1 / best))  # codes anew for the best scale found
     return best

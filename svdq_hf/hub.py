@@ -76,7 +76,7 @@ def push_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message=commit_message or "Upload 4-bit weights (svdq_hf)",
+            commit_message=commit_message or "Upload quantized weights (svdq_hf)",
             delete_patterns="*" if replace else WEIGHTS,
             ignore_patterns=None if text is None else README,
         )

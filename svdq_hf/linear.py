@@ -16,7 +16,7 @@ _FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 
 
 class SVDQLinear(nn.Module):
-    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in 4 bits but for k entries.
+    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits but for k entries.
 
     The stored tensors are those of `part_specs`; made empty, and filled by `load_parts` or by
     loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
@@ -136,4 +136,5 @@ class SVDQLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, k={self.salient_values.numel()}, group_size={grid.group_size}"
         )
+        text += f", bits={grid.bits}" if grid.bits != 4 else ""
         return text + (", transposed=True" if self.transposed else "")

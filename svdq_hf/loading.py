@@ -116,7 +116,7 @@ def check_dense(checkpoint: Checkpoint, layers: Iterable[str]) -> None:
         if entry is None:
             raise ValueError(
                 f"{layer}: the checkpoint has no weights for this layer, and random ones cannot be trusted "
-                f"in 4 bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and train it"
+                f"in few bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and train it"
             )
         if f"{layer}.salient_rows" in checkpoint.entries:
             raise ValueError(

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 
-from svdq_hf.card import TAGS
+from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     check_here,
@@ -182,7 +182,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 if isinstance(module, SVDQEmbedding):
                     module.dtype = model.config.dtype
         keep_own_names(model)
-        model.add_model_tags(list(TAGS))  # for the card that push_to_hub writes
+        model.add_model_tags(tags(self.quantization_config.bits))  # for the card that push_to_hub writes
         return model
 
     # Saving and the way back.
@@ -197,7 +197,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         check_here(model)
         restore_head(model, target)
         restore_layers(model, target)
-        model.model_tags = [tag for tag in model.model_tags or [] if tag not in TAGS]
+        ours = tags(self.quantization_config.bits)
+        model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
         restore_names(model)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
 
@@ -286,7 +287,7 @@ def quantize_model(
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         model.config.quantization_config = config
-        model.add_model_tags(list(TAGS))
+        model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
         _assign_is_quantized(model)
         keep_own_names(model)
     return model

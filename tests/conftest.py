@@ -58,13 +58,11 @@ def dense_by_hand() -> Callable[[Mapping[str, Tensor], int, int], np.ndarray]:
     """The weight in float64 from the raw bytes, by the format's text alone: no code of the package."""
 
     def dense(parts: Mapping[str, Tensor], in_features: int, group: int) -> np.ndarray:
-        packed = parts["weight"].detach().cpu().numpy().view(np.uint8)
+        codes = _codes_by_hand(parts["weight"].detach().cpu().numpy(), in_features)
         column = np.arange(in_features)
-        byte = packed[:, 32 * (column // 64) + column % 32]
-        codes = np.where(column % 64 < 32, byte & 15, byte >> 4).astype(np.float64) - 8
         by_name = {name: part.detach().cpu().double().numpy() for name, part in parts.items()}
         if "levels" in parts:
-            codes = by_name["levels"][codes.astype(int) + 8]
+            codes = by_name["levels"][codes.astype(int) + len(by_name["levels"]) // 2]
         weight = codes * by_name["weight_scale"][:, column // group]
         if "row_scale" in parts:
             weight *= by_name["row_scale"][:, None]
@@ -79,3 +77,17 @@ def dense_by_hand() -> Callable[[Mapping[str, Tensor], int, int], np.ndarray]:
         return weight
 
     return dense
+
+
+def _codes_by_hand(packed: np.ndarray, in_features: int) -> np.ndarray:
+    """Codes in float64: of 4 bits as a matrix of bytes, of 3 and 8 in blocks of 24 and 64 bytes."""
+    block, place = np.divmod(np.arange(in_features), 64)
+    unsigned = packed.view(np.uint8)
+    if packed.ndim == 2:
+        byte = unsigned[:, 32 * block + place % 32]
+        return np.where(place < 32, byte & 15, byte >> 4).astype(np.float64) - 8
+    if packed.shape[2] == 64:
+        return packed[:, block, place].astype(np.float64)
+    low = (unsigned[:, block, place % 16] >> (2 * (place // 16))) & 3
+    top = (unsigned[:, block, 16 + place % 8] >> (place // 8)) & 1
+    return (low + 4 * top).astype(np.float64) - 4

@@ -232,6 +232,45 @@ def test_a_code_under_a_salient_weight_is_refused(stored):
     assert_says(error, LAYER, AGAIN)
 
 
+@pytest.fixture(params=[3, 8])
+def other_bits(request, dense_folder, tmp_path):
+    """A folder of codes of other than 4 bits."""
+    on_the_fly(dense_folder, SVDQConfig(k=32, bits=request.param)).save_pretrained(tmp_path / "other")
+    return Folder(tmp_path / "other")
+
+
+def flat(tensor):
+    return tensor.flatten(1)
+
+
+@pytest.mark.parametrize("change", [cut_row, one_more_column, one_more_dimension, flat])
+def test_packed_rows_of_other_bits_of_wrong_shape_are_named(change, other_bits):
+    folder = other_bits.replace("weight", change(other_bits.part("weight")))
+    with pytest.raises(ValueError, match="where the config says") as error:
+        load(folder)
+    assert_says(error, f"{LAYER}: weight is ", AGAIN)
+
+
+def test_a_code_of_other_bits_under_a_salient_weight_is_refused(other_bits):
+    with pytest.raises(ValueError, match="not zero at a salient position") as error:
+        load(other_bits.replace("weight", torch.full_like(other_bits.part("weight"), -1)))
+    assert_says(error, LAYER, AGAIN)
+
+
+def test_other_bits_than_the_config_says_are_refused(other_bits):
+    stored = other_bits.config["quantization_config"]
+    stored["bits"], stored["levels"] = {3: (8, "linear"), 8: (3, "linear")}[stored["bits"]]
+    with pytest.raises(ValueError, match="where the config says") as error:
+        load(other_bits.write())
+    assert_says(error, "weight is ", AGAIN)
+
+
+def test_packed_rows_of_other_bits_are_no_dense_weight(other_bits, caplog):
+    """64 columns of 8 bits are 64 bytes, and transformers casts integers to a parameter's dtype."""
+    del other_bits.config["quantization_config"]
+    refused_by_transformers(caplog, "pooler.dense.weight", other_bits.write())
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, -1], ids=["empty", "no-length", "half-a-header", "last-byte"])
 def test_a_truncated_file_is_refused(size, stored):
     content = stored.file.read_bytes()
@@ -286,13 +325,13 @@ def test_a_part_that_the_config_does_not_know_is_named(key, value, part, stored)
 # A quantized file: config.json.
 
 
-@pytest.mark.parametrize("version", [3, 99, 0, -1, "1", None, True, 1.0], ids=repr)
+@pytest.mark.parametrize("version", [4, 99, 0, -1, "1", None, True, 1.0], ids=repr)
 def test_a_format_version_that_is_unknown_is_named(version, stored):
     stored.config["quantization_config"]["format_version"] = version
     with pytest.raises(ValueError, match=f"format_version={version!r}") as error:
         load(stored.write())
-    if version in (3, 99):
-        assert_says(error, "reads up to 2", "pip install --upgrade svdq_hf")
+    if version in (4, 99):
+        assert_says(error, "reads up to 3", "pip install --upgrade svdq_hf")
 
 
 @pytest.mark.parametrize(
@@ -306,6 +345,7 @@ def test_a_format_version_that_is_unknown_is_named(version, stored):
         ("scale_bits", 16, "weight_scale"),
         ("group_size", "row", "weight_scale"),
         ("group_size", "tensor", "weight_scale"),
+        ("bits", 3, "weight"),
     ],
     ids=str,
 )
@@ -336,7 +376,7 @@ def test_a_config_whose_scales_fit_in_shape_but_not_in_dtype_is_refused(tmp_path
         ("k", "many", "k='many'"),
         ("k", None, "k=None"),
         ("group_size", 48, "group_size=48: must be a divisor of 64"),
-        ("bits", 8, "bits=8: must be 4"),
+        ("bits", 5, "bits=5: must be one of [3, 4, 8]"),
         ("rank", 0, "rank=0"),
         ("scale", "median", "scale='median': must be one of"),
         ("compute_dtype", "int8", "compute_dtype='int8'"),

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from tiny_models import FAMILIES, bert, classifier, llama, short_name, t5
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.card import TAGS, CardResult, auto_class, model_card, write_card
+from svdq_hf.card import CardResult, auto_class, model_card, tags, write_card
 from svdq_hf.footprint import read_footprint
 from svdq_hf.readme import BEGIN, END, base_metadata, merge, metadata_of, own_text, read_text, section_of
 
@@ -57,12 +57,25 @@ def test_metadata_of_a_hub_model_are_its_own_and_its_base_s(folder):
         "license_name": "llama",  # its link is a file that only the base's repository has
         "language": ["en", "de"],
         "pipeline_tag": "text-generation",
-        "tags": list(TAGS),
+        "tags": tags(),
     }
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_other_bits_are_said_in_the_tags_and_the_text(bits, tmp_path):
+    folder = saved(llama(), tmp_path / "quantized", bits=bits)
+    card = model_card(folder)
+    assert metadata_of(card)["tags"] == tags(bits) == ["svdq", f"{bits}-bit", "quantized", "mixed-precision"]
+    assert f"## {bits}-bit weights" in card
+    assert f"the rest in {bits} bits" in card
+    assert "4-bit" not in card
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert model.model_tags == tags(bits)
+    assert model.dequantize().model_tags == []
+
+
 def test_nothing_is_invented(folder):
-    assert metadata_of(model_card(folder)) == {"library_name": "transformers", "tags": list(TAGS)}
+    assert metadata_of(model_card(folder)) == {"library_name": "transformers", "tags": tags()}
 
 
 @pytest.mark.parametrize(

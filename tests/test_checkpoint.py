@@ -12,7 +12,7 @@ from tiny_models import bert_config
 from transformers import BertForMaskedLM, BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
-from svdq_hf.card import TAGS
+from svdq_hf.card import tags
 from svdq_hf.checkpoint import REPORT_FILE, local_folder, quantize_checkpoint
 from svdq_hf.readme import metadata_of, own_text
 
@@ -54,7 +54,7 @@ def test_card_says_what_the_card_of_the_base_says_and_names_no_local_path(source
         "license": "mit",
         "base_model": "org/base",
         "library_name": "transformers",
-        "tags": list(TAGS),
+        "tags": tags(),
     }
     assert metadata_of(card) == metadata
     assert own_text(card) == ""

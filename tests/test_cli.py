@@ -49,6 +49,19 @@ def test_quantize_then_inspect_tell_the_same(source, tmp_path, capsys):
     assert SVDQConfig.from_dict(stored) == chosen
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_bits_are_a_choice(bits, source, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["quantize", source, out, "--bits", str(bits), "--k", "4", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    # [64, 64] as above: 4 salient, and levels of 3 bits only
+    size = 4 * 12 + 64 * 8 * bits + 128 + 256 + (8 if bits == 3 else 0)
+    assert read["layers"]["encoder.layer.0.attention.self.query"]["bits_per_weight"] == 8 * size / 4096
+    stored = json.loads(Path(out, "config.json").read_text())["quantization_config"]
+    assert SVDQConfig.from_dict(stored) == SVDQConfig(k=4, bits=bits)
+    assert f"{bits}-bit" in metadata_of(Path(out, "README.md").read_text())["tags"]
+
+
 def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["quantize", source, out]) == 0

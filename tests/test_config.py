@@ -28,6 +28,9 @@ CONFIGS = {
         "seed": 7,
     },
     "synthetic": {"error_feedback": "synthetic"},
+    "8 bits": {"bits": 8},
+    "3 bits": {"bits": 3, "levels": "linear"},
+    "3 bits and the head": {"bits": 3, "lm_head": True},
     "rows": {"group_size": "row", "compute_dtype": torch.float16},
     "an empty list": {"modules_to_not_convert": []},
 }
@@ -68,7 +71,8 @@ def test_a_config_survives_dict_and_json(choices):
 def test_a_stored_config_says_method_version_and_remedy(choices):
     stored = json.loads(SVDQConfig(**choices).to_json_string())
     assert stored["quant_method"] == QUANT_METHOD == "svdq"
-    assert stored["format_version"] == (1 if choices.get("levels") == "linear" else FORMAT_VERSION)
+    other_bits = choices.get("bits", 4) != 4
+    assert stored["format_version"] == (3 if other_bits else 1 if choices.get("levels") == "linear" else 2)
     assert "pip install svdq_hf" in stored["requires"]
 
 
@@ -102,6 +106,27 @@ def test_a_config_of_version_1_is_stored_with_the_keys_of_version_1():
     assert config == SVDQConfig.paper(k=3)
     config.update(k=4)
     assert config == SVDQConfig.paper(k=4)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(3, "normal"), (4, "normal"), (8, "linear")])
+def test_levels_that_nobody_chose_are_those_of_the_bits(bits, levels):
+    config = SVDQConfig(bits=bits)
+    assert (config.levels, config.format_version) == (levels, 2 if bits == 4 else 3)
+    assert config.scheme.grid == Grid(32, levels=levels, column_scale=True, scale_bits=8, bits=bits)
+    assert SVDQConfig.from_dict({"bits": bits}) == config
+    for preset in (SVDQConfig.best, SVDQConfig.small, SVDQConfig.calibrated):
+        assert preset(bits=bits).levels == levels
+    assert SVDQConfig.paper(bits=bits).levels == "linear"
+
+
+def test_levels_that_8_bits_do_not_have_are_refused():
+    message = r"^levels='normal': must be one of \['linear'\] where bits is 8"
+    for change in (lambda: SVDQConfig(bits=8, levels="normal"), lambda: SVDQConfig().update(bits=8)):
+        with pytest.raises(ValueError, match=message):
+            change()
+    config = SVDQConfig()
+    config.update(bits=8, levels="linear")
+    assert config == SVDQConfig(bits=8)
 
 
 @pytest.mark.parametrize("size", ["row", "tensor"])
@@ -155,10 +180,11 @@ BAD = [
     ("seed", -1, "an int from 0 to"),
     ("seed", 0.5, "an int from 0 to"),
     ("seed", None, "an int from 0 to"),
-    ("bits", 3, "4"),
-    ("bits", 8, "4"),
-    ("bits", 4.0, "4"),
-    ("bits", "4", "4"),
+    ("bits", 2, "one of [3, 4, 8]"),
+    ("bits", 4.0, "one of [3, 4, 8]"),
+    ("bits", "4", "one of [3, 4, 8]"),
+    ("bits", None, "one of [3, 4, 8]"),
+    ("bits", [8], "one of [3, 4, 8]"),
     ("saliency", None, "the name of a score"),
     ("saliency", 3, "the name of a score"),
     ("saliency", "SVD", "'svd'"),

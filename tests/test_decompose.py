@@ -14,9 +14,10 @@ from svdq_hf.decompose import (
     part_specs,
     reconstruct,
     relative_error,
+    take_rows,
 )
 from svdq_hf.grid import Grid, quantize
-from svdq_hf.packing import unpack
+from svdq_hf.packing import RANGES, unpack
 from svdq_hf.saliency import score
 from svdq_hf.sparse import salient_count, top_positions
 
@@ -52,9 +53,10 @@ def assert_promises_hold(weight, parts, scheme):
     scale = parts["weight_scale"].double()
     step = scale[:, torch.arange(in_features) // scheme.grid.columns(in_features)].abs().expand(weight.shape)
     error = (dense.double() - weight).abs()
-    # Half a step where nothing is clipped; 2**-20 for float32's rounding of up to 8 steps.
-    inside = ~salient & (codes > -8) & (codes < 7)
-    assert (error[inside] <= (0.5 + 2.0**-20) * step[inside]).all()
+    # Half a step where nothing is clipped; float32 rounds up to 8 steps (4 bits) twice: 2**-20.
+    lowest, highest = RANGES[scheme.grid.bits]
+    inside = ~salient & (codes > lowest) & (codes < highest)
+    assert (error[inside] <= (0.5 + 2.0 ** (scheme.grid.bits - 24)) * step[inside]).all()
     # Clipped or not, never farther away than zero is.
     assert (error <= weight.abs() * (1 + 2.0**-20)).all()
 
@@ -67,7 +69,7 @@ def end_to_end(weight, scheme, *, saliency="svd", rank=8):
 
 @given(
     st.tuples(st.integers(1, 6), st.integers(1, 140)),
-    st.builds(Grid, st.sampled_from(GROUP_SIZES), st.sampled_from(RULES)),
+    st.builds(Grid, st.sampled_from(GROUP_SIZES), st.sampled_from(RULES), bits=st.sampled_from(list(RANGES))),
     st.one_of(st.integers(0, 900), st.floats(0.001, 0.999)),
     st.sampled_from(["normal", "heavy", "sparse", "constant", "steps"]),
     st.integers(0, 2**32),
@@ -247,6 +249,8 @@ def test_relative_error_of_zeros_is_zero_and_of_huge_weights_a_number(split):
         (8, 65, Scheme(0.01, Grid(128)), [(8, 64), (8, 1), (5,)]),
         (8, 65, Scheme(0, Grid("row")), [(8, 64), (8, 1), (0,)]),
         (8, 65, Scheme(10**9, Grid("tensor")), [(8, 64), (1, 1), (520,)]),
+        (8, 65, Scheme(3, Grid(bits=3)), [(8, 2, 24), (8, 2), (3,)]),
+        (8, 64, Scheme(3, Grid(bits=8)), [(8, 1, 64), (8, 1), (3,)]),
     ],
 )
 def test_part_specs(out, in_features, scheme, shapes):
@@ -343,6 +347,58 @@ def test_damaged_parts_are_refused(case, split):
     damage(parts)
     with pytest.raises(ValueError, match=message):
         check_parts(parts, 70, scheme)
+
+
+def inverted_code_at_a_salient_position(parts):
+    row, column = int(parts["salient_rows"][0]), int(parts["salient_columns"][0])
+    # code i of a block has its lowest bit in byte i % 16 (3 bits) or byte i (8 bits)
+    size = parts["weight"].shape[2]
+    place = column % 64 % 16 if size == 24 else column % 64
+    parts["weight"][row, column // 64, place] ^= -1
+
+
+OTHER = {
+    "code at a salient position": (inverted_code_at_a_salient_position, "not zero at a salient position"),
+    # The last byte has the code 127 of a row of 70, or its top bit.
+    "code in the padding": (put("weight", (3, 1, -1), 5), "not zero in its padding"),
+    "a block missing": (replace("weight", lambda part: part[:, :1]), r"weight is \[5, 1, .*says \[5, 2, "),
+    "flat": (replace("weight", lambda part: part.flatten(1)), r"weight is \[5, .*says \[5, 2, "),
+    "bytes": (replace("weight", lambda part: part.view(torch.uint8)), r"weight is .* torch.uint8"),
+}
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("case", OTHER)
+def test_damaged_parts_of_other_bits_are_refused(case, bits, split):
+    _, parts, scheme = split(5, 70, 6, bits=bits)
+    check_parts(parts, 70, scheme)
+    damage, message = OTHER[case]
+    damage(parts)
+    with pytest.raises(ValueError, match=message):
+        check_parts(parts, 70, scheme)
+
+
+def test_a_byte_that_is_no_code_of_8_bits_is_refused(split):
+    _, parts, scheme = split(5, 70, 0, bits=8)
+    parts["weight"][2, 0, 7] = -128
+    with pytest.raises(ValueError, match="weight has the code -128, where codes of 8 bits are -127 and more"):
+        check_parts(parts, 70, scheme)
+
+
+def test_levels_of_3_bits_without_zero_are_refused(split):
+    _, parts, scheme = split(5, 70, 6, bits=3, levels="normal")
+    assert parts["levels"].tolist() == [-127, -80, -49, -23, 0, 27, 57, 97]
+    parts["levels"][4] = 2
+    with pytest.raises(ValueError, match="levels has 2 for code zero, which must be 0"):
+        check_parts(parts, 70, scheme)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_rows_of_other_bits_are_taken_out_as_they_are(bits, split):
+    _, parts, scheme = split(9, 70, 20, bits=bits)
+    rows = torch.tensor([7, 0, 7, 3])
+    dense = reconstruct(parts, 70, scheme)
+    assert torch.equal(reconstruct(take_rows(parts, rows), 70, scheme), dense[rows])
 
 
 def test_a_part_of_another_scheme_is_refused(split):

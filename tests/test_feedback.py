@@ -12,6 +12,8 @@ GRIDS = [
     Grid(32),
     Grid(16, levels="normal"),
     Grid(32, levels="normal", column_scale=True, scale_bits=8),
+    Grid(32, levels="normal", column_scale=True, scale_bits=8, bits=3),
+    Grid(32, bits=8),
 ]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 NONE = torch.empty(0, dtype=torch.int32)
@@ -101,6 +103,23 @@ def test_calibrated_models_are_nearer_than_data_free_ones_of_the_same_size(tmp_p
             model.save_pretrained(tmp_path / config.saliency)
             again = type(model).from_pretrained(tmp_path / config.saliency)
             assert tiny.different_tensors(again, model) == []
+    assert lost[0] < lost[1]
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_models_of_other_bits_are_nearer_too_and_come_back(bits, tmp_path):
+    batches = [{"input_ids": torch.randint(90, (8, 16))} for _ in range(4)]
+    x = torch.randint(90, (16, 16))
+    lost = []
+    for feedback in (True, False):
+        config = SVDQConfig(k=16, bits=bits, error_feedback=feedback, scale_bits=16)
+        with torch.no_grad():
+            dense = tiny.bert().eval()(input_ids=x).last_hidden_state
+            model = quantize_model(tiny.bert().eval(), config, batches if feedback else None)
+            lost.append(float((model(input_ids=x).last_hidden_state - dense).square().mean()))
+        model.save_pretrained(tmp_path / str(feedback))
+        again = type(model).from_pretrained(tmp_path / str(feedback))
+        assert tiny.different_tensors(again, model) == []
     assert lost[0] < lost[1]
 
 

@@ -34,6 +34,21 @@ def test_layer_by_hand(model):
     assert layer.bits_per_weight == 8 * layer.stored_bytes / (64 * 96)
 
 
+@pytest.mark.parametrize(("bits", "levels"), [(3, 8), (8, 0)])
+def test_layer_of_other_bits_by_hand(bits, levels, tmp_path):
+    model = quantize_model(BertModel(bert_config()), SVDQConfig(k=10, bits=bits))
+    model.save_pretrained(tmp_path)
+    assert read_footprint(tmp_path) == footprint(model)
+    layer = next(found for found in footprint(model).layers if found.name.endswith("0.output.dense"))
+    assert (layer.out, layer.in_features, layer.k) == (64, 96, 10)
+    # as above, but for blocks of 8 bytes for each bit, and the levels
+    assert layer.stored_bytes == 64 * (2 * 8 * bits + 3 + 2) + 96 * 2 + 10 * 12 + levels
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file), file)
+    layers = {layer.name: layer for layer in read_footprint(tmp_path).layers}
+    assert layers["encoder.layer.0.output.dense"].in_features == 128  # without the fact, whole blocks
+
+
 def test_folder_and_memory_agree(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert read_footprint(tmp_path) == footprint(model)

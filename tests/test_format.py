@@ -68,8 +68,8 @@ def golden(name):
     return {part: load_file(GOLDEN)[f"{name}.{part}"] for part in PARTS}
 
 
-def test_a_version_3_gets_a_golden_file_of_its_own():
-    assert FORMAT_VERSION == 2  # test_format_2.py
+def test_a_version_4_gets_a_golden_file_of_its_own():
+    assert FORMAT_VERSION == 3  # test_format_2.py, test_format_3.py
 
 
 @every_config

@@ -94,6 +94,20 @@ def test_a_saved_model_reloads_bit_for_bit(family, tmp_path):
     assert torch.equal(logits(again, family), logits(model, family))
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_head_of_other_bits_is_packed_once_and_reloads_bit_for_bit(bits, tmp_path):
+    model = quantize_model(dense("llama-tied"), SVDQConfig(k=16, rank=2, lm_head=True, bits=bits))
+    head = model.get_output_embeddings()
+    assert head.weight.shape == (head.out_features, 1, 8 * bits)
+    ids = torch.tensor([[3, 0, 3], [95, 7, 8]])
+    assert torch.equal(readers(model)[0](ids), head.dequantize()[ids])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert tiny.different_tensors(again, model) == []
+    assert again.hf_quantizer.quantization_config.format_version == 3
+    assert torch.equal(logits(again, "llama-tied"), logits(model, "llama-tied"))
+
+
 def test_loading_quantizes_the_head_as_quantize_model_does(family, tmp_path):
     dense(family).save_pretrained(tmp_path)
     loaded = type(dense(family)).from_pretrained(tmp_path, quantization_config=CONFIG)

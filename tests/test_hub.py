@@ -24,7 +24,7 @@ from transformers import BertModel
 from transformers.utils import logging as hf_logging
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.card import TAGS, CardResult
+from svdq_hf.card import CardResult, tags
 from svdq_hf.cli import main
 from svdq_hf.hub import push_folder, push_model
 from svdq_hf.readme import BEGIN, metadata_of, own_text, section_of
@@ -289,7 +289,7 @@ def test_model_is_pushed_with_tokenizer_card_and_results(server):
         "base_model": "alice/base",
         "base_model_relation": "quantized",
         "license": "mit",
-        "tags": list(TAGS),
+        "tags": tags(),
     }
     assert 'from_pretrained("alice/small")' in card
     assert server.repositories["alice/small"].private
@@ -305,14 +305,14 @@ def test_base_model_that_the_hub_does_not_know_is_not_named(server, folder, name
     model.name_or_path = name.format(folder=folder)
     push_model(model, "alice/small")
     metadata = metadata_of(on_hub(server, "alice/small")["README.md"].decode())
-    assert metadata == {"library_name": "transformers", "tags": list(TAGS), **expected}
+    assert metadata == {"library_name": "transformers", "tags": tags(), **expected}
 
 
 def test_tags_of_a_model_are_there_until_it_is_dequantized(folder):
     model = BertModel.from_pretrained(folder)
     model.add_model_tags("mine")
-    assert model.model_tags == [*TAGS, "mine"]
-    assert quantize_model(bert(), SVDQConfig(k=4)).model_tags == list(TAGS)
+    assert model.model_tags == [*tags(), "mine"]
+    assert quantize_model(bert(), SVDQConfig(k=4)).model_tags == tags()
     assert model.dequantize().model_tags == ["mine"]
 
 
@@ -409,7 +409,7 @@ def test_a_stranger_loads_pushes_and_quantizes(server, folder, tmp_path, monkeyp
     assert "is not a valid model identifier" in errors["alice/nowhere"]
     assert "is not a valid model identifier" in errors["bob/secret"]
     plain = on_hub(server, "alice/plain")["README.md"].decode()
-    assert metadata_of(plain)["tags"] == list(TAGS)  # the card is transformers' own, and BEGIN not in it
+    assert metadata_of(plain)["tags"] == tags()  # the card is transformers' own, and BEGIN not in it
     assert BEGIN not in plain
     assert errors["code"] == 0
     written = (tmp_path / "quantized" / "README.md").read_text()
@@ -418,7 +418,7 @@ def test_a_stranger_loads_pushes_and_quantizes(server, folder, tmp_path, monkeyp
         "base_model": "alice/dense",
         "base_model_relation": "quantized",
         "license": "mit",
-        "tags": list(TAGS),
+        "tags": tags(),
     }
     assert "About it." not in written
     assert not (tmp_path / "quantized" / "evil.py").exists()

@@ -4,30 +4,37 @@ import torch
 from svdq_hf import levels
 from svdq_hf.grid import Grid, expand, quantize
 from svdq_hf.levels import TABLES, codes, highest, nearest
+from svdq_hf.packing import RANGES
 
-every_table = pytest.mark.parametrize("name", TABLES)
+ALL = [(bits, name) for bits, tables in TABLES.items() for name in tables]
+every_table = pytest.mark.parametrize(("bits", "name"), ALL)
+
+
+def test_3_and_4_bits_have_two_tables_each_and_8_bits_one():
+    assert ALL == [(3, "linear"), (3, "normal"), (4, "linear"), (4, "normal"), (8, "linear")]
 
 
 @every_table
-def test_sixteen_whole_numbers_in_order_with_zero_for_code_zero(name):
-    table = TABLES[name]
-    assert len(table) == 16
+def test_whole_numbers_in_order_with_zero_for_code_zero(bits, name):
+    table, (lowest, highest_code) = TABLES[bits][name], RANGES[bits]
+    assert len(table) == highest_code - lowest + 1 == (255 if bits == 8 else 2**bits)
     assert sorted(set(table)) == list(table)
-    assert table[8] == 0
+    assert table[-lowest] == 0
     assert all(-128 <= level <= 127 for level in table)
-    assert highest(name) == table[-1]
+    assert highest(name, bits) == table[-1]
 
 
-def test_normal_levels_are_the_means_of_what_rounds_to_them():
+@pytest.mark.parametrize("bits", [3, 4])
+def test_normal_levels_are_the_means_of_what_rounds_to_them(bits):
     weight = torch.randn(4000, 320)
-    grid = Grid(32, levels="normal")
+    grid = Grid(32, levels="normal", bits=bits)
     found = quantize(weight, grid)
     step = expand(found.scale, 32, 320)
-    unit, code = weight / step, found.codes.long() + 8
+    unit, code = weight / step, found.codes.flatten().long() - RANGES[bits][0]
     share = step.square().double()
-    total = torch.zeros(16, dtype=torch.float64).index_add_(0, code.flatten(), (share * unit).flatten())
-    mean = total / torch.zeros(16, dtype=torch.float64).index_add_(0, code.flatten(), share.flatten())
-    table = torch.tensor(TABLES["normal"], dtype=torch.float64)
+    total = torch.zeros(2**bits, dtype=torch.float64).index_add_(0, code, (share * unit).flatten())
+    mean = total / torch.zeros(2**bits, dtype=torch.float64).index_add_(0, code, share.flatten())
+    table = torch.tensor(TABLES[bits]["normal"], dtype=torch.float64)
     # Lloyd's condition, up to one scale for all (the scale is fitted too); the levels are whole numbers
     # and the one for zero is fixed
     size = (mean * table).sum() / table.square().sum()
@@ -36,13 +43,13 @@ def test_normal_levels_are_the_means_of_what_rounds_to_them():
 
 
 @every_table
-def test_nearest_is_the_nearest_and_codes_are_its_place(name):
-    table = torch.tensor(TABLES[name], dtype=torch.float32)
+def test_nearest_is_the_nearest_and_codes_are_its_place(bits, name):
+    table = torch.tensor(TABLES[bits][name], dtype=torch.float32)
     x = torch.cat([torch.randn(5000) * table[-1], torch.tensor([-1e30, 1e30, torch.inf, -torch.inf, 0.0])])
-    found = nearest(x.clone(), name)
+    found = nearest(x.clone(), name, bits)
     distance = (x.clamp(-200, 200).unsqueeze(1) - table).abs()
     assert torch.equal((x.clamp(-200, 200) - found).abs(), distance.amin(1))
-    assert torch.equal(table[codes(x.clone(), name).long() + 8], found)
+    assert torch.equal(table[codes(x.clone(), name, bits).long() - RANGES[bits][0]], found)
 
 
 def test_a_tie_goes_up_or_to_the_even_code():

@@ -265,8 +265,12 @@ def test_the_defaults_are_those_of_the_scheme():
             lambda: SVDQLinear(70, 5, Scheme(0.1, Grid("row")), bias=False, device="meta", transposed=True),
             "SVDQLinear(in_features=70, out_features=5, bias=False, k=35, group_size=row, transposed=True)",
         ),
+        (
+            lambda: SVDQLinear(70, 5, Scheme(6, Grid(bits=8))),
+            "SVDQLinear(in_features=70, out_features=5, bias=True, k=6, group_size=64, bits=8)",
+        ),
     ],
-    ids=["plain", "transposed"],
+    ids=["plain", "transposed", "8 bits"],
 )
 def test_repr(layer, text):
     assert repr(layer()) == text

@@ -161,6 +161,9 @@ CHOICES = {
     "relative": (SVDQConfig(k=32, saliency="relative"), None, (64, 3)),
     "random": (SVDQConfig(k=32, saliency="random", seed=3), None, (64, 3)),
     "compute=bfloat16": (SVDQConfig(k=32, compute_dtype="bfloat16"), None, (64, 3)),
+    "bits=8": (SVDQConfig(k=32, bits=8), None, (64, 3)),
+    "bits=3": (SVDQConfig(k=32, bits=3), None, (64, 3)),
+    "bits=3, linear, rows": (SVDQConfig(k=32, bits=3, levels="linear", group_size="row"), None, (64, 1)),
 }
 
 
@@ -195,7 +198,8 @@ def test_a_choice_gives_the_same_in_memory(choice, dense_folder):
 def test_a_choice_stays_close_to_the_dense_model(choice, dense_folder):
     dense = output(hf.BertModel.from_pretrained(dense_folder))
     # Measured: 0.992 for the paper's choice, 0.997 and more for the others; without its layers 0.87.
-    assert tiny.cosine(output(load(dense_folder, choice[0])), dense) > 0.99
+    least = {3: 0.95, 4: 0.99, 8: 0.9999}[choice[0].bits]
+    assert tiny.cosine(output(load(dense_folder, choice[0])), dense) > least
 
 
 def test_when_every_weight_is_salient_nothing_is_lost(dense_folder):

@@ -3,7 +3,8 @@
 Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
 share the cost of writing dense rows into cache first. Either way sums are float32, whatever the dtype of the
 activations; but where the processor has AMX, many bfloat16 tokens meet bfloat16 rows, as in a dense layer.
-Where the native library is missing, or a group is smaller than it decodes, `reference` computes.
+Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits,
+`reference` computes.
 """
 
 import threading
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.kernels.native import AVX512, best_path, dequantize, fits, layer_of, library, multiply
+from svdq_hf.packing import bits_of
 
 FEW_TOKENS: Final = 16
 """Where tokens have no panels (no AVX-512) or want bfloat16 rows: more than these take dense rows instead."""
@@ -28,9 +30,10 @@ _kept = threading.local()
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def computes(x: Tensor, in_features: int, group: int) -> bool:
-    """Whether this file computes the op for such activations and groups."""
-    return x.is_cpu and x.dtype in DTYPES and fits(group, in_features) and library() is not None
+def computes(x: Tensor, weight: Tensor, in_features: int, group: int) -> bool:
+    """Whether this file computes the op for such activations, packed codes and groups."""
+    known = x.dtype in DTYPES and bits_of(weight) == 4 and fits(group, in_features)
+    return x.is_cpu and known and library() is not None
 
 
 def linear(

@@ -43,7 +43,7 @@ def linear(*inputs: Any) -> Tensor:
 def _linear(x: Tensor, *others: Any) -> Tensor:
     *stored, bias, in_features, group = others
     _check(x, stored[0], in_features)
-    if cpu.computes(x, in_features, group):
+    if cpu.computes(x, stored[0], in_features, group):
         return cpu.linear(x, stored, bias, in_features, group)
     return reference.linear(x, named(stored), bias, in_features, group)
 
@@ -51,7 +51,7 @@ def _linear(x: Tensor, *others: Any) -> Tensor:
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
 def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
     *stored, in_features, group = others
-    if cpu.computes(gradient, in_features, group):
+    if cpu.computes(gradient, stored[0], in_features, group):
         return cpu.input_gradient(gradient, stored, in_features, group)
     return reference.input_gradient(gradient, named(stored), in_features, group)
 

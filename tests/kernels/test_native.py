@@ -13,6 +13,7 @@ import torch
 
 from svdq_hf.decompose import PARTS, reconstruct
 from svdq_hf.kernels import cpu, native, op, reference
+from svdq_hf.packing import pack
 
 HERE = Path(__file__).parent
 SOURCE = Path(native.__file__).parent
@@ -184,12 +185,15 @@ def test_a_tensor_that_starts_at_an_odd_byte_is_an_error(split):
         cpu.linear(torch.randn(1, 70), wrong(parts, salient_values=odd), None, 70, scheme.grid.columns(70))
 
 
-def test_small_groups_and_doubles_are_computed_by_the_reference():
-    x = torch.randn(2, 64)
-    assert cpu.computes(x, 64, 32)
-    assert not cpu.computes(x, 64, 16)
-    assert not cpu.computes(x.double(), 64, 32)
-    assert cpu.computes(x[:, :24], 24, 24)  # a whole row
+def test_small_groups_doubles_and_other_bits_are_computed_by_the_reference():
+    x, codes = torch.randn(2, 64), torch.zeros(5, 64, dtype=torch.int8)
+    packed = pack(codes)
+    assert cpu.computes(x, packed, 64, 32)
+    assert not cpu.computes(x, packed, 64, 16)
+    assert not cpu.computes(x.double(), packed, 64, 32)
+    assert cpu.computes(x[:, :24], packed, 24, 24)  # a whole row
+    assert not cpu.computes(x, pack(codes, 3), 64, 32)
+    assert not cpu.computes(x, pack(codes, 8), 64, 32)
 
 
 @pytest.fixture

@@ -21,6 +21,12 @@ GRIDS = [
     {"group_size": "row", "levels": "normal"},
     {"group_size": 64, "column_scale": True},
     {"group_size": 8, "scale_bits": 8},
+    {"bits": 8},
+    {"bits": 8, "group_size": "row"},
+    {"bits": 8, "group_size": 32, "column_scale": True, "scale_bits": 8},
+    {"bits": 3, "group_size": "tensor"},
+    {"bits": 3, "group_size": 8},
+    {"bits": 3, "group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8},
 ]
 
 
@@ -95,8 +101,9 @@ def test_no_salient_weights_or_nothing_else(k, split, dense_by_hand, device):
     check_forward(torch.randn(3, 70, device=device), parts, None, scheme, dense_by_hand)
 
 
-def test_more_rows_than_a_block(split, dense_by_hand, device):
-    _, parts, scheme = split(300, 1100, 500, device=device)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_more_rows_than_a_block(bits, split, dense_by_hand, device):
+    _, parts, scheme = split(300, 1100, 500, device=device, bits=bits)
     check_forward(torch.randn(2, 1100, device=device), parts, None, scheme, dense_by_hand)
 
 
@@ -257,6 +264,16 @@ def test_opcheck_of_linear_in_every_dtype(dtype, split):
     _, parts, scheme = split(5, 70, 9)
     checked = torch.library.opcheck(LINEAR, sample(parts, scheme, (4,), dtype=dtype))
     assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_opcheck_of_other_bits(bits, split):
+    _, parts, scheme = split(5, 70, 9, bits=bits)
+    for op, inputs in (
+        (LINEAR, sample(parts, scheme, (4,))),
+        (INPUT_GRADIENT, (torch.randn(4, 5), *stored(parts), 70, 64)),
+    ):
+        assert set(torch.library.opcheck(op, inputs).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)], ids=str)
