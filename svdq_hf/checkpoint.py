@@ -74,8 +74,9 @@ def local_folder(model: str | Path) -> Path:
     name = str(model)
     if name.count("/") > 1 or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"{name}: no such folder (and not a Hub name, which is user/model)")
+    told = name if "/" in name else f"{name} (no such folder is here)"
     patterns = ["*.safetensors", README, *(f"*{suffix}" for suffix in COMPANIONS)]
-    with explained(name):
+    with explained(told):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 

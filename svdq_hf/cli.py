@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: dict[str, object] = options.run(options)
     except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
-        print(f"svdq {options.command}: {error}", file=sys.stderr)
+        extra = isinstance(error, ModuleNotFoundError) and options.command == "evaluate"
+        remedy = "; evaluating needs more packages: pip install 'svdq_hf[evaluate]'" if extra else ""
+        print(f"svdq {options.command}: {error}{remedy}", file=sys.stderr)
         return 1
     try:
         if options.json:

@@ -46,7 +46,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
     error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in GPTQ;
         needs batches, or "synthetic" ones, made of no data (both: `quantize_model`).
-    lm_head: whether the output head is quantized too; an embedding tied to it reads its packed rows.
+    lm_head: whether the output head is quantized too, without error feedback; an embedding tied to it reads
+        its packed rows.
     modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
         everything outside the base model, layers of fewer than 8 rows. A name matches from the
         start, as a regular expression, or as a suffix.
@@ -166,7 +167,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         of_score = data_needs(self.saliency)
         if of_score:
             return no_data(f"saliency {self.saliency!r}", of_score)
-        return no_data("error_feedback", self.data_needs)
+        return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")
 
     @property
     def scheme(self) -> Scheme:
@@ -226,7 +227,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(known, "error_feedback", self.error_feedback, "true, false or 'synthetic'")
         _require(type(self.lm_head) is bool, "lm_head", self.lm_head, "true or false")
         possible = not (self.lm_head and self._score_needs)  # no inputs are collected for the head
-        _require(possible, "lm_head", self.lm_head, "False where the score needs data")
+        allowed = f"False with saliency={self.saliency!r}: of the head's inputs no data is collected"
+        _require(possible, "lm_head", self.lm_head, allowed)
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -95,7 +95,13 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """The footprint of a quantized model in memory (parameters and persistent buffers, each once)."""
+    """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
+
+    Raises:
+        ValueError: `model` is no module, but a folder, say.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: of a folder it is read_footprint(folder)")
     layers = []
     counted: set[int] = set()
     for name, layer in sorted(svdq_layers(model), key=lambda named: _natural(named[0])):

@@ -45,10 +45,10 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
             "packed one: load the model with its head (AutoModelForCausalLM)"
         )
     if type(output) is not nn.Linear:
-        found = "it has none" if output is None else f"its output layer is a {type(output).__name__}"
+        found = "" if output is None else f": its output layer is a {type(output).__name__}"
         raise ValueError(
-            f"lm_head=True: {type(model).__name__} has no output head to quantize ({found}); "
-            "load the model with its head (AutoModelForCausalLM), or leave lm_head out"
+            f"lm_head=True: {type(model).__name__} has no output head over a vocabulary to quantize{found}; "
+            "leave lm_head out, or load the model with one (AutoModelForCausalLM, AutoModelForMaskedLM)"
         )
     tied: dict[str, nn.Embedding] = {}
     for name, module in model.named_modules():
@@ -77,8 +77,9 @@ def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
         ValueError: see `find_head`; or modules_to_not_convert matches the head, or its weight has a NaN.
     """
     head = find_head(model)
-    if not should_convert_module(head.name, kept_dense(config)):
-        raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {head.name} dense: which is it?")
+    for name in (head.name, *head.embeddings):  # one matrix, by all its names
+        if not should_convert_module(name, kept_dense(config)):
+            raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {name} dense: which is it?")
     if not head.module.weight.is_meta:
         check_weight(head.name, head.module.weight)
     return head

@@ -268,6 +268,8 @@ def quantize_model(
             a NaN or an infinity; data is needed and missing, or batches cannot be made of none
             ("synthetic"); lm_head is asked for and there is no head that can be quantized.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
     config = (
         SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
     )

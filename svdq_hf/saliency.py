@@ -124,11 +124,11 @@ def data_needs(name: str) -> list[str]:
     return [need for need in score_needs(name) if need in FROM_DATA]
 
 
-def no_data(what: str, needs: list[str]) -> ValueError:
-    """The error for a choice that needs data and has none."""
+def no_data(what: str, needs: list[str], instead: str = "") -> ValueError:
+    """The error for a choice that needs data and has none; instead: what else can be done."""
     return ValueError(
         f"{what} needs {needs}, which only data can give: load the model dense and "
-        "call quantize_model(model, config, batches)"
+        f"call quantize_model(model, config, batches){instead}"
     )
 
 

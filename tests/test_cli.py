@@ -177,7 +177,7 @@ def test_hub_that_is_not_reached_is_told_at_once_in_the_same_words(command, caps
     monkeypatch.chdir(tmp_path)
     more = ["--task", "rte", "--out", "o"] if command[0] == "evaluate" else []
     assert main([*command, *more]) == 1
-    words = "nope: the Hub cannot be reached (no network); check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    words = "nope (no such folder is here): the Hub cannot be reached (no network); check the network, HF_END"
     assert words in capsys.readouterr().err
     assert asked == ["nope"]
 

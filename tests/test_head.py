@@ -187,9 +187,17 @@ def test_a_head_on_disk_is_an_error_and_not_memory_as_it_is(tmp_path):
         logits(model, "llama-tied")
 
 
-def test_keeping_the_head_dense_and_quantizing_it_is_a_contradiction():
-    with pytest.raises(ValueError, match="keeps lm_head dense: which is it"):
-        quantize_model(dense("llama-tied"), SVDQConfig(lm_head=True, modules_to_not_convert=["lm_head"]))
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_keeping_the_head_dense_and_quantizing_it_is_a_contradiction(name):
+    with pytest.raises(ValueError, match=f"keeps (model.)?{name} dense: which is it"):
+        quantize_model(dense("llama-tied"), SVDQConfig(lm_head=True, modules_to_not_convert=[name]))
+
+
+def test_a_name_instead_of_a_model_is_told_what_to_call():
+    with pytest.raises(ValueError, match="load it first"):
+        quantize_model("some/model", CONFIG)
+    with pytest.raises(ValueError, match="read_footprint"):
+        footprint("folder")
 
 
 def test_a_damaged_head_is_refused_before_anything_is_changed():
@@ -222,7 +230,7 @@ def test_a_copy_reads_its_own_head():
 
 def test_a_model_without_a_head_says_so_before_anything_is_changed():
     model = tiny.bert()
-    with pytest.raises(ValueError, match="BertModel has no output head to quantize"):
+    with pytest.raises(ValueError, match="BertModel has no output head over a vocabulary"):
         quantize_model(model, CONFIG)
     assert not any(isinstance(module, SVDQLinear) for module in model.modules())
 
@@ -237,7 +245,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_as_it_is_of_a_dense_embedding()
 def test_lm_head_is_true_or_false():
     with pytest.raises(ValueError, match="lm_head='yes': must be true or false"):
         SVDQConfig(lm_head="yes")
-    with pytest.raises(ValueError, match="lm_head=True: must be False where"):
+    with pytest.raises(ValueError, match="lm_head=True: must be False with saliency='awq'"):
         SVDQConfig.calibrated(lm_head=True)
     assert SVDQConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert SVDQConfig.paper(lm_head=True).format_version == 2

@@ -87,7 +87,8 @@ def _folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
 
         task_of(options.task)
     elif options.text is None or not Path(options.text).is_file():
-        raise ValueError(f"--text {options.text}: perplexity needs a text file")
+        found = "" if options.text is None else f" {options.text}: no such file"
+        raise ValueError(f"--text{found}: perplexity needs a text file")
     return [(Path(model).name, local_folder(model)) for model in options.model]
 
 
