@@ -202,15 +202,7 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
     seen = collect_for(model, chosen, config, batches)
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
-        weight = _weight(module)
-        layer = empty_layer(module, config)
-        parts, layer.facts = quantize_weight(
-            weight.T if layer.transposed else weight, config, name, seen.pop(name, None)
-        )
-        layer.load_parts(parts)
-        layer.bias = module.bias  # type: ignore[assignment]
-        layer.salient_values.requires_grad_(_weight(module, detach=False).requires_grad)
-        model.set_submodule(name, layer)
+        model.set_submodule(name, quantized_layer(name, module, config, seen.pop(name, None)))
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -218,6 +210,22 @@ def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
     check_here(model)
     for name, layer in progress(dict(svdq_layers(model)).items(), "Dequantizing"):
         model.set_submodule(name, dense_layer(layer, dtype))
+
+
+def quantized_layer(
+    name: str, module: nn.Module, config: SVDQConfig, inputs: InputStatistics | None = None
+) -> SVDQLinear:
+    """The quantized layer of a dense one; it trains what that trains.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    weight, layer = _weight(module), empty_layer(module, config)
+    parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name, inputs)
+    layer.load_parts(parts)
+    layer.bias = module.bias  # type: ignore[assignment]
+    layer.salient_values.requires_grad_(_weight(module, detach=False).requires_grad)
+    return layer
 
 
 def check_here(model: nn.Module) -> None:

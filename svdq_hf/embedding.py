@@ -41,9 +41,7 @@ class SVDQEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         head = self.head
-        if (
-            head.weight.device != ids.device
-        ):  # the head may be offloaded, and only its own hook brings it back
+        if head.weight.device != ids.device:  # offloaded: only the head's own hook brings it back
             raise ValueError(
                 f"ids are on {ids.device} and the output head, whose rows are the embeddings, on "
                 f"{head.weight.device}: keep the two on one device"

@@ -13,10 +13,10 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import dense_layer, empty_layer, kept_dense, svdq_layers
+from svdq_hf.convert import dense_layer, kept_dense, quantized_layer, svdq_layers
 from svdq_hf.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.weight import check_weight, quantize_weight
+from svdq_hf.weight import check_weight
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,9 @@ def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
         ValueError: see `find_head` and `quantize_weight`.
     """
     head = find_head(model)
-    weight = head.module.weight.detach()
-    layer = empty_layer(head.module, config)
-    parts, layer.facts = quantize_weight(weight, config, head.name)
-    layer.load_parts(parts)
-    bias = head.module.bias
-    if bias is not None and head.embeddings:  # it may be tied too, and is a tensor of its own from now on
-        bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-    layer.bias = bias
-    layer.salient_values.requires_grad_(head.module.weight.requires_grad)
+    layer = quantized_layer(head.name, head.module, config)
+    if layer.bias is not None and head.embeddings:  # it may be tied too: a tensor of its own from now on
+        layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     put_head(model, head, layer)
 
 

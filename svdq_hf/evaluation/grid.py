@@ -59,6 +59,7 @@ class GridRun:
     out: Path
     layers: dict[str, nn.Module] = field(init=False)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
+    column_scales: dict[str, Tensor] = field(default_factory=dict)
     svd_choice: dict[int | None, Positions] = field(default_factory=dict)  # by rank
 
     def __post_init__(self) -> None:
@@ -99,9 +100,15 @@ class GridRun:
         found = {}
         for name, weight in self._weights():
             known = score_inputs(config, weight.shape[1], self.inputs.get(name))
-            per_column = column_scale(weight) if config.column_scale else None
-            found[name] = score(key.method, as_scored(weight, config, per_column), known).scores
+            seen = as_scored(weight, config, self._column_scale(name, weight, config))
+            found[name] = score(key.method, seen, known).scores
         return found
+
+    def _column_scale(self, name: str, weight: Tensor, config: SVDQConfig) -> Tensor | None:
+        """A layer's scale for each column, found once for all scores and cells; None where there is none."""
+        if config.column_scale and name not in self.column_scales:
+            self.column_scales[name] = column_scale(weight)
+        return self.column_scales[name] if config.column_scale else None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.layers.items():
@@ -132,7 +139,8 @@ class GridRun:
         layer = empty_layer(module, config)
         k = salient_count(config.k, *weight.shape)
         chosen = top_positions(weight if scores is None else scores, k)
-        parts, layer.facts = quantize_chosen(weight, config, *chosen)
+        per_column = self._column_scale(name, weight, config)
+        parts, layer.facts = quantize_chosen(weight, config, *chosen, per_column)
         layer.load_parts(parts)
         layer.bias = module.bias  # type: ignore[assignment]
         return layer, layer.facts["relative_error"]

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from svdq_hf.packing import packed_width
+from svdq_hf.packing import HALF, packed_width
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,6 @@ ABI: Final = 1
 
 PLAIN, AVX2, AVX512 = range(3)
 """Paths of the library, each better than the one before."""
-
-HALF_BLOCK: Final = 32
-"""A group that the library decodes is a multiple of this, or a whole row."""
 
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ERRORS: dict[int, tuple[type[Exception], str]] = {
@@ -106,8 +103,8 @@ def best_path() -> int:
 
 
 def fits(group: int, in_features: int) -> bool:
-    """Whether the library decodes such groups."""
-    return group % HALF_BLOCK == 0 or group >= in_features
+    """Whether the library decodes such groups: multiples of half a block, or a whole row."""
+    return group % HALF == 0 or group >= in_features
 
 
 def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor | None = None) -> Layer:
