@@ -7,8 +7,9 @@
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint, LayerFootprint, footprint, read_footprint
+from svdq_hf.inplace import dequantize_model, quantize_model
 from svdq_hf.linear import SVDQLinear
-from svdq_hf.quantizer import SVDQHfQuantizer, dequantize_model, quantize_model
+from svdq_hf.quantizer import SVDQHfQuantizer
 from svdq_hf.saliency import Scored, register_saliency, saliency_names
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The door to transformers: its hooks, answered. The only file that touches its internals.
+"""The door to transformers: its hooks, answered.
 
 Policy, not mechanism: which tensors a layer is loaded from, what is refused, what is said. The hooks
 are those of transformers 5.20 to 5.23.
@@ -6,11 +6,10 @@ are those of transformers 5.20 to 5.23.
 
 import copy
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
@@ -19,13 +18,12 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     check_here,
-    convert_layers,
     empty_layer,
     layers_to_convert,
     linear_layers,
@@ -246,64 +244,6 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             specs = part_specs(*expected, config.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
-
-
-def quantize_model(
-    model: nn.Module,
-    config: SVDQConfig | dict[str, Any] | None = None,
-    batches: Iterable[Any] | None = None,
-) -> nn.Module:
-    """Quantize a model that is in memory, in place; returns it.
-
-    config: an SVDQConfig, or its choices as a dict; None: the defaults.
-
-    batches: for error feedback and the scores that need data ("awq", "spqr"): what the model takes, a few
-    of them, each a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
-
-    For a transformers model everything else is set as `from_pretrained` sets it, so that
-    `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
-
-    Raises:
-        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
-            a NaN or an infinity; data is needed and missing, or batches cannot be made of none
-            ("synthetic"); lm_head is asked for and there is no head that can be quantized.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
-    config = (
-        SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
-    )
-    if not isinstance(config, SVDQConfig):
-        raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
-    method = getattr(model, "quantization_method", None)
-    if method is not None:
-        raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
-    if config.lm_head:
-        chosen_head(model, config)  # an error before anything is changed
-    convert_layers(model, config, batches)
-    if config.lm_head:
-        quantize_head(model, config)
-    if isinstance(model, PreTrainedModel):
-        model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
-        config = model.hf_quantizer.quantization_config
-        model.is_quantized = True
-        model.quantization_method = QUANT_METHOD
-        model.config.quantization_config = config
-        model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
-        _assign_is_quantized(model)
-        keep_own_names(model)
-    return model
-
-
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every quantized layer by the dense one it stands for, in place; returns the model.
-
-    dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
-    """
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
-        return model.dequantize(dtype)  # type: ignore[no-any-return]
-    restore_layers(model, dtype or torch.float32)
-    return model
 
 
 def _owner(model: PreTrainedModel, param_name: str) -> SVDQLinear | None:
