@@ -29,6 +29,7 @@ from svdq_hf.convert import layers_to_convert
 from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
+from svdq_hf.saliency import saliency_names, score_needs
 
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -176,7 +177,7 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     rows = {
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
         "k, weights in FP32": f"{choices.k} per layer, {weights.salient_share:.3%} of all",
-        "score": f"{_code(choices.saliency)}, rank {choices.rank}",
+        "score": _score(choices),
         "scales": _scales(choices),
         "levels": choices.levels,
         "data": _data(choices),
@@ -193,6 +194,13 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     if dense is not None:
         rows["linear layers kept dense"] = ", ".join(dense) or "none"
     return rows
+
+
+def _score(choices: SVDQConfig) -> str:
+    """The score's name, and its rank where it has one; of a score that is not registered here, the name."""
+    known = choices.saliency in saliency_names()
+    ranked = known and "rank" in score_needs(choices.saliency)
+    return f"{_code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
 
 
 def _data(choices: SVDQConfig) -> str:

@@ -132,6 +132,10 @@ def test_body_tells_how_to_load_and_what_was_done(folder):
     }
 
 
+def test_rank_is_told_of_a_score_that_has_one(tmp_path):
+    assert rows(model_card(saved(llama(), tmp_path / "a", saliency="magnitude")))["score"] == "`magnitude`"
+
+
 def test_layers_kept_dense_are_named_once_for_all_numbers(tmp_path):
     card = model_card(saved(t5(), tmp_path / "t5"))
     assert rows(card)["linear layers kept dense"] == (

@@ -108,7 +108,8 @@ def _main_columns(group: Group, rows: Sequence[Row]) -> list[Column[Row]]:
     ]
     scores = [_score(name) for name in group.metrics]
     seeds = [_SEEDS] if any(row.band for row in rows) else []
-    right, tests = ([_RIGHT], [_WILSON, *_TESTS]) if group.counts_right else ([], [])
+    tests = [column for column in _TESTS if any(column.sort(row) is not None for row in rows)]
+    right, tests = ([_RIGHT], [_WILSON, *tests]) if group.counts_right else ([], [])
     loss = "change of loss (nats)" if "perplexity" in group.metrics else "change of loss"
     costs: list[Column[Row]] = [
         Column("KL from FP32", lambda row: small(row.kl), lambda row: row.kl),

@@ -120,6 +120,12 @@ def test_perplexity_is_shown_with_its_loss_in_nats(table_of):
     assert (rows[2]["perplexity"], rows[2]["change of loss (nats)"]) == ("inf", "+inf")
 
 
+def test_a_test_that_no_row_has_is_no_column(table_of):
+    table = table_of(cell(), cell("svd", 1))
+    assert "against FP32, p" in table.titles
+    assert not any("magnitude" in title for title in table.titles)
+
+
 def test_footnote_names_the_rows_that_are_missing(table_of):
     assert table_of(cell(), cell("svd", 1)).notes == [
         "No row 4-bit, nothing salient: not in the data.",
