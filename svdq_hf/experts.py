@@ -56,7 +56,7 @@ def _fits(module: nn.Module, layout: Layout) -> bool:
 
 def unknown_experts(module: nn.Module) -> bool:
     """Whether a module looks like fused experts of a class that is not known here."""
-    fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    fused = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
     return fused and "expert" in type(module).__name__.lower() and layout_of(module) is None
 
 
@@ -146,17 +146,18 @@ class SVDQExperts(nn.Module):
                 tensor = nn.Parameter(tensor, requires_grad=current.requires_grad)
             setattr(self, stored.key(part), tensor)
 
+    def dense_shape(self, matrix: str) -> tuple[int, ...]:
+        """The shape of one matrix of all experts in the dense class."""
+        return Stored(matrix, self.stacks[matrix]).dense_shape(transposed=self.layout.transposed)
+
     def dequantize(self, matrix: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """One matrix of all experts, as the dense class keeps it: `[experts, out, in]`, or transposed."""
-        experts, out, in_features = self.stacks[matrix]
-        parts = self.stack(matrix)
-        shape = (in_features, out) if self.layout.transposed else (out, in_features)
-        dense = torch.empty(experts, *shape, dtype=dtype, device=parts["weight"].device)
-        for expert in range(experts):
-            weight = reconstruct(
-                {name: part[expert] for name, part in parts.items()}, in_features, self.scheme
-            )
-            dense[expert] = weight.T if self.layout.transposed else weight
+        parts, in_features = self.stack(matrix), self.stacks[matrix][-1]
+        dense = torch.empty(self.dense_shape(matrix), dtype=dtype, device=parts["weight"].device)
+        for expert, place in enumerate(dense):
+            one = {name: part[expert] for name, part in parts.items()}
+            weight = reconstruct(one, in_features, self.scheme)
+            place.copy_(weight.T if self.layout.transposed else weight)
         return dense
 
     def forward(

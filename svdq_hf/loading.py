@@ -29,9 +29,10 @@ from transformers.core_model_loading import (
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import weights_of
+from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import stored_facts
 from svdq_hf.names import Stored, owner, part_key
-from svdq_hf.packed import Packed, packed_weights
+from svdq_hf.packed import packed_weights
 from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
@@ -191,38 +192,47 @@ def keep_own_names(model: PreTrainedModel) -> None:
     """Let quantized layers be saved under their own names.
 
     Where a family's files hold one tensor for several layers (a joint q, k, v), saving would join the
-    packed parts as well, which only a dense weight survives. Renamings stay, but for those of a stack alone.
+    packed parts as well, which only a dense weight survives. Renamings stay, but for those that would
+    part the tensors of one weight.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # as transformers does
-    model._weight_conversions = [c for c in conversions if not _makes(c, packed_weights(model))]
+    weights = [packed.stored for packed in packed_weights(model)]
+    model._weight_conversions = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
 
 
 def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
     """Those `conversions` of a file's tensors that do not make packed experts: these are as they are."""
-    stacks = [packed for packed in packed_weights(model) if len(packed.stored.shape) == 3]
-    return [c for c in conversions if not (isinstance(c, WeightConverter) and _makes(c, stacks))]
+    weights = [packed.stored for packed in packed_weights(model)]
+    stacks = [stored for stored in weights if len(stored.shape) == 3]
+    return [c for c in conversions if not _makes(c, stacks)]
 
 
-def _makes(conversion: Any, packed: Iterable[Packed]) -> bool:
-    """Whether saving would join or cut a packed weight, or give a stack a name that its parts do not get."""
-    keys = {one.stored.key("weight"): len(one.stored.shape) == 3 for one in packed}
+def _makes(conversion: Any, weights: Iterable[Stored]) -> bool:
+    return isinstance(conversion, WeightConverter) and any(
+        re.search(target, stored.key("weight")) for target in conversion.target_patterns for stored in weights
+    )
+
+
+def _tears(conversion: Any, weights: Iterable[Stored]) -> bool:
+    """Whether a renaming, undone, gives the parts of a weight names that are not all of one weight."""
     if isinstance(conversion, WeightConverter):
-        return any(re.search(target, key) for target in conversion.target_patterns for key in keys)
-    reverse = conversion.reverse_transform()
-    return any(_leaf(reverse.rename_source_key(key)[0]) != _leaf(key) for key, stack in keys.items() if stack)
+        return False
+    undo = conversion.reverse_transform()
+    for stored in weights:
+        names = {part: undo.rename_source_key(stored.key(part))[0] for part in PARTS}
+        found = owner(names["salient_rows"])
+        if found is None or names != {part: part_key(found[0], part, stacked=found[1]) for part in PARTS}:
+            return True
+    return False
 
 
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def restore_names(model: PreTrainedModel) -> None:
-    """The opposite, for a model that is dense again: files as the family has them."""
+def restore_names(model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+    """The opposite, for a model of which `weights` are dense again: files as the family has them."""
     mapping = get_model_conversion_mapping(model, add_legacy=False)
-    if any(isinstance(conversion, WeightConverter) for conversion in mapping):
+    if any(isinstance(c, WeightConverter) or _tears(c, weights) for c in mapping):
         model._weight_conversions = None
 
 

@@ -28,6 +28,11 @@ class Stored(NamedTuple):
         """The name of a part of `PARTS`."""
         return part_key(self.name, part, stacked=len(self.shape) == 3)
 
+    def dense_shape(self, *, transposed: bool) -> tuple[int, ...]:
+        """Of the dense tensor; transposed: that is `[in, out]`."""
+        *experts, out, in_features = self.shape
+        return (*experts, *((in_features, out) if transposed else (out, in_features)))
+
     def specs(self, scheme: Scheme) -> dict[str, PartSpec]:
         """What is stored, by part."""
         *experts, out, in_features = self.shape

@@ -50,6 +50,7 @@ from svdq_hf.loading import (
     unconverted,
 )
 from svdq_hf.names import Stored
+from svdq_hf.orientation import as_dense
 from svdq_hf.packed import packed_weights
 from svdq_hf.weight import quantize_stack, quantize_weight
 
@@ -146,7 +147,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
         conversions = super().update_weight_conversions(weight_conversions, model)
-        return unconverted(conversions, model) if self.pre_quantized else conversions
+        if self.pre_quantized:
+            return unconverted(conversions, model)
+        return [as_dense(conversion) for conversion in conversions]
 
     def _head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Head | None:
         """The output head, where it is quantized."""
@@ -211,11 +214,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         check_here(model)
+        weights = [packed.stored for packed in packed_weights(model)]
         restore_head(model, target)
         restore_layers(model, target)
         ours = tags(self.quantization_config.bits)
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
-        restore_names(model)
+        restore_names(model, weights)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
 
 
@@ -248,7 +252,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
         config = self.hf_quantizer.quantization_config
         try:
-            _check_shape(stored, dense, transposed)
+            _check_shape(stored, dense, transposed=transposed)
             if isinstance(layer, SVDQLinear):
                 weight = dense.T.contiguous() if transposed else dense
                 parts, layer.facts = quantize_weight(weight, config, stored.name)
@@ -263,9 +267,8 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         return {stored.key(part): tensor for part, tensor in parts.items()}
 
 
-def _check_shape(stored: Stored, dense: Tensor, transposed: bool) -> None:
-    *experts, out, in_features = stored.shape
-    expected = [*experts, *((in_features, out) if transposed else (out, in_features))]
+def _check_shape(stored: Stored, dense: Tensor, *, transposed: bool) -> None:
+    expected = list(stored.dense_shape(transposed=transposed))
     if list(dense.shape) != expected:
         raise ValueError(
             f"could not quantize {stored.name}: the checkpoint's weight is {list(dense.shape)}, "
