@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from svdq_hf.arrival import one_by_one
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
@@ -50,7 +51,6 @@ from svdq_hf.loading import (
     unconverted,
 )
 from svdq_hf.names import Stored
-from svdq_hf.orientation import as_dense
 from svdq_hf.packed import packed_weights
 from svdq_hf.weight import quantize_stack, quantize_weight
 
@@ -147,9 +147,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
         conversions = super().update_weight_conversions(weight_conversions, model)
+        plain = unconverted(conversions, model)
         if self.pre_quantized:
-            return unconverted(conversions, model)
-        return [as_dense(conversion) for conversion in conversions]
+            return plain
+        return [c if c in plain else one_by_one(c) for c in conversions]
 
     def _head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Head | None:
         """The output head, where it is quantized."""

@@ -14,6 +14,7 @@ from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import decompose, relative_error, stack_specs
 from svdq_hf.feedback import trusted_less
+from svdq_hf.pieces import Pieces
 from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
 
@@ -121,7 +122,7 @@ def score_inputs(
 
 
 def quantize_stack(
-    weights: Tensor, config: SVDQConfig, name: str, *, transposed: bool = False
+    weights: Tensor | Pieces, config: SVDQConfig, name: str, *, transposed: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weights` `[experts, out, in]`, one expert after the other: stacked parts, and the facts.
 
