@@ -86,12 +86,11 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     chosen = {
         name: module
         for name, module in linear.items()
-        if all(
-            should_convert_module(stored.name, skips) and stored.shape[-2] >= FEWEST_ROWS
-            for stored in weights_of(name, module)  # experts are one thing: both their matrices, or none
-        )
+        if all(should_convert_module(one, skips) for one in all_names({name: module}))
+        # Experts are one thing: both matrices of theirs are quantized, or none.
+        and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
     }
-    for pattern in unmatched(linear, config):
+    for pattern in unmatched(all_names(linear), config):
         logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
         kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
@@ -104,6 +103,11 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     warn_of_unknown(modules)
     check_data(chosen, config)
     return chosen
+
+
+def all_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of dense layers, and of the matrices of those that are fused experts."""
+    return [*layers, *(stored.name for name, module in layers.items() for stored in stacks_of(name, module))]
 
 
 def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:

@@ -176,7 +176,7 @@ class SVDQExperts(nn.Module):
         # An index beyond the experts is nobody's token, as in the dense class.
         weights = top_k_weights.reshape(-1)[order].masked_fill(chosen >= experts, 0)
         y = (y * weights.unsqueeze(1))[order.argsort()]
-        return y.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        return y.view(*top_k_index.shape, y.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, ends: Tensor, chosen: Tensor | None) -> Tensor:
         """The experts' own work: x `[n, hidden]`, sorted by expert, up, through the gate, and down."""
