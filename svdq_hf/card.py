@@ -25,9 +25,10 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import layers_to_convert
-from svdq_hf.decompose import PARTS
+from svdq_hf.convert import layers_to_convert, weights_of
+from svdq_hf.experts import stacks_of
 from svdq_hf.footprint import Footprint, read_footprint
+from svdq_hf.names import Stored
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 from svdq_hf.saliency import saliency_names, score_needs
 
@@ -220,7 +221,7 @@ def _scales(choices: SVDQConfig) -> str:
 
 def _parameters(folder: str | Path, weights: Footprint) -> int:
     """Numbers that the model has, a quantized weight counted as one."""
-    packed = {f"{layer.name}.{part}" for layer in weights.layers for part in PARTS}
+    packed = {key for layer in weights.layers for key in Stored(layer.name, layer.shape).all_keys()}
     count = weights.weights
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -237,9 +238,11 @@ def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -
     try:
         model = _empty_model(folder)
         linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+        linear |= {stored.name for name, one in model.named_modules() for stored in stacks_of(name, one)}
         quantized = {layer.name for layer in weights.layers}
         if not quantized <= linear:  # the family's files have other names than its modules
-            quantized = set(layers_to_convert(model, choices))
+            chosen = layers_to_convert(model, choices)
+            quantized = {stored.name for name, one in chosen.items() for stored in weights_of(name, one)}
         if len(quantized) != len(weights.layers):
             raise ValueError("its files hold other layers than its config.json says")
     except Exception as error:  # one row of a card is not worth a failure

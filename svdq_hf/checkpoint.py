@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from svdq_hf.card import write_card
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import linear_layers, unmatched
+from svdq_hf.convert import all_names, linear_layers, unmatched
 from svdq_hf.footprint import Footprint, footprint
 from svdq_hf.hub import explained
 from svdq_hf.readme import README, read_text
@@ -90,7 +90,7 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
     """
     if not config.modules_to_not_convert:
         return
-    names = list(linear_layers(_empty_model(Path(folder))))
+    names = all_names(linear_layers(_empty_model(Path(folder))))
     unknown = unmatched(names, config)
     if unknown:
         kinds: dict[str, str] = {}  # layers that differ by a number only are one kind

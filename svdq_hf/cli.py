@@ -206,7 +206,7 @@ def _layers(result: Footprint) -> Table:
         table.add_column(_plain(title), justify="right")
     for layer in result.layers:
         measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
-        shape = f"{layer.out} x {layer.in_features}"
+        shape = " x ".join(map(str, layer.shape))
         table.add_row(_plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
     return table
 

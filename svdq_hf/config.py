@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdq_hf.decompose import FORMAT_VERSION, Scheme
+from svdq_hf.decompose import EXPERTS_VERSION, FORMAT_VERSION, Scheme
 from svdq_hf.grid import Grid, GroupSize, ScaleRule
 from svdq_hf.levels import Levels
 from svdq_hf.saliency import check_name, data_needs, no_data, saliency_names
@@ -103,6 +103,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.seed = seed
         self._check(from_file="format_version" in stored)
         self.format_version = max(2 if self.lm_head else 1, self.scheme.format_version)
+        if stored.get("format_version", 0) >= EXPERTS_VERSION:
+            self.say_experts()
 
     @classmethod
     def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
@@ -185,6 +187,10 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             self.scale_bits,
             self.bits,
         )
+
+    def say_experts(self) -> None:
+        """Note that the model has quantized experts, which only a new version of the format can say."""
+        self.format_version = max(self.format_version, EXPERTS_VERSION)
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:

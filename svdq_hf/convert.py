@@ -1,4 +1,4 @@
-"""Pick the linear layers of a model and replace them: the only such loop.
+"""Pick the linear layers of a model, and its fused experts, and replace them: the only such loop.
 
 Three uses of it: empty layers on the meta device before a checkpoint is loaded (`quantizer`), layers
 quantized in place (`convert_layers`), and the way back (`restore_layers`). Any `nn.Module` will do.
@@ -17,7 +17,10 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
+from svdq_hf.experts import SVDQExperts, dense_experts, layout_of, stacks_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.names import Stored
+from svdq_hf.stacks import check_data, check_experts, empty_experts, quantized_experts, warn_of_unknown
 from svdq_hf.synthetic import synthetic_batches
 from svdq_hf.weight import check_weight, quantize_weight
 
@@ -53,8 +56,17 @@ def collect_for(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers of a kind that can be quantized, by name."""
-    return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    """All layers of a kind that can be quantized, fused experts among them, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) or layout_of(module) is not None
+    }
+
+
+def weights_of(name: str, module: nn.Module) -> list[Stored]:
+    """The weights of a dense layer that are quantized, under the names they are stored by."""
+    return stacks_of(name, module) or [Stored(name, shape_of(module))]
 
 
 def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
@@ -64,7 +76,7 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         ValueError: there are none, or the model is quantized already.
     """
     modules = dict(model.named_modules())
-    if any(isinstance(module, SVDQLinear) for module in modules.values()):
+    if any(isinstance(module, SVDQLinear | SVDQExperts) for module in modules.values()):
         raise ValueError("the model is quantized already, by svdq; call dequantize_model(model) first")
     if modules.keys() == {""}:
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
@@ -74,9 +86,11 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     chosen = {
         name: module
         for name, module in linear.items()
-        if should_convert_module(name, skips) and shape_of(module)[0] >= FEWEST_ROWS
+        if all(should_convert_module(one, skips) for one in all_names({name: module}))
+        # Experts are one thing: both matrices of theirs are quantized, or none.
+        and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
     }
-    for pattern in unmatched(linear, config):
+    for pattern in unmatched(all_names(linear), config):
         logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
         kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
@@ -86,8 +100,14 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
             f"({len(linear)} in all, kept dense by {sorted(set(skips))}"
             f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
-    _warn_of_experts(modules)
+    warn_of_unknown(modules)
+    check_data(chosen, config)
     return chosen
+
+
+def all_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of dense layers, and of the matrices of those that are fused experts."""
+    return [*layers, *(stored.name for name, module in layers.items() for stored in stacks_of(name, module))]
 
 
 def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
@@ -151,22 +171,6 @@ def _shared_weights(model: nn.Module) -> list[str]:
     return [name for names in users.values() if len(names) > 1 for name in names]
 
 
-def _warn_of_experts(modules: dict[str, nn.Module]) -> None:
-    dense = [
-        name
-        for name, module in modules.items()
-        if "expert" in type(module).__name__.lower()
-        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    ]
-    if dense:
-        logger.warning(
-            "fused experts stay dense in this release: %d modules, %s%s",
-            len(dense),
-            ", ".join(dense[:3]),
-            ", ..." if len(dense) > 3 else "",
-        )
-
-
 def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQLinear:
     """An SVDQLinear of the shape of a dense layer, with nothing in it yet."""
     out, in_features = shape_of(module)
@@ -186,7 +190,8 @@ def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> 
 def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
     """Replace the `chosen` layers, by name, by empty ones on the meta device."""
     for name, module in chosen.items():
-        model.set_submodule(name, empty_layer(module, config))
+        fused = layout_of(module) is not None
+        model.set_submodule(name, empty_experts(module, config) if fused else empty_layer(module, config))
 
 
 def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] | None = None) -> None:
@@ -198,16 +203,28 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
     """
     chosen = layers_to_convert(model, config)
     for name, module in chosen.items():  # before the first is changed
-        check_weight(name, _weight(module))
-    seen = collect_for(model, chosen, config, batches)
+        if layout_of(module) is None:
+            check_weight(name, _weight(module))
+        else:
+            check_experts(name, module)
+    linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
+    seen = collect_for(model, linear, config, batches)
+    linear.clear()  # it would keep dense weights alive
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
-        model.set_submodule(name, quantized_layer(name, module, config, seen.pop(name, None)))
+        layer: nn.Module
+        if layout_of(module) is None:
+            layer = quantized_layer(name, module, config, seen.pop(name, None))
+        else:
+            layer = quantized_experts(name, module, config)
+        model.set_submodule(name, layer)
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every SVDQLinear by the dense layer that it stands for, in `dtype`."""
+    """Replace every SVDQLinear and SVDQExperts by the dense layer that it stands for, in `dtype`."""
     check_here(model)
+    for name, experts in progress(dict(svdq_experts(model)).items(), "Dequantizing"):
+        model.set_submodule(name, dense_experts(experts, dtype))
     for name, layer in progress(dict(svdq_layers(model)).items(), "Dequantizing"):
         model.set_submodule(name, dense_layer(layer, dtype))
 
@@ -234,7 +251,8 @@ def check_here(model: nn.Module) -> None:
     Raises:
         ValueError: it names the layer.
     """
-    for name, layer in svdq_layers(model):
+    layers: list[tuple[str, SVDQLinear | SVDQExperts]] = [*svdq_layers(model), *svdq_experts(model)]
+    for name, layer in layers:
         if any(part.is_meta for part in layer.parts().values()):
             raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
 

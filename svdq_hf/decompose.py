@@ -20,12 +20,15 @@ from svdq_hf.grid import Grid, expand, quantize, row_blocks, scale_of
 from svdq_hf.packing import RANGES, bits_of, look_up_into, pack, packed_shape, padded_width, unpack_into
 from svdq_hf.sparse import salient_count, take_out
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest version of the stored format; a file of an older version loads for ever.
 
 1: codes are -8..7. 2: may have levels of its own, a scale for each column, and groups' scales of 8 bits.
-3: may have codes of 3 or 8 bits.
+3: may have codes of 3 or 8 bits. 4: may have stacks of experts.
 """
+
+EXPERTS_VERSION = 4
+"""The oldest version that can say that a model has quantized experts."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
         "salient_columns": PartSpec((k,), torch.int32),
         **{name: spec for name, (there, spec) in optional.items() if there},
     }
+
+
+def stack_specs(experts: int, out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec]:
+    """The tensors stored for the weights `[experts, out, in]` of all experts: each one's parts, stacked.
+
+    >>> stack_specs(4, 8, 96, Scheme(k=3))["salient_rows"].shape
+    (4, 3)
+    """
+    specs = part_specs(out, in_features, scheme)
+    return {name: PartSpec((experts, *spec.shape), spec.dtype) for name, spec in specs.items()}
 
 
 PARTS = (

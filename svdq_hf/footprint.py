@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import OPTIONAL, PARTS
+from svdq_hf.names import owner, part_key
+from svdq_hf.packed import packed_weights
 from svdq_hf.packing import BLOCK
 
 METADATA_KEY = "svdq_layers"
@@ -25,7 +26,10 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """One quantized layer: `[out, in]`, salient weights, stored bytes without the bias, facts."""
+    """One quantized layer: `[out, in]`, salient weights, stored bytes without the bias, facts.
+
+    experts: None, or how many such matrices there are, of k salient weights each; the bytes are all theirs.
+    """
 
     name: str
     out: int
@@ -33,11 +37,28 @@ class LayerFootprint:
     k: int
     stored_bytes: int
     facts: Mapping[str, float] = field(default_factory=dict)
+    experts: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)`, or `(experts, out, in)`."""
+        matrix = (self.out, self.in_features)
+        return matrix if self.experts is None else (self.experts, *matrix)
+
+    @property
+    def weights(self) -> int:
+        """Its weights, of all experts."""
+        return math.prod(self.shape)
+
+    @property
+    def salient(self) -> int:
+        """Weights that stay in FP32, of all experts."""
+        return self.k * (1 if self.experts is None else self.experts)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits over weights, everything counted but the bias."""
-        return 8 * self.stored_bytes / (self.out * self.in_features)
+        return 8 * self.stored_bytes / self.weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Footprint:
     @property
     def weights(self) -> int:
         """Weights in quantized layers."""
-        return sum(layer.out * layer.in_features for layer in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def quantized_bytes(self) -> int:
@@ -70,7 +91,7 @@ class Footprint:
     @property
     def salient_share(self) -> float:
         """Share of those weights that stay in FP32."""
-        return sum(layer.k for layer in self.layers) / self.weights if self.weights else 0.0
+        return sum(layer.salient for layer in self.layers) / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -84,7 +105,7 @@ class Footprint:
         }
         layers = {
             layer.name: {
-                "shape": [layer.out, layer.in_features],
+                "shape": list(layer.shape),
                 "k": layer.k,
                 "bits_per_weight": layer.bits_per_weight,
                 **layer.facts,
@@ -104,12 +125,15 @@ def footprint(model: nn.Module) -> Footprint:
         raise ValueError(f"model is {model!r}: of a folder it is read_footprint(folder)")
     layers = []
     counted: set[int] = set()
-    for name, layer in sorted(svdq_layers(model), key=lambda named: _natural(named[0])):
-        stored = [part for name in PARTS if (part := getattr(layer, name)) is not None]
-        counted.update(map(id, stored))
-        size = sum(tensor.nbytes for tensor in stored)
-        k = layer.salient_values.numel()
-        layers.append(LayerFootprint(name, layer.out_features, layer.in_features, k, size, layer.facts))
+    for (name, shape), parts, facts in sorted(
+        packed_weights(model), key=lambda one: _natural(one.stored.name)
+    ):
+        counted.update(map(id, parts.values()))
+        size = sum(tensor.nbytes for tensor in parts.values())
+        *experts, out, in_features = shape
+        k = parts["salient_values"].shape[-1]
+        count = experts[0] if experts else None
+        layers.append(LayerFootprint(name, out, in_features, k, size, facts, count))
     rest = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     return Footprint(layers, sum(size for key, size in rest.items() if key not in counted))
 
@@ -120,8 +144,8 @@ def file_metadata(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     names: what each layer is called in files, by its name in the model.
     """
     layers = {
-        names[name]: {"shape": [layer.out_features, layer.in_features], **layer.facts}
-        for name, layer in svdq_layers(model)
+        names[stored.name]: {"shape": list(stored.shape), **facts}
+        for stored, _, facts in packed_weights(model)
     }
     return {METADATA_KEY: json.dumps(layers)}
 
@@ -163,34 +187,42 @@ def read_footprint(folder: str | Path) -> Footprint:
         facts = stored_facts(files)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: a safetensors file cannot be read: {error}") from error
-    names = [name.removesuffix(".salient_rows") for name in tensors if name.endswith(".salient_rows")]
+    names = dict(found for name in tensors if (found := owner(name)) is not None)
     if not names:
         raise ValueError(f"{folder}: no layer in these files is quantized by svdq")
-    layers = [_stored_layer(name, tensors, facts) for name in sorted(names, key=_natural)]
-    quantized = {f"{name}.{part}" for name in names for part in PARTS}
+    layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
+    quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
     dense = sum(size for name, (_, size) in tensors.items() if name not in quantized)
     return Footprint(layers, dense)
 
 
 def _stored_layer(
-    name: str, tensors: Mapping[str, tuple[list[int], int]], facts: Mapping[str, dict[str, Any]]
+    name: str,
+    stacked: bool,
+    tensors: Mapping[str, tuple[list[int], int]],
+    facts: Mapping[str, dict[str, Any]],
 ) -> LayerFootprint:
-    there = {part: tensors[f"{name}.{part}"][1] for part in PARTS if f"{name}.{part}" in tensors}
+    keys = {part: part_key(name, part, stacked=stacked) for part in PARTS}
+    there = {part: tensors[key][1] for part, key in keys.items() if key in tensors}
     missing = [part for part in PARTS if part not in there and part not in OPTIONAL]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing")
     size = sum(there.values())
-    packed = tensors[f"{name}.weight"][0]
+    shapes = {part: tensors[keys[part]][0] for part in ("weight", "salient_values")}
+    if stacked and any(len(shape) < 2 for shape in shapes.values()):
+        raise ValueError(f"{name}: {shapes} are no stacks of experts")
+    experts = shapes["weight"][0] if stacked else None
+    packed, k = (shape[1:] if stacked else shape for shape in shapes.values())
     fact = facts.get(name, {})
-    shape = fact.get("shape")
     # Without the fact, the width is known only up to the padding of a row to whole blocks of 64.
-    k = tensors[f"{name}.salient_values"][0]
-    if len(packed) not in (2, 3) or len(k) != 1 or 0 in packed:
+    if len(packed) not in (2, 3) or len(k) != 1 or 0 in shapes["weight"]:
         raise ValueError(f"{name}: weight is {packed} and salient_values {k}, not packed rows and [k]")
     in_features = 2 * packed[1] if len(packed) == 2 else BLOCK * packed[1]
-    if isinstance(shape, list) and len(shape) == 2 and type(shape[1]) is int and 0 < shape[1] <= in_features:
-        in_features = shape[1]
-    return LayerFootprint(name, packed[0], in_features, k[0], size, numbers(fact))
+    shape = fact.get("shape")
+    width = shape[-1] if isinstance(shape, list) and len(shape) == (3 if stacked else 2) else None
+    if type(width) is int and 0 < width <= in_features:
+        in_features = width
+    return LayerFootprint(name, packed[0], in_features, k[0], size, numbers(fact), experts)
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], int]]:
@@ -210,4 +242,4 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def dense_bytes(layers: Iterable[LayerFootprint], dtype: torch.dtype = torch.float32) -> int:
     """Bytes that these layers' weights would take in `dtype`."""
-    return sum(layer.out * layer.in_features for layer in layers) * dtype.itemsize
+    return sum(layer.weights for layer in layers) * dtype.itemsize

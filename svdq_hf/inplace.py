@@ -12,6 +12,7 @@ from transformers.quantizers.base import _assign_is_quantized
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import convert_layers, restore_layers
+from svdq_hf.experts import svdq_experts
 from svdq_hf.head import chosen_head, quantize_head
 from svdq_hf.loading import keep_own_names
 from svdq_hf.quantizer import SVDQHfQuantizer
@@ -52,6 +53,8 @@ def quantize_model(
     convert_layers(model, config, batches)
     if config.lm_head:
         quantize_head(model, config)
+    if any(svdq_experts(model)):
+        config.say_experts()
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
         config = model.hf_quantizer.quantization_config

@@ -4,7 +4,7 @@ No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one over
 whatever dtype the model is cast to, the scales and the salient weights stay what they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
 from svdq_hf.kernels.op import linear
 
-_FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
+FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
+"""Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
 
 
 class SVDQLinear(nn.Module):
@@ -71,6 +72,11 @@ class SVDQLinear(nn.Module):
         empty_bias = torch.empty(out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: `(out, in)`."""
+        return self.out_features, self.in_features
+
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by name, without the bias."""
         names = part_specs(self.out_features, self.in_features, self.scheme)
@@ -89,12 +95,7 @@ class SVDQLinear(nn.Module):
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        result = x.dtype
-        if torch.is_autocast_enabled(x.device.type):  # as of a dense layer, the output is autocast's
-            result = torch.get_autocast_dtype(x.device.type)
-            x = x.to(result)
-        elif self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
+        x, result = as_computed(x, self.compute_dtype)
         y = linear(x, *self._inputs(), self.in_features, self.group)
         return y if y.dtype == result else y.to(result)
 
@@ -116,18 +117,8 @@ class SVDQLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
-        parts = (getattr(self, name) for name in _FLOAT_PARTS)
-        stored = [part for part in parts if part is not None]
-        stored += [tensor.grad for tensor in stored if tensor.grad is not None]
-        kept = {id(tensor): tensor.dtype for tensor in stored}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            dtype = kept.get(id(tensor), moved.dtype)
-            # Cast from the original: the way back from a narrower dtype would have lost bits.
-            return moved if moved.dtype == dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        parts = (getattr(self, name) for name in FLOAT_PARTS)
+        super()._apply(keeping_dtypes(fn, parts), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -138,3 +129,27 @@ class SVDQLinear(nn.Module):
         )
         text += f", bits={grid.bits}" if grid.bits != 4 else ""
         return text + (", transposed=True" if self.transposed else "")
+
+
+def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
+    """The input in the dtype of the product, and the dtype of the output."""
+    if torch.is_autocast_enabled(x.device.type):  # as of a dense layer, the output is autocast's
+        result = torch.get_autocast_dtype(x.device.type)
+        return x.to(result), result
+    return (x if compute_dtype is None else x.to(compute_dtype)), x.dtype
+
+
+def keeping_dtypes(
+    fn: Callable[[Tensor], Tensor], parts: Iterable[Tensor | None]
+) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to a tensor, but that `parts` and their gradients keep their dtypes."""
+    stored = [part for part in parts if part is not None]
+    stored += [tensor.grad for tensor in stored if tensor.grad is not None]
+    kept = {id(tensor): tensor for tensor in stored}  # which keeps the gradients' ids theirs
+
+    def keep_dtype(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        # Cast from the original: the way back from a narrower dtype would have lost bits.
+        return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+    return keep_dtype

@@ -28,9 +28,11 @@ from transformers.core_model_loading import (
 )
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import shape_of, svdq_layers
-from svdq_hf.decompose import PARTS, part_specs
+from svdq_hf.convert import weights_of
+from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import stored_facts
+from svdq_hf.names import Stored, owner, part_key
+from svdq_hf.packed import packed_weights
 from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
@@ -62,8 +64,10 @@ class Checkpoint:
     partners: list[list[str]] = field(default_factory=list)
 
 
-def read_checkpoint(model: PreTrainedModel, layers: Iterable[str], files: Iterable[str | Path]) -> Checkpoint:
-    """Read the headers of safetensors `files` for a dense `model` whose `layers` are to be quantized."""
+def read_checkpoint(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], files: Iterable[str | Path]
+) -> Checkpoint:
+    """Read the headers of safetensors `files` for a dense `model` whose `layers` may be quantized in them."""
     files = [file for file in files if str(file).endswith(".safetensors")]
     rename = _Renaming(model, layers)
     result = Checkpoint()
@@ -71,32 +75,36 @@ def read_checkpoint(model: PreTrainedModel, layers: Iterable[str], files: Iterab
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dict
                 part = opened.get_slice(name)
-                targets, whole = rename(name)
                 dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                targets, whole = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
                 entry = Entry(name, tuple(part.get_shape()), dtype, whole)
                 result.entries |= dict.fromkeys(targets, entry)
                 if len(targets) > 1:
                     result.partners.append(targets)
     for name, facts in stored_facts(files).items():
-        result.facts[rename(f"{name}.salient_rows")[0][0].removesuffix(".salient_rows")] = facts
+        keys = [rename(part_key(name, "salient_rows", stacked=stacked))[0][0] for stacked in (False, True)]
+        found = owner(next((key for key in keys if key in rename.known), keys[0]))
+        if found is not None:
+            result.facts[found[0]] = facts
     return result
 
 
 class _Renaming:
     """A file's name of a tensor -> the model's names of what it becomes, as the loader does it."""
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
         conversions = copy.deepcopy(get_model_conversion_mapping(model))  # they note their own use
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.by_source = {source: c for c in self.converters for source in c.source_patterns}
         self.prefix = model.base_model_prefix
         self.known = dict.fromkeys(model.state_dict(), True)
-        self.known |= {f"{layer}.{part}": True for layer in layers for part in PARTS}
+        stored = [one for name, module in layers.items() for one in weights_of(name, module)]
+        self.known |= {key: True for one in stored for key in one.all_keys()}
 
-    def __call__(self, name: str) -> tuple[list[str], bool]:
-        rest = (self.prefix, self.known)
-        renamed, source = rename_source_key(name, self.renamings, self.converters, *rest)
+    def __call__(self, name: str, *, converted: bool = True) -> tuple[list[str], bool]:
+        rest, converters = (self.prefix, self.known), self.converters if converted else []
+        renamed, source = rename_source_key(name, self.renamings, converters, *rest)
         if renamed not in self.known and name in self.known:
             renamed, source = rename_source_key(name, [], [], *rest)
         if source is None:
@@ -105,25 +113,27 @@ class _Renaming:
         return [renamed.replace(targets[0], target) for target in targets], False
 
 
-def check_dense(checkpoint: Checkpoint, layers: Iterable[str]) -> None:
+def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None:
     """Refuse a dense checkpoint that lacks the weight of a layer, or has it as something else.
 
     Raises:
         ValueError: no weight, one that is no plain float, or one that svdq has packed already.
     """
-    for layer in layers:
-        entry = checkpoint.entries.get(f"{layer}.weight")
-        if entry is None:
-            raise ValueError(
-                f"{layer}: the checkpoint has no weights for this layer, and random ones cannot be trusted "
-                f"in few bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and train it"
-            )
-        if f"{layer}.salient_rows" in checkpoint.entries:
-            raise ValueError(
-                f"could not quantize {layer}: it is quantized already, by svdq, and config.json has lost its "
-                "quantization_config; put that back"
-            )
-        check_source_dtype(layer, entry.dtype)
+    for layer, module in layers.items():
+        for stored in weights_of(layer, module):
+            entry = checkpoint.entries.get(stored.key("weight"))
+            if entry is None:
+                raise ValueError(
+                    f"{stored.name}: the checkpoint has no weights for this layer, and random ones cannot be "
+                    f"trusted in few bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and "
+                    "train it"
+                )
+            if stored.key("salient_rows") in checkpoint.entries:
+                raise ValueError(
+                    f"could not quantize {stored.name}: it is quantized already, by svdq, and config.json "
+                    "has lost its quantization_config; put that back"
+                )
+            check_source_dtype(stored.name, entry.dtype)
 
 
 def stored_layers(
@@ -139,63 +149,97 @@ def stored_layers(
     """
     found = {}
     for name, module in layers.items():
-        prefix = f"{name}."
-        parts = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
-        weight = checkpoint.entries.get(f"{name}.weight")
-        packed = parts - {"weight", "bias"} or (weight is not None and weight.dtype == torch.int8)
-        if packed or name in checkpoint.facts:
-            _check_layer(name, module, checkpoint, config)
-            unknown = sorted(parts - {*part_specs(*shape_of(module), config.scheme), "bias"})
-            if unknown:
-                raise ValueError(f"{name}: the config knows no {unknown}. {REMEDY}")
+        weights = weights_of(name, module)
+        if any(_is_packed(stored, checkpoint) for stored in weights):
+            for stored in weights:  # of experts both, or none
+                _check_stored(stored, checkpoint, config)
             found[name] = module
     if not found:
         raise ValueError(f"config.json says svdq, and no layer of the files is quantized. {REMEDY}")
     return found
 
 
-def _check_layer(name: str, module: nn.Module, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    for part, spec in part_specs(*shape_of(module), config.scheme).items():
-        entry = checkpoint.entries.get(f"{name}.{part}")
+def _others(stored: Stored, checkpoint: Checkpoint) -> set[str]:
+    """What a checkpoint has of a weight beside what a dense one has."""
+    prefix = stored.key("")
+    there = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
+    return there - {"weight", "bias"}
+
+
+def _is_packed(stored: Stored, checkpoint: Checkpoint) -> bool:
+    weight = checkpoint.entries.get(stored.key("weight"))
+    packed = weight is not None and weight.dtype == torch.int8
+    return packed or bool(_others(stored, checkpoint)) or stored.name in checkpoint.facts
+
+
+def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) -> None:
+    specs = stored.specs(config.scheme)
+    for part, spec in specs.items():
+        entry = checkpoint.entries.get(stored.key(part))
         if entry is None:
-            raise ValueError(f"{name}: {part} is missing. {REMEDY}")
+            raise ValueError(f"{stored.name}: {part} is missing. {REMEDY}")
         if entry.whole and (entry.shape, entry.dtype) != spec:
             raise ValueError(
-                f"{name}: {part} is {list(entry.shape)} {entry.dtype}, "
+                f"{stored.name}: {part} is {list(entry.shape)} {entry.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}. {REMEDY}"
             )
+    unknown = sorted(_others(stored, checkpoint) - specs.keys())
+    if unknown:
+        raise ValueError(f"{stored.name}: the config knows no {unknown}. {REMEDY}")
 
 
 def keep_own_names(model: PreTrainedModel) -> None:
     """Let quantized layers be saved under their own names.
 
     Where a family's files hold one tensor for several layers (a joint q, k, v), saving would join the
-    packed parts as well, which only a dense weight survives. Renamings stay.
+    packed parts as well, which only a dense weight survives. Renamings stay, but for those that would
+    part the tensors of one weight.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # as transformers does
-    weights = [f"{name}.weight" for name, _ in svdq_layers(model)]
-    model._weight_conversions = [c for c in conversions if not _makes(c, weights)]
+    weights = [packed.stored for packed in packed_weights(model)]
+    model._weight_conversions = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
 
 
-def _makes(conversion: Any, weights: list[str]) -> bool:
+def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    """Those `conversions` of a file's tensors that do not make packed experts: these are as they are."""
+    weights = [packed.stored for packed in packed_weights(model)]
+    stacks = [stored for stored in weights if len(stored.shape) == 3]
+    return [c for c in conversions if not _makes(c, stacks)]
+
+
+def _makes(conversion: Any, weights: Iterable[Stored]) -> bool:
     return isinstance(conversion, WeightConverter) and any(
-        re.search(target, weight) for target in conversion.target_patterns for weight in weights
+        re.search(target, stored.key("weight")) for target in conversion.target_patterns for stored in weights
     )
 
 
-def restore_names(model: PreTrainedModel) -> None:
-    """The opposite, for a model that is dense again: files as the family has them."""
+def _tears(conversion: Any, weights: Iterable[Stored]) -> bool:
+    """Whether a renaming, undone, gives the parts of a weight names that are not all of one weight."""
+    if isinstance(conversion, WeightConverter):
+        return False
+    undo = conversion.reverse_transform()
+    for stored in weights:
+        names = {part: undo.rename_source_key(stored.key(part))[0] for part in PARTS}
+        found = owner(names["salient_rows"])
+        if found is None or names != {part: part_key(found[0], part, stacked=found[1]) for part in PARTS}:
+            return True
+    return False
+
+
+def restore_names(model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+    """The opposite, for a model of which `weights` are dense again: files as the family has them."""
     mapping = get_model_conversion_mapping(model, add_legacy=False)
-    if any(isinstance(conversion, WeightConverter) for conversion in mapping):
+    if any(isinstance(c, WeightConverter) or _tears(c, weights) for c in mapping):
         model._weight_conversions = None
 
 
 def file_names(model: PreTrainedModel) -> dict[str, str]:
     """The name in files of each quantized layer, by its name in the model."""
-    tensors = {f"{name}.salient_rows": layer.salient_rows for name, layer in svdq_layers(model)}
-    names = {id(tensor): name.removesuffix(".salient_rows") for name, tensor in tensors.items()}
-    stored = revert_weight_conversion(model, tensors)
-    return {names[id(tensor)]: name.removesuffix(".salient_rows") for name, tensor in stored.items()}
+    parts = {one.stored.key("salient_rows"): one for one in packed_weights(model)}
+    tensors = {key: one.parts["salient_rows"] for key, one in parts.items()}
+    names = {id(tensor): parts[key].stored.name for key, tensor in tensors.items()}
+    renamed = {tensor: owner(key) for key, tensor in revert_weight_conversion(model, tensors).items()}
+    return {names[id(tensor)]: found[0] for tensor, found in renamed.items() if found is not None}

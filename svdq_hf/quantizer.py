@@ -6,10 +6,11 @@ are those of transformers 5.20 to 5.23.
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
@@ -20,6 +21,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from svdq_hf.arrival import one_by_one
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
@@ -31,8 +33,9 @@ from svdq_hf.convert import (
     restore_layers,
     svdq_layers,
 )
-from svdq_hf.decompose import check_parts, part_specs
+from svdq_hf.decompose import Scheme, check_parts
 from svdq_hf.embedding import SVDQEmbedding
+from svdq_hf.experts import SVDQExperts, stacks_of, svdq_experts
 from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
 from svdq_hf.linear import SVDQLinear
@@ -45,12 +48,15 @@ from svdq_hf.loading import (
     read_checkpoint,
     restore_names,
     stored_layers,
+    unconverted,
 )
-from svdq_hf.weight import quantize_weight
+from svdq_hf.names import Stored
+from svdq_hf.packed import packed_weights
+from svdq_hf.weight import quantize_stack, quantize_weight
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
-    """Loads, saves and dequantizes models whose linear layers are SVDQLinear."""
+    """Loads, saves and dequantizes models whose linear layers are SVDQLinear, and experts SVDQExperts."""
 
     quantization_config: SVDQConfig
     requires_calibration = False
@@ -116,13 +122,16 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if head is not None and self.pre_quantized:
             chosen.pop(head.name, None)
             put_head(model, head, empty_layer(head.module, self.quantization_config))
+        exact = _loaded_exactly(chosen, checkpoint)
         replace_layers(model, chosen, self.quantization_config)
-        for name, layer in svdq_layers(model):
-            layer.facts = numbers(checkpoint.facts.get(name, {}))
-            for part in layer.parts():
+        for stored, parts, facts in packed_weights(model):
+            facts.update(numbers(checkpoint.facts.get(stored.name, {})))
+            for tensor in parts.values():
                 # A family's own initialisation may reach for weights by name, and not know packed ones.
-                getattr(layer, part)._is_hf_initialized = True
-        weights = {f"{name}.weight" for name in chosen}
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        if any(svdq_experts(model)):
+            self.quantization_config.say_experts()
+        weights = {stored.key("weight") for stored, _, _ in packed_weights(model)}
         self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
         if not self.pre_quantized:
             # Salient weights are kept from the checkpoint's precision: with dtype=bfloat16 the loader
@@ -131,8 +140,17 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             model._keep_in_fp32_modules_strict = set(self.strict or ()) | {
                 f"^{re.escape(name)}$"
                 for name in (*weights, *(dense_names(model, head) if head is not None else ()))
+                if name not in exact
             }
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        plain = unconverted(conversions, model)
+        if self.pre_quantized:
+            return plain
+        return [c if c in plain else one_by_one(c) for c in conversions]
 
     def _head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Head | None:
         """The output head, where it is quantized."""
@@ -168,7 +186,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
         for name, layer in svdq_layers(model):
-            _check_loaded(name, layer)
+            if _is_here(name, layer, list(layer.parts())):
+                _check_values(name, layer.parts(), layer.in_features, layer.scheme)
+        for name, experts in svdq_experts(model):
+            if _is_here(name, experts, [*experts.parts(), *dict(experts.named_parameters(recurse=False))]):
+                _check_experts(name, experts)
         if self.quantization_config.lm_head and not self.pre_quantized:
             if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
                 raise ValueError(
@@ -193,16 +215,17 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         check_here(model)
+        weights = [packed.stored for packed in packed_weights(model)]
         restore_head(model, target)
         restore_layers(model, target)
         ours = tags(self.quantization_config.bits)
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
-        restore_names(model)
+        restore_names(model, weights)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
 
 
 class SVDQQuantize(ConversionOps):  # type: ignore[misc]
-    """One tensor of a checkpoint, `layer.weight`, becomes the stored parts of that layer."""
+    """A dense tensor, `layer.weight` or the experts' `gate_up_proj`, becomes the stored parts of it."""
 
     def __init__(self, hf_quantizer: SVDQHfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -220,51 +243,89 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
             dense = value[0] if isinstance(value, list) else value
             layer = _owner(model, name)
-            if layer is None:
-                converted[name] = dense
-            else:
-                converted.update(self._quantize(name.removesuffix(".weight"), layer, dense))
+            converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
         return converted
 
-    def _quantize(self, name: str, layer: SVDQLinear, dense: Tensor) -> dict[str, Tensor]:
-        weight = dense.T.contiguous() if layer.transposed else dense
-        expected = (layer.out_features, layer.in_features)
+    def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:
+        if isinstance(layer, SVDQLinear):
+            stored, transposed = Stored(key.removesuffix(".weight"), layer.shape), layer.transposed
+        else:
+            stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
         config = self.hf_quantizer.quantization_config
         try:
-            if tuple(weight.shape) != expected:
-                stored = list(reversed(expected) if layer.transposed else expected)
-                shape = list(dense.shape)
-                raise ValueError(
-                    f"could not quantize {name}: the checkpoint's weight is {shape}, "
-                    f"the model's config says {stored}"
+            _check_shape(stored, dense, transposed=transposed)
+            if isinstance(layer, SVDQLinear):
+                weight = dense.T.contiguous() if transposed else dense
+                parts, layer.facts = quantize_weight(weight, config, stored.name)
+            else:
+                parts, layer.facts[_leaf(key)] = quantize_stack(
+                    dense, config, stored.name, transposed=transposed
                 )
-            parts, layer.facts = quantize_weight(weight, config, name)
         except ValueError as error:
             self.hf_quantizer.failures.append(error)
-            specs = part_specs(*expected, config.scheme)
+            specs = stored.specs(config.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
-        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return {stored.key(part): tensor for part, tensor in parts.items()}
 
 
-def _owner(model: PreTrainedModel, param_name: str) -> SVDQLinear | None:
-    """The quantized layer whose `weight` is `param_name`, if there is one."""
+def _check_shape(stored: Stored, dense: Tensor, *, transposed: bool) -> None:
+    expected = list(stored.dense_shape(transposed=transposed))
+    if list(dense.shape) != expected:
+        raise ValueError(
+            f"could not quantize {stored.name}: the checkpoint's weight is {list(dense.shape)}, "
+            f"the model's config says {expected}"
+        )
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _owner(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
+    """The quantized layer that the dense tensor `param_name` is a weight of, if there is one."""
     path, _, leaf = param_name.rpartition(".")
-    module = model.get_submodule(path) if leaf == "weight" else None
-    return module if isinstance(module, SVDQLinear) else None
+    module = model.get_submodule(path)
+    if isinstance(module, SVDQExperts):
+        return module if leaf in module.stacks else None
+    return module if isinstance(module, SVDQLinear) and leaf == "weight" else None
 
 
-def _check_loaded(name: str, layer: SVDQLinear) -> None:
-    """Refuse a layer that was not filled (a state dict has no headers to check), or with nonsense."""
-    stored = {part: getattr(layer, part) for part in layer.parts()}
+def _loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
+    """Weights of experts that the loader does not round anyway: an FP32 copy of all of a layer is large."""
+    return {
+        stored.key("weight")
+        for name, module in chosen.items()
+        for stored in stacks_of(name, module)
+        if (entry := checkpoint.entries.get(stored.key("weight"))) is not None
+        and entry.dtype == getattr(module, _leaf(stored.name)).dtype
+    }
+
+
+def _is_here(name: str, layer: nn.Module, keys: list[str]) -> bool:
+    """Refuse a layer that was not filled (a state dict has no headers to check); False: it is on disk."""
+    stored = {key: getattr(layer, key) for key in keys}
     if any(tensor.is_meta for tensor in stored.values()):
-        return  # offloaded to disk: its tensors are read, one by one, when it runs
-    missing = [part for part, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        return False  # its tensors are read, one by one, when it runs
+    missing = [key for key, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    if missing:
+        raise ValueError(f"{name}: {', '.join(missing)} is missing. {REMEDY}")
+    return True
+
+
+def _check_values(name: str, parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
+    """Refuse a layer that was filled with nonsense."""
     try:
-        if missing:
-            raise ValueError(f"{', '.join(missing)} is missing")
-        check_parts(layer.parts(), layer.in_features, layer.scheme)
+        check_parts(parts, in_features, scheme)
     except ValueError as error:
         raise ValueError(f"{name}: {error}. {REMEDY}") from error
+
+
+def _check_experts(name: str, experts: SVDQExperts) -> None:
+    for matrix, (count, _, in_features) in experts.stacks.items():
+        stack = experts.stack(matrix)
+        for one in range(count):
+            parts = {part: tensor[one] for part, tensor in stack.items()}
+            _check_values(f"{name}.{matrix}, expert {one}", parts, in_features, experts.scheme)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice

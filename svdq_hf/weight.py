@@ -3,6 +3,7 @@
 It knows the config, the score and the format, no modules and no models: those are in `convert`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from svdq_hf.calibration import InputStatistics
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import decompose, relative_error
+from svdq_hf.decompose import decompose, relative_error, stack_specs
 from svdq_hf.feedback import trusted_less
+from svdq_hf.pieces import Pieces
 from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
 
@@ -117,3 +119,46 @@ def score_inputs(
         if inputs.gram is not None:
             known["input_gram"] = inputs.gram
     return known
+
+
+def quantize_stack(
+    weights: Tensor | Pieces, config: SVDQConfig, name: str, *, transposed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Quantize `weights` `[experts, out, in]`, one expert after the other: stacked parts, and the facts.
+
+    transposed: they are `[experts, in, out]`. Beside the parts, memory is that of one expert's work. The
+    relative error is that of all experts together, other facts are means.
+
+    Raises:
+        ValueError: see `quantize_weight`; it names the expert too.
+    """
+    experts, *shape = weights.shape
+    out, in_features = reversed(shape) if transposed else shape
+    specs = stack_specs(experts, out, in_features, config.scheme)
+    stacks = {
+        part: torch.empty(spec.shape, dtype=spec.dtype, device=weights.device) for part, spec in specs.items()
+    }
+    facts: list[dict[str, float]] = []
+    sizes: list[float] = []
+    for expert, weight in enumerate(weights):
+        one = weight.T if transposed else weight
+        parts, found = quantize_weight(one, config, f"{name}, expert {expert}")
+        for part, stack in stacks.items():
+            stack[expert] = parts[part]
+        facts.append(found)
+        sizes.append(_norm(weight))
+    return stacks, _together(facts, sizes)
+
+
+def _norm(weight: Tensor) -> float:
+    """The Frobenius norm, in units in which no square overflows."""
+    top = max(-float(weight.min()), float(weight.max())) or 1.0
+    return top * float(torch.linalg.vector_norm(weight.float() / top))
+
+
+def _together(facts: list[dict[str, float]], sizes: list[float]) -> dict[str, float]:
+    """One set of facts for many weights, of these Frobenius norms."""
+    mean = {name: sum(found[name] for found in facts) / len(facts) for name in (facts[0] if facts else {})}
+    lost = math.hypot(*(found["relative_error"] * size for found, size in zip(facts, sizes, strict=True)))
+    total = math.hypot(*sizes)
+    return {**mean, "relative_error": lost / total if total else 0.0}

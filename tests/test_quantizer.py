@@ -626,21 +626,6 @@ def test_no_dense_copy_of_a_quantized_weight_stays_in_memory(tmp_path):
 # What is said.
 
 
-def test_fused_experts_stay_dense_and_it_is_said(tmp_path, caplog):
-    source = tiny.mixtral()
-    source.save_pretrained(tmp_path / "dense")
-    model = hf.MixtralForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIG)
-    assert caplog.messages == [
-        "fused experts stay dense in this release: 2 modules, "
-        "model.layers.0.mlp.experts, model.layers.1.mlp.experts"
-    ]
-    assert tiny.short_names(model) == dict.fromkeys([f"self_attn.{name}_proj" for name in "qkvo"], 2)
-    for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
-        assert tiny.different_tensors(model.get_submodule(name), source.get_submodule(name)) == []
-    assert tiny.cosine(output(model), output(source)) > 0.98
-    assert_comes_back(model, tmp_path / "quantized")
-
-
 def test_a_dequantized_mixture_of_experts_is_saved_as_the_original_was(tmp_path):
     source = tiny.mixtral()
     source.save_pretrained(tmp_path / "dense")

@@ -108,7 +108,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         for_x = torch.ops.svdq.input_gradient(gradient, *stored, ctx.in_features, ctx.group)
     if x is not None:
-        for_values = _values_gradient(x, gradient, rows=stored[3], columns=stored[4])
+        for_values = values_gradient(x, gradient, rows=stored[3], columns=stored[4])
     if ctx.bias_dtype is not None:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
     absent = [None] * (len(PARTS) - 3)  # of the parts only the salient values have a gradient
@@ -127,7 +127,7 @@ def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         for_gradient = torch.ops.svdq.linear(second, *stored, None, ctx.in_features, ctx.group)
     if ctx.needs_input_grad[3]:
-        for_values = _values_gradient(second, gradient, rows=stored[3], columns=stored[4])
+        for_values = values_gradient(second, gradient, rows=stored[3], columns=stored[4])
     return for_gradient, None, None, for_values, *[None] * (len(PARTS) - 3), None, None
 
 
@@ -135,7 +135,7 @@ GATHERED = 1 << 22
 """Products of activation and gradient held at a time: 16 MiB of float32."""
 
 
-def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """For each salient entry, `sum over tokens of gradient[:, row] * x[:, column]`: `[k]`, float32."""
     tokens, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     step = max(1, GATHERED // max(1, tokens.shape[0]))

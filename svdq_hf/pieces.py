@@ -1,0 +1,38 @@
+"""The dense experts of a file, one at a time, where it has a tensor for each: never all of them in one."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Pieces:
+    """Experts `[experts, out, in]` whose matrices are in pieces: read once, each let go when it was read.
+
+    sources: for each piece of a matrix (the gate, the up projection) those of all experts, `[rows, in]`.
+
+    >>> pieces = Pieces([[torch.zeros(2, 3)] * 4, [torch.ones(2, 3)] * 4])
+    >>> pieces.shape, next(iter(pieces)).sum(1).tolist()
+    ((4, 4, 3), [0.0, 0.0, 3.0, 3.0])
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Tensor]]) -> None:
+        self._sources: list[list[Tensor | None]] = [list(source) for source in sources]
+        first = [source[0] for source in sources]
+        self.shape = (len(sources[0]), sum(piece.shape[0] for piece in first), *first[0].shape[1:])
+        self.device = first[0].device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for expert in range(self.shape[0]):
+            pieces = [piece for source in self._sources if (piece := source[expert]) is not None]
+            for source in self._sources:
+                source[expert] = None
+            yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def fit_together(sources: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether there are as many pieces of each kind, and all of a kind are alike."""
+    counts = {len(source) for source in sources}
+    kinds = [{(tuple(piece.shape), piece.dtype, piece.device) for piece in source} for source in sources]
+    widths = {shape[1:] for kind in kinds for shape, _, _ in kind}
+    return len(counts) == 1 and all(len(kind) == 1 for kind in kinds) and len(widths) == 1 and counts != {0}
