@@ -34,11 +34,12 @@ from svdq_hf.footprint import stored_facts
 from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+"""Of the names that safetensors has for dtypes."""
 
 
 class Entry(NamedTuple):
@@ -72,7 +73,7 @@ def read_checkpoint(model: PreTrainedModel, layers: Iterable[str], files: Iterab
             for name in opened.keys():  # noqa: SIM118  # not a dict
                 part = opened.get_slice(name)
                 targets, whole = rename(name)
-                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
                 entry = Entry(name, tuple(part.get_shape()), dtype, whole)
                 result.entries |= dict.fromkeys(targets, entry)
                 if len(targets) > 1:
