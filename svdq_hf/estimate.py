@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.checkpoint import SHARD_SIZE, check_target, folder_bytes, local_folder, model_class, parse_size
+from svdq_hf.checkpoint import (
+    SHARD_SIZE,
+    check_target,
+    folder_bytes,
+    local_folder,
+    model_class,
+    parse_size,
+    unfinished_folder,
+)
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint
 from svdq_hf.streaming.files import as_tensor, read_bytes
@@ -82,7 +90,7 @@ def estimate(
     idle = peak_memory()
     seconds, sampled = _measured(plan)
     memory = peak_memory() if workers == 1 else idle + workers * peak_memory()
-    disk = bytes_needed(plan)
+    disk = bytes_needed(plan, unfinished_folder(out))
     return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
 
 

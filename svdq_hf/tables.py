@@ -12,6 +12,7 @@ from rich.text import Text
 
 from svdq_hf.estimate import Estimate
 from svdq_hf.footprint import Footprint, dense_bytes
+from svdq_hf.streaming.files import readable
 
 
 def console() -> Console:
@@ -61,30 +62,21 @@ def estimate_table(result: Estimate) -> Table:
     """What a run would take."""
     table = Table(title="nothing was written", box=SIMPLE_HEAD, show_header=False)
     after = result.footprint
-    rows = {"before": gigabytes(result.bytes_before)}
+    rows = {"before": readable(result.bytes_before)}
     if after is not None:
-        rows["after"] = gigabytes(after.total_bytes)
+        rows["after"] = readable(after.total_bytes)
         rows["bits per weight"] = f"{after.bits_per_weight:.3f}"
         rows["kept in FP32"] = f"{after.salient_share:.3%}"
     if result.seconds is not None and result.memory_bytes is not None:
         rows["time, about"] = f"{clock(result.seconds)} (measured on {', '.join(result.sampled)})"
-        rows["memory, about"] = gigabytes(result.memory_bytes)
+        rows["memory, about"] = readable(result.memory_bytes)
     if result.in_memory is not None:
         rows["memory"] = f"the whole model is quantized in memory: {result.in_memory}"
     short = "" if result.disk_bytes <= result.free_bytes else ": NOT ENOUGH"
-    rows["disk"] = f"{gigabytes(result.disk_bytes)}, {gigabytes(result.free_bytes)} are free{short}"
+    rows["disk"] = f"{readable(result.disk_bytes)}, {readable(result.free_bytes)} are free{short}"
     for name, text in rows.items():
         table.add_row(name, plain(text))
     return table
-
-
-def gigabytes(size: int) -> str:
-    """Bytes in the unit that fits.
-
-    >>> gigabytes(13_476_000_000), gigabytes(90_900)
-    ('13.48 GB', '0.1 MB')
-    """
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def clock(seconds: float) -> str:

@@ -126,7 +126,7 @@ def test_full_disk_leaves_nothing_of_a_model_quantized_in_memory(source, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("svdq_hf.checkpoint._copy_companions", full)
-    config = SVDQConfig(k=16, lm_head=True)
+    config = SVDQConfig(k=16, lm_head=True)  # with a bias that is tied too
     with pytest.raises(OSError, match="No space left"):
         quantize_checkpoint(source, tmp_path / "place" / "out", config)
     assert list((tmp_path / "place").iterdir()) == []

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAMILIES,
     bert,
+    bert_config,
     classifier,
     deberta1,
     dinov2,
@@ -23,7 +24,7 @@ from tiny_models import (
     outputs,
     text,
 )
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint import model_class, quantize_checkpoint
@@ -66,12 +67,12 @@ def same(streamed: Path, saved: Path) -> None:
             assert told == expected
 
 
-def check(folder: Path, size: str = "1GB", *, kind: type | None = None) -> None:
+def check(folder: Path, size: str = "1GB", *, kind: type | None = None, config: SVDQConfig = CONFIG) -> None:
     """Assert that `folder / "dense"` is streamed, and that it is the same then."""
     kind = kind or model_class(folder / "dense")
-    make_plan(kind, folder / "dense", CONFIG, 10**9)  # or it would be Unstreamable
-    quantize_checkpoint(folder / "dense", folder / "ours", CONFIG, shard_size=size)
-    loaded = kind.from_pretrained(folder / "dense", quantization_config=CONFIG)
+    make_plan(kind, folder / "dense", config, 10**9)  # or it would be Unstreamable
+    quantize_checkpoint(folder / "dense", folder / "ours", config, shard_size=size)
+    loaded = kind.from_pretrained(folder / "dense", quantization_config=config)
     loaded.save_pretrained(folder / "theirs", max_shard_size=size)
     same(folder / "ours", folder / "theirs")
 
@@ -186,9 +187,17 @@ def test_tied_tensors_that_are_both_there_are_compared_in_memory(tmp_path, caplo
     memory_only(tmp_path, "tied and both in the files", caplog)
 
 
-def test_quantized_head_is_quantized_in_memory(tmp_path, caplog):
-    llama().save_pretrained(tmp_path / "dense")
-    memory_only(tmp_path, "lm_head=True", caplog, SVDQConfig(k=4, lm_head=True))
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gemma3", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_head_is_streamed_tied_or_not(name, dtype, tmp_path):
+    STREAMED[name]().to(dtype).save_pretrained(tmp_path / "dense")
+    check(tmp_path, "20KB", config=SVDQConfig(k=4, lm_head=True))
+    assert "lm_head.salient_rows" in contents(tmp_path / "ours")[0]
+
+
+def test_head_with_a_tied_bias_is_quantized_in_memory(tmp_path, caplog):
+    BertForMaskedLM(bert_config()).save_pretrained(tmp_path / "dense")
+    memory_only(tmp_path, "which the files do not hold", caplog, SVDQConfig(k=4, lm_head=True))
 
 
 @pytest.mark.parametrize("config", [SVDQConfig.calibrated(), SVDQConfig.best(error_feedback="synthetic")])

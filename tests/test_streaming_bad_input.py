@@ -1,4 +1,4 @@
-"""A checkpoint that is not what it should be, and a machine that is too small: told before anything is made."""
+"""A checkpoint that is not what it should be, a machine that is too small: told before anything is made."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import llama
+from tiny_models import llama, mixtral
 from transformers.utils import logging as hf_logging
 
 import svdq_hf.streaming.run
@@ -166,14 +166,15 @@ def test_file_that_becomes_shorter_while_it_is_read(source, tmp_path, monkeypatc
         quantize_checkpoint(source, tmp_path / "out", CONFIG)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SVDQConfig(k=4, lm_head=True)], ids=["streamed", "in memory"])
-def test_disk_that_is_too_small_is_told_before_the_work_starts(config, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("build", [llama, mixtral], ids=["streamed", "in memory"])
+def test_disk_that_is_too_small_is_told_before_the_work_starts(build, tmp_path, monkeypatch):
     class Usage:
         free = 1000
 
+    build().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(svdq_hf.streaming.run.shutil, "disk_usage", lambda folder: Usage)
-    with pytest.raises(ValueError, match=r"needs 0\.00 GB of disk, and 0\.00 GB are free"):
-        quantize_checkpoint(source, tmp_path / "deep" / "out", config)
+    with pytest.raises(ValueError, match=r"needs 0\.\d MB of disk, and 0\.0 MB are free"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "deep" / "out", CONFIG)
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
 
 
@@ -234,9 +235,12 @@ def test_dry_run_is_a_table_for_people(source, tmp_path, capsys):
     assert "nothing was written" in told
 
 
-def test_dry_run_says_why_a_model_is_not_streamed(source, tmp_path, capsys):
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--lm-head", "--dry-run"]) == 0
-    assert "the whole model is quantized in memory: lm_head=True" in " ".join(capsys.readouterr().out.split())
+def test_dry_run_says_why_a_model_is_not_streamed(tmp_path, capsys):
+    mixtral().save_pretrained(tmp_path / "dense")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the whole model is quantized in memory: several tensors of its files become one" in told
+    assert "model.layers.1.self_attn.o_proj" in told
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])

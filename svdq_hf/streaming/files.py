@@ -168,3 +168,12 @@ def header_bytes(tensors: Mapping[str, PartSpec], metadata: Mapping[str, str]) -
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def readable(size: int) -> str:
+    """Bytes in the unit that fits.
+
+    >>> readable(13_476_000_000), readable(90_900)
+    ('13.48 GB', '0.1 MB')
+    """
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

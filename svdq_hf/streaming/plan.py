@@ -18,6 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PartSpec
+from svdq_hf.embedding import SVDQEmbedding
 from svdq_hf.footprint import Footprint, file_metadata, footprint
 from svdq_hf.loading import Checkpoint, file_names, read_checkpoint
 from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, size_of, tensor_places
@@ -134,7 +135,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
     layers = [name for name, _ in svdq_layers(model)]
-    checkpoint = read_checkpoint(model, layers, files)
+    checkpoint = read_checkpoint(model, [*layers, *_readers(model)], files)
     try:
         units = _units(model, checkpoint, places)
     except Unstreamable as error:
@@ -145,8 +146,6 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
 
 def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
     """What is not streamed whatever the files hold."""
-    if config.lm_head:
-        raise Unstreamable("lm_head=True quantizes the head of a model that is loaded")
     if config.data_needs:
         raise config.no_data()
     model_config = model_class.config_class if hasattr(model_class, "config_class") else None
@@ -169,7 +168,7 @@ def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, 
     for stored, name in saved_tensors(model).items():
         owner, _, part = name.rpartition(".")
         quantized = owner in layers and part in layers[owner].parts()
-        source = f"{owner}.weight" if quantized else _source(model, checkpoint, name)
+        source = _source(model, checkpoint, f"{owner}.weight" if quantized else name)
         entry = checkpoint.entries.get(source)
         if entry is None or not entry.whole:
             why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
@@ -225,8 +224,16 @@ def _source(model: PreTrainedModel, checkpoint: Checkpoint, name: str) -> str:
     if name in checkpoint.entries:
         return name
     state = model.state_dict(keep_vars=True)
-    same = [other for other, tensor in state.items() if tensor is state[name] and other in checkpoint.entries]
-    return same[0] if same else name
+    same = [other for other, tensor in state.items() if tensor is state.get(name)]
+    same += [f"{reader}.weight" for reader, head in _readers(model).items() if name == f"{head}.weight"]
+    return next((other for other in same if other in checkpoint.entries), name)
+
+
+def _readers(model: PreTrainedModel) -> dict[str, str]:
+    """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
+    heads = {id(layer): name for name, layer in svdq_layers(model)}
+    modules = model.named_modules()
+    return {name: heads[id(module.head)] for name, module in modules if isinstance(module, SVDQEmbedding)}
 
 
 def _shards(units: Iterable[Unit], shard_size: int) -> tuple[Shard, ...]:

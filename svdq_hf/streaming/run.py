@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from svdq_hf.streaming.files import readable
 from svdq_hf.streaming.plan import Plan, Shard
 from svdq_hf.streaming.shard import (
     data_file,
@@ -52,7 +53,7 @@ def stream(
     """
     state = PartialState()
     if state.is_main_process:
-        check_disk(folder.parent, bytes_needed(plan, None if restart else folder))
+        check_disk(folder.parent, bytes_needed(plan, folder))
         folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     with _lock(folder, wanted=state.is_main_process):
@@ -91,18 +92,17 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise ValueError(
-            f"{folder}: needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
+            f"{folder}: needs {readable(needed)} of disk, and {readable(free)} are free; "
             "make room, or name a folder on another disk"
         )
 
 
-def bytes_needed(plan: Plan, folder: Path | None = None) -> int:
-    """Disk that the work takes at its height, without what is in `folder` already."""
+def bytes_needed(plan: Plan, folder: Path) -> int:
+    """Disk that the work takes at its height, beyond what is in `folder` (and is used, or deleted first)."""
     there = 0
-    if folder is not None:
-        for shard in plan.shards:
-            files = (data_file(shard, folder), model_folder(folder) / shard.file)
-            there += sum(min(512 * file.stat().st_blocks, shard.size) for file in files if file.exists())
+    for shard in plan.shards:
+        for file in (data_file(shard, folder), model_folder(folder) / shard.file):
+            there += min(512 * file.stat().st_blocks, shard.size) if file.exists() else 0
     # A shard is there twice while it gets its header; a header has some hundred bytes for each layer.
     largest = max(shard.size for shard in plan.shards)
     return plan.size + largest + len(plan.shards) * 512 * len(plan.footprint.layers) - there
