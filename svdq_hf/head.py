@@ -13,7 +13,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import dense_layer, empty_layer, kept_dense, quantized_layer, svdq_layers
+from svdq_hf.convert import dense_layer, kept_dense, quantized_layer, svdq_layers
 from svdq_hf.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.weight import check_weight
@@ -95,14 +95,13 @@ def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
 
 
 def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
-    """Quantize the output head of a model that is in memory, in place; on the meta device, its shapes.
+    """Quantize the output head of a model that is in memory, in place.
 
     Raises:
         ValueError: see `find_head` and `quantize_weight`.
     """
     head = find_head(model)
-    planned = head.module.weight.is_meta  # there are shapes, and no data
-    layer = empty_layer(head.module, config) if planned else quantized_layer(head.name, head.module, config)
+    layer = quantized_layer(head.name, head.module, config)
     if layer.bias is not None and head.embeddings:  # it may be tied too: a tensor of its own from now on
         layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     put_head(model, head, layer)

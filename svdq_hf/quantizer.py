@@ -238,10 +238,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
                     f"could not quantize {name}: the checkpoint's weight is {shape}, "
                     f"the model's config says {stored}"
                 )
-            if not weight.is_meta:
-                parts, layer.facts = quantize_weight(weight, config, name)
-            else:  # of a model that is only planned (`streaming.plan`) there are shapes, and no data
-                parts = layer.parts()
+            parts, layer.facts = quantize_weight(weight, config, name)
         except ValueError as error:
             self.hf_quantizer.failures.append(error)
             specs = part_specs(*expected, config.scheme)

@@ -11,7 +11,7 @@ from torch import Tensor
 from svdq_hf.calibration import InputStatistics
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import decompose, relative_error
+from svdq_hf.decompose import decompose, part_specs, relative_error
 from svdq_hf.feedback import trusted_less
 from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
@@ -29,10 +29,20 @@ def quantize_weight(
     Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
     the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
 
+    Of a weight on the meta device the parts have shapes and no data, and nothing is measured: so a model can
+    be planned (`streaming.plan`).
+
     Raises:
         ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
             it names the layer.
     """
+    if weight.is_meta:
+        check_source_dtype(name, weight.dtype)
+        out, in_features = weight.shape
+        specs = part_specs(out, in_features, config.scheme)
+        return {
+            part: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for part, spec in specs.items()
+        }, {}
     check_weight(name, weight)
     try:
         with torch.autocast(weight.device.type, enabled=False):  # what is stored must not depend on it

@@ -26,6 +26,7 @@ from tiny_models import (
 )
 from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 
+import svdq_hf.streaming.shard
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint import model_class, quantize_checkpoint
 from svdq_hf.decompose import PartSpec
@@ -214,6 +215,15 @@ def test_a_streamed_model_answers_as_the_loaded_one(tmp_path):
     loaded = type(llama()).from_pretrained(tmp_path / "dense", quantization_config=CONFIG)
     streamed = type(llama()).from_pretrained(tmp_path / "ours")
     assert torch.equal(outputs(loaded, text()), outputs(streamed, text()))
+
+
+def test_parts_that_are_not_those_of_the_plan_are_not_written(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "dense")
+    real = svdq_hf.streaming.shard.quantize_weight
+    other = SVDQConfig(k=5)
+    monkeypatch.setattr(svdq_hf.streaming.shard, "quantize_weight", lambda w, _, name: real(w, other, name))
+    with pytest.raises(ValueError, match=r"salient_values: \[5\] torch.float32, planned was .*\(4,\)"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", CONFIG)
 
 
 @settings(max_examples=40)

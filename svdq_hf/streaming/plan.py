@@ -19,8 +19,8 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PartSpec
 from svdq_hf.embedding import SVDQEmbedding
-from svdq_hf.footprint import Footprint, file_metadata, footprint
-from svdq_hf.loading import Checkpoint, file_names, read_checkpoint
+from svdq_hf.footprint import Footprint, footprint
+from svdq_hf.loading import Checkpoint, read_checkpoint
 from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, size_of, tensor_places
 
 
@@ -97,7 +97,8 @@ class Plan:
         """What each file's header says, given what was measured of each layer."""
         for name, layer in svdq_layers(self.model):
             layer.facts = dict(facts[name])
-        return {"format": "pt", **file_metadata(self.model, file_names(self.model))}
+        _, metadata = self.model.hf_quantizer.get_state_dict_and_metadata(self.model)
+        return {"format": "pt", **metadata}
 
     def write_config(self, folder: Path) -> None:
         """Write config.json, generation_config.json and the index, as `save_pretrained` does."""
@@ -141,6 +142,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except Unstreamable as error:
         error.footprint = footprint(model)
         raise
+    config = model.hf_quantizer.quantization_config  # with what loading has found out
     return Plan(model, config, files, _shards(units, shard_size))
 
 

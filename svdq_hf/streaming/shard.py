@@ -76,7 +76,9 @@ def _outputs(
     parts, facts[unit.layer] = quantize_weight(
         dense.T.contiguous() if unit.transposed else dense, config, unit.layer
     )
-    for name, part in zip(unit.outputs, unit.parts, strict=True):
+    for part, (name, spec) in zip(unit.parts, unit.outputs.items(), strict=True):
+        if (tuple(parts[part].shape), parts[part].dtype) != spec:
+            raise ValueError(f"{name}: {list(parts[part].shape)} {parts[part].dtype}, planned was {spec}")
         yield name, as_bytes(parts[part])
 
 
