@@ -2,14 +2,17 @@
 
 The work is done in a hidden folder beside the target, which is renamed when everything in it is
 written, so that a kill or a full disk leaves nothing that looks whole. Only safetensors are read and
-no code of the model's author is run. Not here: quantizing without building the model.
+no code of the model's author is run. Where it can be, the model is streamed (`streaming`), and a run that
+was interrupted goes on; else it is quantized in memory.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +24,119 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from svdq_hf.card import write_card
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import all_names, linear_layers, unmatched
-from svdq_hf.footprint import Footprint, footprint
+from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.hub import explained
 from svdq_hf.readme import README, read_text
+from svdq_hf.streaming.plan import Unstreamable, make_plan
+from svdq_hf.streaming.run import check_disk, stream
 
 REPORT_FILE = "svdq_report.json"
+SHARD_SIZE = "1GB"
+"""A run that is cut off loses what it has done of one file."""
+
 NAMES_SHOWN = 6
 COMPANIONS = (".json", ".txt", ".model", ".jinja")
 """Tokenizers, processors, pooling and prompts: copied beside the quantized weights."""
 
+logger = logging.getLogger(__name__)
 
-def quantize_checkpoint(model: str | Path, out: str | Path, config: SVDQConfig) -> Footprint:
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    config: SVDQConfig,
+    *,
+    shard_size: str = SHARD_SIZE,
+    workers: int = 1,
+    restart: bool = False,
+) -> Footprint:
     """Quantize a model, given by folder or Hub name, into the folder `out`; what it weighs then.
+
+    shard_size: of a file of the output, such as "500MB"; what is done when a run is cut off is kept by file.
+    workers: processes that share the work and this process's threads.
+    restart: whether to throw away what an earlier run, cut off, has done for `out`.
 
     Raises:
         ValueError: `out` is there and not empty; the model is quantized already, has no safetensors
-            file, needs code of its own, or is refused by `from_pretrained`.
-        OSError: the disk is full, or the model is not there.
+            file, is damaged, needs code of its own, or is refused by `from_pretrained`; the disk is too
+            small; a run that was cut off had another input or other choices.
+        RuntimeError: a worker died.
+        OSError: the disk is full, the model is not there, or another run is at work for `out`.
     """
     target = Path(out).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+    check_target(out)
+    size = parse_size(shard_size)
+    if workers < 1:
+        raise ValueError(f"workers={workers}: must be 1 or more")
     source = local_folder(model)
-    model_class = _model_class(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
-        work = Path(hidden) / "model"
-        quantized = model_class.from_pretrained(
-            source, quantization_config=config, use_safetensors=True, local_files_only=True
-        )
-        quantized.save_pretrained(work)
+
+    def finish(work: Path) -> None:
         _copy_companions(source, work)
-        result = footprint(quantized)
-        (work / REPORT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        (work / REPORT_FILE).write_text(json.dumps(read_footprint(work).to_dict(), indent=1) + "\n")
         name = None if Path(model).is_dir() else str(model)
         write_card(work, base_model=name, base_card=read_text(source / README, "replace"))
         if target.exists():
             target.rmdir()  # empty, or this fails and nothing is lost
         os.rename(work, target)
-    return result
+
+    try:
+        plan = make_plan(model_class(source), source, config, size)
+    except Unstreamable as reason:
+        logger.warning("%s is quantized in memory, not streamed: %s", model, reason)
+        _in_memory(source, target, config, shard_size, reason.footprint, finish)
+    else:
+        stream(plan, unfinished_folder(out), finish, workers=workers, restart=restart)
+    return read_footprint(target)
+
+
+def _in_memory(
+    source: Path,
+    target: Path,
+    config: SVDQConfig,
+    shard_size: str,
+    weighs: Footprint | None,
+    finish: Callable[[Path], None],
+) -> None:
+    """Quantize a model as a whole. weighs: what will be written, where that is known."""
+    check_disk(target.parent, weighs.total_bytes if weighs is not None else 0)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
+        work = Path(hidden) / "model"
+        quantized = model_class(source).from_pretrained(
+            source, quantization_config=config, use_safetensors=True, local_files_only=True
+        )
+        quantized.save_pretrained(work, max_shard_size=shard_size)
+        finish(work)
+
+
+def check_target(out: str | Path) -> None:
+    """Refuse to write into a folder that holds anything.
+
+    Raises:
+        ValueError: `out` is there and not an empty folder.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+
+
+def unfinished_folder(out: str | Path) -> Path:
+    """Where the work for `out` is done until it is whole."""
+    target = Path(out).absolute()
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "500MB".
+
+    >>> parse_size("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2][0]))) if match else 0
+    if size == 0:
+        raise ValueError(f"shard size {text!r}: must be a number and KB, MB, GB or TB, such as 500MB")
+    return size
 
 
 def local_folder(model: str | Path) -> Path:
@@ -72,6 +149,8 @@ def local_folder(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     name = str(model)
+    if Path(model).is_file():
+        raise ValueError(f"{name}: is a file; name the folder of a model, with safetensors and config.json")
     if name.count("/") > 1 or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"{name}: no such folder (and not a Hub name, which is user/model)")
     told = name if "/" in name else f"{name} (no such folder is here)"
@@ -108,12 +187,17 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _model_class(source: Path) -> Any:
-    """The transformers class that the folder's config.json names."""
+def model_class(source: Path) -> Any:
+    """The transformers class that the folder's config.json names.
+
+    Raises:
+        ValueError: no config.json or no safetensors file is there, or the model is quantized already.
+    """
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
     if not any(source.glob("*.safetensors")):
-        raise ValueError(f"{source}: no *.safetensors file is there; pickled weights are not read")
+        kind = "GGUF files" if any(source.glob("*.gguf")) else "pickled weights"
+        raise ValueError(f"{source}: no *.safetensors file is there; {kind} are not read")
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -128,9 +212,9 @@ def _model_class(source: Path) -> Any:
 
 def _empty_model(source: Path) -> Any:
     """The model of a folder, on the meta device."""
-    model_class = _model_class(source)
+    kind = model_class(source)
     config = AutoConfig.from_pretrained(source, local_files_only=True)
-    build = model_class.from_config if model_class is AutoModel else model_class
+    build = kind.from_config if kind is AutoModel else kind
     with torch.device("meta"):
         return build(config)
 

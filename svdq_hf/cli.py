@@ -1,6 +1,6 @@
 """The command `svdq`: quantize, inspect, evaluate, push, demo. It parses, calls, and prints; nothing else.
 
-Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.
+Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -11,19 +11,19 @@ import time
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
 from svdq_hf import __version__
-from svdq_hf.checkpoint import check_names, folder_bytes, local_folder, quantize_checkpoint
+from svdq_hf.checkpoint import SHARD_SIZE, check_names, folder_bytes, local_folder, quantize_checkpoint
 from svdq_hf.config import SVDQConfig
 from svdq_hf.demo import SENTENCES, DemoResult, default_model, run_demo
+from svdq_hf.estimate import estimate
 from svdq_hf.evaluation import command as command_line
-from svdq_hf.footprint import Footprint, dense_bytes, read_footprint
+from svdq_hf.footprint import read_footprint
 from svdq_hf.hub import push_folder
+from svdq_hf.tables import console, estimate_table, layer_table, totals_table
 
 MEGABYTE = 10**6
 
@@ -31,17 +31,22 @@ MEGABYTE = 10**6
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    if options.json or not sys.stderr.isatty():
+    follows = os.environ.get("RANK", "0") != "0"  # of `accelerate launch`: the first process speaks
+    options.quiet = options.json or follows
+    if options.quiet or not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     try:
         result: dict[str, object] = options.run(options)
+    except KeyboardInterrupt:
+        print(f"svdq {options.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
         extra = isinstance(error, ModuleNotFoundError) and options.command == "evaluate"
         remedy = "; evaluating needs more packages: pip install 'svdq_hf[evaluate]'" if extra else ""
         print(f"svdq {options.command}: {error}{remedy}", file=sys.stderr)
         return 1
     try:
-        if options.json:
+        if options.json and not follows:
             print(json.dumps(result, indent=1))
         sys.stdout.flush()
     except BrokenPipeError:  # of `svdq ... | head`; the null device takes what is left when Python ends
@@ -60,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", help="a folder, or the Hub's user/model")
     quantize.add_argument("out", help="folder to write; must not be there, or be empty")
     _add_config(quantize)
+    _add_work(quantize)
     quantize.set_defaults(run=_quantize)
     inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     inspect.add_argument("folder")
@@ -114,6 +120,19 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     add("--skip", action="append", default=missing, dest="modules_to_not_convert", help=help_skip)
 
 
+def _add_work(command: argparse.ArgumentParser) -> None:
+    """How the work is done; none of it changes the result."""
+    group = command.add_argument_group("work", "a run that is cut off is just run again, and goes on")
+    help_size = f"of a file of the output, such as 500MB; what is done is kept by file ({SHARD_SIZE})"
+    group.add_argument("--shard-size", default=SHARD_SIZE, metavar="SIZE", help=help_size)
+    help_workers = "processes that share the work, its threads, and need its memory each (1)"
+    group.add_argument("--workers", type=int, default=1, metavar="N", help=help_workers)
+    help_restart = "throw away what an earlier run, cut off, has done"
+    group.add_argument("--restart", action="store_true", help=help_restart)
+    help_dry = "only tell sizes, bits, and about how much time, memory and disk it takes"
+    group.add_argument("--dry-run", action="store_true", help=help_dry)
+
+
 def _config(options: argparse.Namespace) -> SVDQConfig:
     names = [name for name in SVDQConfig.__init__.__annotations__ if hasattr(options, name)]
     start = getattr(SVDQConfig, options.preset) if options.preset else SVDQConfig
@@ -129,13 +148,16 @@ def _quantize(options: argparse.Namespace) -> dict[str, object]:
     config, started = _config(options), time.perf_counter()
     source = local_folder(options.model)
     check_names(source, config)
+    if options.dry_run:
+        return _estimate(options, config)
     before = folder_bytes(source)
-    result = quantize_checkpoint(options.model, options.out, config)
+    work = {"shard_size": options.shard_size, "workers": options.workers, "restart": options.restart}
+    result = quantize_checkpoint(options.model, options.out, config, **work)
     seconds, after = time.perf_counter() - started, folder_bytes(options.out)
-    if not options.json:
-        console = _console()
-        console.print(_totals(result))
-        console.print(
+    if not options.quiet:
+        screen = console()
+        screen.print(totals_table(result))
+        screen.print(
             f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
             f"see its layers with: svdq inspect {options.out}",
             markup=False,
@@ -143,12 +165,23 @@ def _quantize(options: argparse.Namespace) -> dict[str, object]:
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
 
 
+def _estimate(options: argparse.Namespace, config: SVDQConfig) -> dict[str, object]:
+    work = {"shard_size": options.shard_size, "workers": options.workers}
+    result = estimate(options.model, options.out, config, **work)
+    if not options.quiet:
+        screen = console()
+        if result.footprint is not None:
+            screen.print(layer_table(result.footprint))
+        screen.print(estimate_table(result))
+    return result.to_dict()
+
+
 def _inspect(options: argparse.Namespace) -> dict[str, object]:
     result = read_footprint(options.folder)
     if not options.json:
-        console = _console()
-        console.print(_layers(result))
-        console.print(_totals(result))
+        screen = console()
+        screen.print(layer_table(result))
+        screen.print(totals_table(result))
     return result.to_dict()
 
 
@@ -168,7 +201,7 @@ def _push(options: argparse.Namespace) -> dict[str, object]:
 def _evaluate(options: argparse.Namespace) -> dict[str, object]:
     result = command_line.run(options)
     if not options.json:
-        _console().print(
+        console().print(
             f"{result['cells']} cells in {result['seconds']:.0f} s; read {options.out}/report.html"
         )
     return result
@@ -179,9 +212,9 @@ def _demo(options: argparse.Namespace) -> dict[str, object]:
     check_names(default_model(), config)
     result = run_demo(config, options.out)
     if not options.json:
-        console = _console()
-        console.print(_sentences(result))
-        console.print(
+        screen = console()
+        screen.print(_sentences(result))
+        screen.print(
             f"embeddings, cosine to FP32: {result.embedding_cosine:.4f}; "
             f"reloaded model equal bit for bit: {'yes' if result.reload_equal else 'NO'}\n"
             f"{result.bytes_fp32 / MEGABYTE:.1f} MB -> {result.bytes_svdq / MEGABYTE:.1f} MB "
@@ -191,47 +224,6 @@ def _demo(options: argparse.Namespace) -> dict[str, object]:
     if not result.reload_equal:
         raise RuntimeError("the reloaded model differs from the saved one")
     return result.to_dict()
-
-
-def _console() -> Console:
-    """A terminal as wide as it is; 120 columns in a pipe or a file, so that no name is folded."""
-    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=not sys.stdout.isatty())
-
-
-def _layers(result: Footprint) -> Table:
-    facts = list(dict.fromkeys(fact for layer in result.layers for fact in layer.facts))
-    table = Table(title="quantized layers", box=SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    for title in ("out x in", "k", "bits/weight", *(fact.replace("_", " ") for fact in facts)):
-        table.add_column(_plain(title), justify="right")
-    for layer in result.layers:
-        measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
-        shape = " x ".join(map(str, layer.shape))
-        table.add_row(_plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
-    return table
-
-
-def _plain(text: str) -> Text:
-    """A stranger's text as it is: no markup, and nothing that a terminal obeys."""
-    return Text("".join(character if character.isprintable() else "?" for character in text))
-
-
-def _totals(result: Footprint) -> Table:
-    table = Table(title="totals", box=SIMPLE_HEAD, show_header=False)
-    errors = [layer.facts["relative_error"] for layer in result.layers if "relative_error" in layer.facts]
-    rows = {
-        "quantized layers": str(len(result.layers)),
-        "weights in them": f"{result.weights:,}",
-        "bits per weight": f"{result.bits_per_weight:.3f}",
-        "kept in FP32": f"{result.salient_share:.3%}",
-        "their bytes": f"{result.quantized_bytes:,} (in FP32 {dense_bytes(result.layers):,})",
-        "dense bytes": f"{result.dense_bytes:,}",
-    }
-    if errors:
-        rows["relative error"] = f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
-    for row in rows.items():
-        table.add_row(*row)
-    return table
 
 
 def _sentences(result: DemoResult) -> Table:

@@ -36,11 +36,12 @@ from svdq_hf.packed import packed_weights
 from svdq_hf.weight import check_source_dtype
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+"""Of the names that safetensors has for dtypes."""
 
 
 class Entry(NamedTuple):
@@ -65,17 +66,17 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], files: Iterable[str | Path]
+    model: PreTrainedModel, weights: Iterable[Stored], files: Iterable[str | Path]
 ) -> Checkpoint:
-    """Read the headers of safetensors `files` for a dense `model` whose `layers` may be quantized in them."""
+    """Read the headers of safetensors `files` for a `model` whose `weights` may be quantized in them."""
     files = [file for file in files if str(file).endswith(".safetensors")]
-    rename = _Renaming(model, layers)
+    rename = _Renaming(model, weights)
     result = Checkpoint()
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dict
                 part = opened.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
                 targets, whole = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
                 entry = Entry(name, tuple(part.get_shape()), dtype, whole)
                 result.entries |= dict.fromkeys(targets, entry)
@@ -92,15 +93,14 @@ def read_checkpoint(
 class _Renaming:
     """A file's name of a tensor -> the model's names of what it becomes, as the loader does it."""
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, weights: Iterable[Stored]) -> None:
         conversions = copy.deepcopy(get_model_conversion_mapping(model))  # they note their own use
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.by_source = {source: c for c in self.converters for source in c.source_patterns}
         self.prefix = model.base_model_prefix
         self.known = dict.fromkeys(model.state_dict(), True)
-        stored = [one for name, module in layers.items() for one in weights_of(name, module)]
-        self.known |= {key: True for one in stored for key in one.all_keys()}
+        self.known |= {key: True for one in weights for key in one.all_keys()}
 
     def __call__(self, name: str, *, converted: bool = True) -> tuple[list[str], bool]:
         rest, converters = (self.prefix, self.known), self.converters if converted else []

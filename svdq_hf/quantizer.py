@@ -32,6 +32,7 @@ from svdq_hf.convert import (
     replace_layers,
     restore_layers,
     svdq_layers,
+    weights_of,
 )
 from svdq_hf.decompose import Scheme, check_parts
 from svdq_hf.embedding import SVDQEmbedding
@@ -111,9 +112,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     ) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
-        checkpoint = read_checkpoint(model, linear_layers(model), checkpoint_files or [])
+        layers = linear_layers(model)
+        known = [stored for name, layer in layers.items() for stored in weights_of(name, layer)]
+        checkpoint = read_checkpoint(model, known, checkpoint_files or [])
         if self.pre_quantized and checkpoint.entries:  # what a file holds is not for names to decide
-            chosen = stored_layers(checkpoint, linear_layers(model), self.quantization_config)
+            chosen = stored_layers(checkpoint, layers, self.quantization_config)
         else:
             chosen = layers_to_convert(model, self.quantization_config)
         if not self.pre_quantized and checkpoint.entries:

@@ -12,7 +12,7 @@ from torch import Tensor
 from svdq_hf.calibration import InputStatistics
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import decompose, relative_error, stack_specs
+from svdq_hf.decompose import PartSpec, decompose, part_specs, relative_error, stack_specs
 from svdq_hf.feedback import trusted_less
 from svdq_hf.pieces import Pieces
 from svdq_hf.saliency import data_needs, score
@@ -31,10 +31,17 @@ def quantize_weight(
     Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
     the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
 
+    Of a weight on the meta device the parts have shapes and no data, and nothing is measured: so a model can
+    be planned (`streaming.plan`).
+
     Raises:
         ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
             it names the layer.
     """
+    if weight.is_meta:
+        check_source_dtype(name, weight.dtype)
+        out, in_features = weight.shape
+        return _empty(part_specs(out, in_features, config.scheme), weight.device), {}
     check_weight(name, weight)
     try:
         with torch.autocast(weight.device.type, enabled=False):  # what is stored must not depend on it
@@ -135,9 +142,9 @@ def quantize_stack(
     experts, *shape = weights.shape
     out, in_features = reversed(shape) if transposed else shape
     specs = stack_specs(experts, out, in_features, config.scheme)
-    stacks = {
-        part: torch.empty(spec.shape, dtype=spec.dtype, device=weights.device) for part, spec in specs.items()
-    }
+    stacks = _empty(specs, weights.device)
+    if weights.device.type == "meta":
+        return stacks, {}
     facts: list[dict[str, float]] = []
     sizes: list[float] = []
     for expert, weight in enumerate(weights):
@@ -148,6 +155,10 @@ def quantize_stack(
         facts.append(found)
         sizes.append(_norm(weight))
     return stacks, _together(facts, sizes)
+
+
+def _empty(specs: dict[str, PartSpec], device: torch.device) -> dict[str, Tensor]:
+    return {part: torch.empty(spec.shape, dtype=spec.dtype, device=device) for part, spec in specs.items()}
 
 
 def _norm(weight: Tensor) -> float:

@@ -105,13 +105,30 @@ def test_failure_leaves_nothing_behind(source, tmp_path):
     assert list(place.iterdir()) == []
 
 
-def test_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_target_and_keeps_what_is_done(source, tmp_path, monkeypatch, caplog):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("svdq_hf.checkpoint._copy_companions", full)
+        with pytest.raises(OSError, match="No space left"):
+            quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
+    kept = tmp_path / "place" / ".out.unfinished"
+    assert list((tmp_path / "place").iterdir()) == [kept]
+    assert f"what is done is kept in {kept}: run the same command again" in caplog.text
+    monkeypatch.setattr("svdq_hf.streaming.shard.quantize_weight", None)  # nothing is quantized again
+    quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
+    assert list((tmp_path / "place").iterdir()) == [tmp_path / "place" / "out"]
+
+
+def test_full_disk_leaves_nothing_of_a_model_quantized_in_memory(source, tmp_path, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("svdq_hf.checkpoint._copy_companions", full)
+    config = SVDQConfig(k=16, lm_head=True)  # with a bias that is tied too
     with pytest.raises(OSError, match="No space left"):
-        quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
+        quantize_checkpoint(source, tmp_path / "place" / "out", config)
     assert list((tmp_path / "place").iterdir()) == []
 
 

@@ -1,0 +1,260 @@
+"""From checkpoint to checkpoint: which tensor of the output is made of which bytes of the input?
+
+transformers says it itself: `from_pretrained` onto the meta device, where nothing is read, leaves the model
+as loading would leave it, with its names, dtypes and ties, and all refusals. Where what would be saved does
+not follow from that tensor by tensor, there is an `Unstreamable`, and the model is quantized in memory.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.convert import svdq_layers
+from svdq_hf.decompose import PartSpec
+from svdq_hf.embedding import SVDQEmbedding
+from svdq_hf.experts import svdq_experts
+from svdq_hf.footprint import Footprint, footprint
+from svdq_hf.loading import Checkpoint, read_checkpoint
+from svdq_hf.names import Stored
+from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, size_of, tensor_places
+
+
+class Unstreamable(Exception):
+    """Why a model must be quantized in memory. footprint: what it will weigh, where that is known."""
+
+    footprint: Footprint | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is made of one tensor of the input: its copy, cast where dtypes differ, or a layer's parts.
+
+    outputs: by name in files; of a layer, in the order of `parts`. layer: its name in the model, or None.
+    transposed: the input is `[in, out]`.
+    """
+
+    place: Place
+    outputs: Mapping[str, PartSpec]
+    layer: str | None = None
+    parts: tuple[str, ...] = ()
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is made."""
+        return sum(map(size_of, self.outputs.values()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output. number: from 1 on."""
+
+    number: int
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def outputs(self) -> dict[str, PartSpec]:
+        """Its tensors by name."""
+        return {name: spec for unit in self.units for name, spec in unit.outputs.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def input_size(self) -> int:
+        """Bytes that are read for it."""
+        return sum(unit.place.size for unit in self.units)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on the meta device, as it will be saved, and what its files are made of."""
+
+    model: Any
+    config: SVDQConfig
+    files: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the quantized model will weigh; nothing is measured yet."""
+        return footprint(self.model)
+
+    def metadata(self, facts: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+        """What each file's header says, given what was measured of each layer."""
+        for name, layer in svdq_layers(self.model):
+            layer.facts = dict(facts[name])
+        _, metadata = self.model.hf_quantizer.get_state_dict_and_metadata(self.model)
+        return {"format": "pt", **metadata}
+
+    def write_config(self, folder: Path) -> None:
+        """Write config.json, generation_config.json and the index, as `save_pretrained` does."""
+        model = self.model
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if len(self.shards) > 1:
+            weights = {name: shard.file for shard in self.shards for name in shard.outputs}
+            metadata = {"total_parameters": model.num_parameters(), "total_size": self.size}
+            index = {"metadata": metadata, "weight_map": weights}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: int) -> Plan:
+    """How the model in the folder `source` becomes a quantized one, in files of about `shard_size` bytes.
+
+    Raises:
+        Unstreamable: it must be quantized in memory.
+        ValueError: it cannot be quantized at all: see `tensor_places` and `from_pretrained`.
+    """
+    _check_usual(model_class, source, config)
+    places = tensor_places(source)
+    files = tuple(sorted({place.file for place in places.values()}))
+    try:
+        model = model_class.from_pretrained(
+            source,
+            quantization_config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            device_map={"": "meta"},
+        )
+    except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
+        raise Unstreamable(f"it cannot be planned ({error})") from error
+    if any(svdq_experts(model)):
+        raise Unstreamable("it has fused experts")
+    layers = [Stored(name, layer.shape) for name, layer in svdq_layers(model)]
+    readers = [Stored(name, ()) for name in _readers(model)]
+    checkpoint = read_checkpoint(model, [*layers, *readers], files)
+    try:
+        units = _units(model, checkpoint, places)
+    except Unstreamable as error:
+        error.footprint = footprint(model)
+        raise
+    config = model.hf_quantizer.quantization_config  # with what loading has found out
+    return Plan(model, config, files, _shards(units, shard_size))
+
+
+def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
+    """What is not streamed whatever the files hold."""
+    if config.data_needs:
+        raise config.no_data()
+    model_config = model_class.config_class if hasattr(model_class, "config_class") else None
+    if any((source / name).is_file() for name in getattr(model_config, "extra_files", ())):
+        raise Unstreamable("it has weights in files of names of their own")
+    if "transformers_weights" in json.loads((source / "config.json").read_text()):
+        raise Unstreamable("its config.json names a file of weights of its own")
+
+
+def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Unit]:
+    """What is to be made, in the order of the model.
+
+    Raises:
+        Unstreamable: a tensor that would be saved is not made of one tensor of the files.
+    """
+    _check_sources(model, checkpoint, places)
+    state = model.state_dict()
+    layers = dict(svdq_layers(model))
+    units: dict[str, Unit] = {}
+    for stored, name in saved_tensors(model).items():
+        owner, _, part = name.rpartition(".")
+        quantized = owner in layers and part in layers[owner].parts()
+        source = _source(model, checkpoint, f"{owner}.weight" if quantized else name)
+        entry = checkpoint.entries.get(source)
+        if entry is None or not entry.whole:
+            why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
+            raise Unstreamable(f"it has {name}, {why}")
+        place, spec = places[entry.name], PartSpec(tuple(state[name].shape), state[name].dtype)
+        if not quantized:
+            if spec.shape != place.shape:
+                raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
+            units[name] = Unit(place, {stored: spec})
+            continue
+        old = units.get(owner, Unit(place, {}, owner, (), layers[owner].transposed))
+        outputs = {**old.outputs, stored: spec}
+        units[owner] = Unit(place, outputs, owner, (*old.parts, part), old.transposed)
+    return list(units.values())
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """What `save_pretrained` writes: name in files -> name in the model, ties once.
+
+    Raises:
+        Unstreamable: it joins tensors, or this model saves in a way of its own.
+    """
+    if type(model).save_pretrained is not PreTrainedModel.save_pretrained:
+        raise Unstreamable(f"{type(model).__name__} has a save_pretrained of its own")
+    state = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    names = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, state)
+    joined = [name for name, tensor in stored.items() if id(tensor) not in names]
+    if joined or len(stored) != len(state):
+        raise Unstreamable(f"its files join or cut tensors ({joined[0] if joined else 'one is gone'})")
+    return {name: names[id(tensor)] for name, tensor in stored.items()}
+
+
+def _check_sources(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
+    used = {entry.name for entry in checkpoint.entries.values()}
+    doubled = next((name for name in places if name not in used), None)
+    if doubled is not None:
+        raise Unstreamable(f"several tensors of its files become one of the model ({doubled} is one)")
+    for one, other in (model.all_tied_weights_keys or {}).items():
+        if one in checkpoint.entries and other in checkpoint.entries:
+            raise Unstreamable(f"{one} and {other} are tied and both in the files: they must be compared")
+    for place in places.values():
+        if place.dtype not in DTYPE_NAMES.values():
+            raise Unstreamable(f"{place.name} is {place.dtype}")
+
+
+def _source(model: PreTrainedModel, checkpoint: Checkpoint, name: str) -> str:
+    """The name, of those that a tied tensor has, that the files know."""
+    if name in checkpoint.entries:
+        return name
+    state = model.state_dict(keep_vars=True)
+    same = [other for other, tensor in state.items() if tensor is state.get(name)]
+    same += [f"{reader}.weight" for reader, head in _readers(model).items() if name == f"{head}.weight"]
+    return next((other for other in same if other in checkpoint.entries), name)
+
+
+def _readers(model: PreTrainedModel) -> dict[str, str]:
+    """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
+    heads = {id(layer): name for name, layer in svdq_layers(model)}
+    modules = model.named_modules()
+    return {name: heads[id(module.head)] for name, module in modules if isinstance(module, SVDQEmbedding)}
+
+
+def _shards(units: Iterable[Unit], shard_size: int) -> tuple[Shard, ...]:
+    """Units into files of at most `shard_size` bytes, or of one unit."""
+    groups: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if not groups or size + unit.size > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.size
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    names = names if count > 1 else [WEIGHTS]
+    files = enumerate(zip(names, groups, strict=True), 1)
+    return tuple(Shard(number, name, tuple(group)) for number, (name, group) in files)

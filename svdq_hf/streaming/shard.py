@@ -1,0 +1,187 @@
+"""One file of the output: its data made and recorded, checked when a run goes on, and given its header.
+
+The header tells what quantizing measured in all layers, so it is known last: until then the data lies in a
+file of its own, beside a record of checksums. A record is there only when its data is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.loading import DTYPES
+from svdq_hf.streaming.files import (
+    PIECE,
+    as_tensor,
+    header_bytes,
+    layout,
+    read_bytes,
+    read_pieces,
+    size_of,
+)
+from svdq_hf.streaming.plan import Shard, Unit
+from svdq_hf.weight import quantize_weight
+
+Told = Callable[[int], None]
+"""Is told of bytes of the input that are done."""
+
+
+def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> None:
+    """Make the data and the record of a shard in `folder`; a kill leaves no record.
+
+    Raises:
+        ValueError: see `quantize_weight`; the file of the input has become shorter.
+    """
+    record_file(shard, folder).unlink(missing_ok=True)
+    starts = layout(shard.outputs)
+    made = hashlib.sha256()
+    inputs: list[str] = []
+    facts: dict[str, dict[str, float]] = {}
+    with open(data_file(shard, folder), "wb") as file:
+        file.truncate(shard.size)
+        for unit in shard.units:
+            read = hashlib.sha256()
+            for name, data in _outputs(unit, config, read, facts):
+                file.seek(starts[name])
+                starts[name] += data.numel()
+                file.write(data.numpy().data)
+                made.update(data.numpy().data)
+            inputs.append(read.hexdigest())
+            told(unit.place.size)
+        _sync(file)
+    record = {"made": made.hexdigest(), "inputs": inputs, "facts": facts}
+    write_atomically(record_file(shard, folder), json.dumps(record))
+
+
+def _outputs(
+    unit: Unit, config: SVDQConfig, read: Any, facts: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and bytes of what a unit becomes, piece by piece in order; fills `read` and `facts`."""
+    if unit.layer is None:
+        ((name, spec),) = unit.outputs.items()
+        for data in read_pieces(unit.place):
+            read.update(data.numpy().data)
+            yield name, as_bytes(data.view(DTYPES[unit.place.dtype]).to(spec.dtype))
+        return
+    data = read_bytes(unit.place)
+    read.update(data.numpy().data)
+    dense = as_tensor(data, unit.place)
+    parts, facts[unit.layer] = quantize_weight(
+        dense.T.contiguous() if unit.transposed else dense, config, unit.layer
+    )
+    for part, (name, spec) in zip(unit.parts, unit.outputs.items(), strict=True):
+        if (tuple(parts[part].shape), parts[part].dtype) != spec:
+            raise ValueError(f"{name}: {list(parts[part].shape)} {parts[part].dtype}, planned was {spec}")
+        yield name, as_bytes(parts[part])
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, `[size]` uint8."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def finished(shard: Shard, folder: Path, told: Told) -> bool:
+    """Whether the shard's data in `folder` is complete and what it was when it was made.
+
+    Raises:
+        ValueError: the input is no longer what it was made of.
+    """
+    record = read_record(shard, folder)
+    place = _data_of(shard, folder)
+    if record is None or place is None:
+        return False
+    for unit, digest in zip(shard.units, record["inputs"], strict=True):
+        read = hashlib.sha256()
+        for data in read_pieces(unit.place):
+            read.update(data.numpy().data)
+        if read.hexdigest() != digest:
+            raise ValueError(
+                f"{unit.place.file}: {unit.place.name} is not what it was when the first run read it; "
+                "begin anew with --restart"
+            )
+        told(unit.place.size)
+    made: str = record["made"]
+    return _digest(shard, *place) == made
+
+
+def _digest(shard: Shard, path: Path, start: int) -> str:
+    """The checksum of a shard's data, in the order in which it was made."""
+    made, starts = hashlib.sha256(), layout(shard.outputs)
+    with open(path, "rb") as file:
+        for name, spec in shard.outputs.items():
+            file.seek(start + starts[name])
+            left = size_of(spec)
+            while left and (data := file.read(min(left, PIECE))):
+                made.update(data)
+                left -= len(data)
+    return made.hexdigest()
+
+
+def _data_of(shard: Shard, folder: Path) -> tuple[Path, int] | None:
+    """The file that has the shard's data, and where it starts there."""
+    if data_file(shard, folder).exists():
+        return data_file(shard, folder), 0
+    whole = model_folder(folder) / shard.file
+    if not whole.exists():
+        return None
+    with open(whole, "rb") as file:
+        return whole, 8 + int.from_bytes(file.read(8), "little")
+
+
+def seal(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
+    """Put header and data together; a shard that is whole already stays."""
+    data, whole = data_file(shard, folder), model_folder(folder) / shard.file
+    if not data.exists():
+        return
+    partial = whole.with_suffix(".partial")
+    with open(partial, "wb") as file, open(data, "rb") as source:
+        file.write(header_bytes(shard.outputs, metadata))
+        shutil.copyfileobj(source, file, PIECE)
+        _sync(file)
+    os.replace(partial, whole)
+    data.unlink()
+
+
+def read_record(shard: Shard, folder: Path) -> dict[str, Any] | None:
+    """What was noted of a shard; None where it is not finished."""
+    try:
+        record: dict[str, Any] = json.loads(record_file(shard, folder).read_text())
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def record_file(shard: Shard, folder: Path) -> Path:
+    """Where a shard's checksums and facts are noted."""
+    return folder / f"{shard.number:05d}.json"
+
+
+def data_file(shard: Shard, folder: Path) -> Path:
+    """Where a shard's data lies without its header."""
+    return folder / f"{shard.number:05d}.data"
+
+
+def model_folder(folder: Path) -> Path:
+    """The part of an unfinished folder that will be the model."""
+    return folder / "model"
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = file.with_suffix(".partial")
+    with open(partial, "wb") as opened:
+        opened.write(text.encode())
+        _sync(opened)
+    os.replace(partial, file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
