@@ -222,7 +222,7 @@ def test_parts_that_are_not_those_of_the_plan_are_not_written(tmp_path, monkeypa
     real = svdq_hf.streaming.shard.quantize_weight
     other = SVDQConfig(k=5)
     monkeypatch.setattr(svdq_hf.streaming.shard, "quantize_weight", lambda w, _, name: real(w, other, name))
-    with pytest.raises(ValueError, match=r"salient_values: \[5\] torch.float32, planned was .*\(4,\)"):
+    with pytest.raises(ValueError, match=r"salient_columns: \[5\] torch.int32, planned was .*\(4,\)"):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", CONFIG)
 
 
