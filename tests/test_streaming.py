@@ -170,7 +170,7 @@ def memory_only(
 @pytest.mark.parametrize("build", [mixtral, dinov2, molmo2_text], ids=["mixtral", "dinov2", "molmo2"])
 def test_family_whose_files_join_tensors_is_quantized_in_memory(build, tmp_path, caplog):
     build().save_pretrained(tmp_path / "dense")
-    memory_only(tmp_path, "become one|join|cut", caplog)
+    memory_only(tmp_path, "become one|join|cut|fused experts", caplog)
 
 
 def test_head_that_is_made_new_is_quantized_in_memory(tmp_path, caplog):
