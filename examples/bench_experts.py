@@ -3,7 +3,7 @@
     python examples/bench_experts.py            # about two minutes, Markdown on standard output
 
 Share and bits are of tiny random models, and bits of the true shapes by the format's own sizes; peak memory
-is that of a Mixtral of 2 layers, 8 experts and 177 million weights, in a process of its own for each figure.
+is that of a Mixtral of 2 layers, 8 experts and 176 million weights in them, a process for each figure.
 """
 
 import json

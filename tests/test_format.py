@@ -68,8 +68,8 @@ def golden(name):
     return {part: load_file(GOLDEN)[f"{name}.{part}"] for part in PARTS}
 
 
-def test_a_version_4_gets_a_golden_file_of_its_own():
-    assert FORMAT_VERSION == 3  # test_format_2.py, test_format_3.py
+def test_a_version_5_gets_a_golden_file_of_its_own():
+    assert FORMAT_VERSION == 4  # test_format_2.py, test_format_3.py, test_format_4_experts.py
 
 
 @every_config
