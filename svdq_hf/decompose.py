@@ -20,11 +20,11 @@ from svdq_hf.grid import Grid, expand, quantize, row_blocks, scale_of
 from svdq_hf.packing import RANGES, bits_of, look_up_into, pack, packed_shape, padded_width, unpack_into
 from svdq_hf.sparse import salient_count, take_out
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest version of the stored format; a file of an older version loads for ever.
 
 1: codes are -8..7. 2: may have levels of its own, a scale for each column, and groups' scales of 8 bits.
-3: may have codes of 3 or 8 bits.
+3: may have codes of 3 or 8 bits. 4: k may differ from layer to layer, and an embedding may be packed.
 """
 
 

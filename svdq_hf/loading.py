@@ -11,12 +11,13 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,12 +27,17 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.pytorch_utils import Conv1D
 
+from svdq_hf.budget import Layer
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import shape_of, svdq_layers
-from svdq_hf.decompose import PARTS, part_specs
+from svdq_hf.decompose import PARTS, Scheme, part_specs
 from svdq_hf.footprint import stored_facts
 from svdq_hf.weight import check_source_dtype
+
+SALIENT = ".salient_rows"
+"""What every quantized layer has, and no other."""
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 _DTYPES = {
@@ -48,6 +54,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     whole: bool
+    file: str
 
 
 @dataclass
@@ -73,12 +80,12 @@ def read_checkpoint(model: PreTrainedModel, layers: Iterable[str], files: Iterab
                 part = opened.get_slice(name)
                 targets, whole = rename(name)
                 dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                entry = Entry(name, tuple(part.get_shape()), dtype, whole)
+                entry = Entry(name, tuple(part.get_shape()), dtype, whole, str(file))
                 result.entries |= dict.fromkeys(targets, entry)
                 if len(targets) > 1:
                     result.partners.append(targets)
     for name, facts in stored_facts(files).items():
-        result.facts[rename(f"{name}.salient_rows")[0][0].removesuffix(".salient_rows")] = facts
+        result.facts[rename(f"{name}{SALIENT}")[0][0].removesuffix(SALIENT)] = facts
     return result
 
 
@@ -144,8 +151,9 @@ def stored_layers(
         weight = checkpoint.entries.get(f"{name}.weight")
         packed = parts - {"weight", "bias"} or (weight is not None and weight.dtype == torch.int8)
         if packed or name in checkpoint.facts:
-            _check_layer(name, module, checkpoint, config)
-            unknown = sorted(parts - {*part_specs(*shape_of(module), config.scheme), "bias"})
+            scheme = config.of_layer(name).scheme
+            _check_layer(name, module, checkpoint, scheme)
+            unknown = sorted(parts - {*part_specs(*shape_of(module), scheme), "bias"})
             if unknown:
                 raise ValueError(f"{name}: the config knows no {unknown}. {REMEDY}")
             found[name] = module
@@ -154,8 +162,8 @@ def stored_layers(
     return found
 
 
-def _check_layer(name: str, module: nn.Module, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    for part, spec in part_specs(*shape_of(module), config.scheme).items():
+def _check_layer(name: str, module: nn.Module, checkpoint: Checkpoint, scheme: Scheme) -> None:
+    for part, spec in part_specs(*shape_of(module), scheme).items():
         entry = checkpoint.entries.get(f"{name}.{part}")
         if entry is None:
             raise ValueError(f"{name}: {part} is missing. {REMEDY}")
@@ -164,6 +172,37 @@ def _check_layer(name: str, module: nn.Module, checkpoint: Checkpoint, config: S
                 f"{name}: {part} is {list(entry.shape)} {entry.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}. {REMEDY}"
             )
+
+
+def stored_weights(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], checkpoint: Checkpoint, config: SVDQConfig
+) -> dict[str, Layer]:
+    """The weights of `modules`, each read from its file when it is asked for; none where there is no budget.
+
+    Raises:
+        ValueError: a weight is not a tensor of its own in the files.
+    """
+    found: dict[str, Layer] = {}
+    if config.target_bits is None or config.layer_k is not None:
+        return found
+    tied = [{one, other} for one, other in (model.all_tied_weights_keys or {}).items()]
+    for name, module in modules.items():
+        weight = f"{name}.weight"
+        same = {weight}.union(*(pair for pair in tied if weight in pair))
+        entry = next((checkpoint.entries[key] for key in sorted(same) if key in checkpoint.entries), None)
+        if entry is None or not entry.whole:
+            raise ValueError(
+                f"target_bits: the files have no tensor for {name} alone, so that its errors cannot be "
+                "measured before loading: load the dense model, and call quantize_model(model, config)"
+            )
+        found[name] = Layer(*shape_of(module), partial(_read, entry, isinstance(module, Conv1D)))
+    return found
+
+
+def _read(entry: Entry, transposed: bool) -> Tensor:
+    with safe_open(entry.file, framework="pt") as opened:
+        weight: Tensor = opened.get_tensor(entry.name)
+    return weight.T if transposed else weight
 
 
 def keep_own_names(model: PreTrainedModel) -> None:
@@ -195,7 +234,26 @@ def restore_names(model: PreTrainedModel) -> None:
 
 def file_names(model: PreTrainedModel) -> dict[str, str]:
     """The name in files of each quantized layer, by its name in the model."""
-    tensors = {f"{name}.salient_rows": layer.salient_rows for name, layer in svdq_layers(model)}
-    names = {id(tensor): name.removesuffix(".salient_rows") for name, tensor in tensors.items()}
+    tensors = {f"{name}{SALIENT}": layer.salient_rows for name, layer in svdq_layers(model)}
+    names = {id(tensor): name.removesuffix(SALIENT) for name, tensor in tensors.items()}
     stored = revert_weight_conversion(model, tensors)
-    return {names[id(tensor)]: name.removesuffix(".salient_rows") for name, tensor in stored.items()}
+    return {names[id(tensor)]: name.removesuffix(SALIENT) for name, tensor in stored.items()}
+
+
+def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
+    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files."""
+    if config.layer_k is None:
+        return config
+    names = {
+        entry.name.removesuffix(SALIENT): name.removesuffix(SALIENT)
+        for name, entry in checkpoint.entries.items()
+        if name.endswith(SALIENT)
+    }
+    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+
+
+def name_k(model: PreTrainedModel, config: SVDQConfig) -> None:
+    """Let `layer_k` say what the layers of `model` hold, by their names in files."""
+    if config.layer_k is not None:
+        names = file_names(model)
+        config.layer_k = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}

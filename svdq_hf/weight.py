@@ -3,6 +3,8 @@
 It knows the config, the score and the format, no modules and no models: those are in `convert`.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,10 +36,36 @@ def quantize_weight(
             it names the layer.
     """
     check_weight(name, weight)
+    with _told_of(name, weight):
+        return _quantize(weight.float().contiguous(), config.of_layer(name), inputs)
+
+
+def errors_at(
+    weight: Tensor, config: SVDQConfig, name: str, ks: Iterable[int], inputs: InputStatistics | None = None
+) -> dict[int, float]:
+    """The relative error of the layer `name` with each number of salient weights, scored once.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    check_weight(name, weight)
+    with _told_of(name, weight):
+        dense = weight.float().contiguous()
+        per_column = column_scale(dense) if config.scheme.grid.column_scale else None
+        scores, _ = _scores(dense, config, inputs, per_column)
+        return {
+            k: quantize_chosen(dense, config, *top_positions(scores, k), per_column)[1]["relative_error"]
+            for k in ks
+        }
+
+
+@contextmanager
+def _told_of(name: str, weight: Tensor) -> Iterator[None]:
+    """What is stored must not depend on autocast; and an error, a user's score's too, says of which layer."""
     try:
-        with torch.autocast(weight.device.type, enabled=False):  # what is stored must not depend on it
-            return _quantize(weight.float().contiguous(), config, inputs)
-    except Exception as error:  # whatever a user's score raises: it is told of which layer
+        with torch.autocast(weight.device.type, enabled=False):
+            yield
+    except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"could not quantize {name}: {kind}{error}") from error
 
@@ -90,13 +118,19 @@ def _choose(
     weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Rows and columns of the salient entries, and what the score measured; scores are let go at once."""
-    weight = as_scored(weight, config, per_column)
     k = salient_count(config.k, *weight.shape)
     if k == 0:
         nowhere = torch.empty(0, dtype=torch.int32, device=weight.device)
         return nowhere, nowhere, {}
-    scored = score(config.saliency, weight, score_inputs(config, weight.shape[1], inputs))
-    return *top_positions(scored.scores, k), scored.facts
+    scores, facts = _scores(weight, config, inputs, per_column)
+    return *top_positions(scores, k), facts
+
+
+def _scores(
+    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
+) -> tuple[Tensor, dict[str, float]]:
+    seen = as_scored(weight, config, per_column)
+    return score(config.saliency, seen, score_inputs(config, weight.shape[1], inputs))
 
 
 def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
