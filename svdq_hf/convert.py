@@ -263,7 +263,8 @@ def quantized_layer(
     parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name, inputs)
     layer.load_parts(parts)
     layer.bias = module.bias  # type: ignore[assignment]
-    layer.salient_values.requires_grad_(_weight(module, detach=False).requires_grad)
+    trains = _weight(module, detach=False).requires_grad and layer.salient_values.numel() > 0
+    layer.salient_values.requires_grad_(trains)
     return layer
 
 

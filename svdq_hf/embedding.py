@@ -41,6 +41,11 @@ class SVDQEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         head = self.head
+        if hasattr(head.weight, "full_tensor"):  # a DTensor, in an FSDP group of its own
+            raise ValueError(
+                "the packed matrix, whose rows are the embeddings, is sharded by itself: leave it to the "
+                "group of the module that holds it and the embedding, fully_shard(model)"
+            )
         if head.weight.device != ids.device:  # offloaded: only the head's own hook brings it back
             raise ValueError(
                 f"ids are on {ids.device} and the packed matrix, whose rows are the embeddings, on "

@@ -120,7 +120,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
+            raise ValueError(
+                "a quantized model is not sharded while it loads (distributed_config, tp_plan): a slice of a "
+                "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
+                "FSDP2 and DistributedDataParallel wrap it as it is"
+            )
         layers = linear_layers(model) | input_table(model, self.quantization_config)
         checkpoint = read_checkpoint(model, layers, checkpoint_files or [])
         config = named_k(checkpoint, self.quantization_config)
@@ -208,6 +212,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             raise ValueError(str(self.failures[0])) from self.failures[0]
         for name, layer in svdq_layers(model):
             _check_loaded(name, layer)
+            if layer.salient_values.numel() == 0 and layer.salient_values.requires_grad:
+                layer.salient_values.requires_grad_(False)  # nothing to train, and FSDP stumbles over it
         if not self.pre_quantized:
             self._quantize_loaded(model)
         keep_own_names(model)
@@ -241,6 +247,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The plain state dict, and what quantizing measured for the file's header."""
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError(
+                "the model is sharded by FSDP: gather it on all ranks, get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), load_state_dict() that into the model as "
+                "it was loaded, and save_pretrained() this one"
+            )
         name_k(model, self.quantization_config)  # config.json is written after this
         return None, file_metadata(model, file_names(model))
 

@@ -41,8 +41,8 @@ def find_table(model: nn.Module, stored: Container[str] = ()) -> Table:
     names = [name for name, module in model.named_modules() if module is table]
     tied = {}
     for name, module in model.named_modules():
-        shares = getattr(module, "weight", None) is table.weight and f"{name}.weight" not in stored
-        if module is table or not shares:
+        shares = getattr(module, "weight", None) is table.weight or _is_tied(model, name, names[0])
+        if module is table or not shares or f"{name}.weight" in stored:
             continue
         if not can_be_read(module):
             raise ValueError(
@@ -80,8 +80,18 @@ def input_table(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
 
 def is_of(model: nn.Module, head: Head | None) -> bool:
     """Whether the input embedding reads the rows of a quantized output head."""
+    if head is None:
+        return False
     table = _input_embedding(model)
-    return head is not None and any(module is table for module in head.embeddings.values())
+    names = [name for name, module in model.named_modules() if module is table]
+    return any(name in head.embeddings or _is_tied(model, name, head.name) for name in names)
+
+
+def _is_tied(model: nn.Module, one: str, other: str) -> bool:
+    """Whether transformers ties the weights of two modules; before loading, that is but names."""
+    sources = getattr(model, "all_tied_weights_keys", None) or {}
+    first, second = (sources.get(f"{name}.weight", f"{name}.weight") for name in (one, other))
+    return bool(first == second)
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

@@ -85,6 +85,8 @@ def _quantize(
 def check_weight(name: str, weight: Tensor) -> None:
     """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
     check_source_dtype(name, weight.dtype)
+    if hasattr(weight, "full_tensor"):  # a DTensor
+        raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
     if not torch.isfinite(weight).all():
