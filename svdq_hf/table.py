@@ -96,7 +96,7 @@ def _is_tied(model: nn.Module, one: str, other: str) -> bool:
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
     try:
-        return getattr(model, "get_input_embeddings", lambda: None)()  # type: ignore[no-any-return]
+        return getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # of models with several, such as CLIP
         return None
 
