@@ -202,6 +202,7 @@ def _score(choices: SVDQConfig) -> str:
     ranked = known and "rank" in score_needs(choices.saliency)
     return f"{_code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
 
+
 def _k(choices: SVDQConfig, weights: Footprint) -> str:
     """How many salient weights a layer has; of several numbers the range."""
     if choices.layer_k is None:
