@@ -239,6 +239,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Change choices, checked; returns the keys that are none."""
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
+        if "target_bits" in choices:
+            choices.setdefault("layer_k", None)  # what is there was another budget's
         self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), **choices}).__dict__
         return kwargs
 

@@ -188,6 +188,12 @@ def test_target_bits_is_a_number(bits):
         SVDQConfig(target_bits=bits)
 
 
+def test_another_budget_is_spent_anew():
+    config = SVDQConfig(target_bits=5, layer_k={"a": 1})
+    config.update(target_bits=6)
+    assert (config.target_bits, config.layer_k) == (6, None)
+
+
 @pytest.mark.parametrize("k", [-1, 2.5, "3", True, None, 2**63])
 def test_layer_k_holds_counts(k):
     with pytest.raises(ValueError, match=r"^layer_k=.*: must be the layer's name and an int"):
