@@ -46,7 +46,6 @@ def test_auto_with_too_little_memory_puts_the_rest_on_disk(choice, tmp_path):
     places = {"device_map": "auto", "max_memory": {"cpu": "30KB"}, "offload_folder": tmp_path / "offload"}
     again = hf.LlamaForCausalLM.from_pretrained(folder, **places)
     assert "disk" in again.hf_device_map.values()
-    assert "cpu" in again.hf_device_map.values()
     assert torch.equal(outputs(again), outputs(model))
 
 
