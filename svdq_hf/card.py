@@ -177,7 +177,7 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     weights, choices = read_footprint(folder), SVDQConfig.from_dict(config["quantization_config"])
     rows = {
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
-        "k, weights in FP32": f"{choices.k} per layer, {weights.salient_share:.3%} of all",
+        "k, weights in FP32": f"{_k(choices, weights)}, {weights.salient_share:.3%} of all",
         "score": _score(choices),
         "scales": _scales(choices),
         "levels": choices.levels,
@@ -202,6 +202,15 @@ def _score(choices: SVDQConfig) -> str:
     known = choices.saliency in saliency_names()
     ranked = known and "rank" in score_needs(choices.saliency)
     return f"{_code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
+
+
+def _k(choices: SVDQConfig, weights: Footprint) -> str:
+    """How many salient weights a layer has; of several numbers the range."""
+    if choices.layer_k is None:
+        return f"{choices.k} per layer"
+    ks = [layer.k for layer in weights.layers]
+    budget = "" if choices.target_bits is None else f", of {choices.target_bits} bits per weight"
+    return f"{min(ks)} to {max(ks)} per layer{budget}"
 
 
 def _data(choices: SVDQConfig) -> str:

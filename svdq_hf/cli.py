@@ -103,6 +103,8 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     add(
         "--k", type=command_line.number, default=missing, help="salient weights per layer, or a share below 1"
     )
+    help_bits = "stored bits per weight, spent layer by layer instead of k"
+    add("--target-bits", type=float, default=missing, help=help_bits)
     add("--rank", type=int, default=missing, help="rank of the principal structure")
     add("--bits", type=int, default=missing, help="of a weight that is not salient: 4, 3 or 8")
     add("--saliency", default=missing, help="score that picks them: svd, magnitude, relative, random")
@@ -113,6 +115,8 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     add("--column-scale", action=column_scale, default=missing, help="a scale for each column as well")
     add("--scale-bits", type=int, default=missing, help="of a group's scale: 8 or 16")
     add("--lm-head", action="store_true", default=missing, help="quantize the output head as well")
+    help_embeddings = "quantize the input embedding as well"
+    add("--embeddings", action="store_true", default=missing, help=help_embeddings)
     add("--seed", type=int, default=missing)
     add("--clip-sigma", type=float, default=missing, help="where sigma clips, in standard deviations")
     add("--compute-dtype", default=missing, help="float32, bfloat16 or float16")

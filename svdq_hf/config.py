@@ -3,7 +3,9 @@
 Not here: what the choices do (`saliency`, `grid`, `decompose`), registration (`quantizer`).
 """
 
+import copy
 import difflib
+import math
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ SYNTHETIC = "synthetic"
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
+_SINCE_4 = ("target_bits", "layer_k", "embeddings")
 _STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
@@ -48,6 +51,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         needs batches, or "synthetic" ones, made of no data (both: `quantize_model`).
     lm_head: whether the output head is quantized too, without error feedback; an embedding tied to it reads
         its packed rows.
+    embeddings: whether the input embedding is quantized too, row by row, in parts of its own. Where it is
+        tied to the output head, that is lm_head's to say.
+    target_bits: stored bits per weight, as `footprint` counts them, instead of `k`: spent where they lower
+        the layers' errors most.
+    layer_k: k of single layers, by name; `target_bits` ends in it. Layers that it does not name have `k`.
     modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
         everything outside the base model, layers of fewer than 8 rows. A name matches from the
         start, as a regular expression, or as a suffix.
@@ -77,6 +85,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         scale_bits: Literal[16, 8] = 8,
         error_feedback: ErrorFeedback = False,
         lm_head: bool = False,
+        embeddings: bool = False,
+        target_bits: float | None = None,
+        layer_k: dict[str, int] | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -97,12 +108,15 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.scale_bits = scale_bits
         self.error_feedback = error_feedback
         self.lm_head = lm_head
+        self.embeddings = embeddings
+        self.target_bits = target_bits
+        self.layer_k = layer_k
         names = modules_to_not_convert
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
         self._check(from_file="format_version" in stored)
-        self.format_version = max(2 if self.lm_head else 1, self.scheme.format_version)
+        self.format_version = self._oldest_version()
         if stored.get("format_version", 0) >= EXPERTS_VERSION:
             self.say_experts()
 
@@ -176,6 +190,28 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         """How one weight is stored under this config."""
         return Scheme(self.k, self._grid)
 
+    def of_layer(self, name: str) -> "SVDQConfig":
+        """The config of one layer: `k` is that layer's own.
+
+        >>> SVDQConfig(k=256, layer_k={"head": 3}).of_layer("head").k
+        3
+        """
+        if self.layer_k is None:
+            return self
+        return self.changed(k=self.layer_k.get(name, self.k), layer_k=None, target_bits=None)
+
+    def changed(self, **choices: Any) -> "SVDQConfig":
+        """A copy with other choices, which are not checked again."""
+        config = copy.copy(self)
+        config.__dict__.update(choices)
+        return config
+
+    def _oldest_version(self) -> int:
+        """The oldest version of the format that can say what these choices store."""
+        if self.embeddings or self.target_bits is not None or self.layer_k is not None:
+            return 4
+        return max(2 if self.lm_head else 1, self.scheme.format_version)
+
     @property
     def _grid(self) -> Grid:
         return Grid(
@@ -209,14 +245,18 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Change choices, checked; returns the keys that are none."""
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
+        if "target_bits" in choices:
+            choices.setdefault("layer_k", None)  # what is there was another budget's
         self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), **choices}).__dict__
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
         """All choices and the format's version, as JSON can hold them."""
         choices = super().to_dict()
-        if self.format_version == 1:  # which knows no others: that is what they mean there
-            choices = {name: value for name, value in choices.items() if name not in _SINCE_2}
+        later = [] if self.format_version >= 4 else [*_SINCE_4]  # older releases refuse keys they do not know
+        if self.format_version == 1:
+            later += _SINCE_2
+        choices = {name: value for name, value in choices.items() if name not in later}
         return {**choices, "requires": REQUIRES}
 
     def __eq__(self, other: object) -> bool:
@@ -235,6 +275,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         possible = not (self.lm_head and self._score_needs)  # no inputs are collected for the head
         allowed = f"False with saliency={self.saliency!r}: of the head's inputs no data is collected"
         _require(possible, "lm_head", self.lm_head, allowed)
+        _require(type(self.embeddings) is bool, "embeddings", self.embeddings, "true or false")
+        bits = self.target_bits
+        number = type(bits) in (int, float) and 0 < bits < math.inf  # type: ignore[operator]
+        _require(bits is None or number, "target_bits", bits, "None or a number of bits above 0")
+        self._check_layer_k()
         _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -244,6 +289,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         _require(grouped, "group_size", self.group_size, "a number of columns where error_feedback is on")
         if not from_file:  # a stored model loads where its author's own score is not known
             check_name(self.saliency)
+
+    def _check_layer_k(self) -> None:
+        given = {} if self.layer_k is None else self.layer_k
+        _require(isinstance(given, dict), "layer_k", given, "None or k by the layer's name")
+        for name, k in given.items():
+            fits = isinstance(name, str) and _is_count(k) and k < 2**63
+            _require(fits, "layer_k", {name: k}, "the layer's name and an int from 0 on")
 
 
 def _check_stored(stored: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ quantized in place (`convert_layers`), and the way back (`restore_layers`). Any 
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as hf_logging
 
+from svdq_hf.budget import Layer, spend
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
+from svdq_hf.embedding import SVDQTable
 from svdq_hf.experts import SVDQExperts, dense_experts, layout_of, stacks_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.names import Stored
-from svdq_hf.stacks import check_data, check_experts, empty_experts, quantized_experts, warn_of_unknown
+from svdq_hf.stacks import check_choices, check_experts, empty_experts, quantized_experts, warn_of_unknown
 from svdq_hf.synthetic import synthetic_batches
 from svdq_hf.weight import check_weight, quantize_weight
 
@@ -101,7 +103,7 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
             f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
     warn_of_unknown(modules)
-    check_data(chosen, config)
+    check_choices(chosen, config)
     return chosen
 
 
@@ -190,12 +192,24 @@ def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> 
 def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
     """Replace the `chosen` layers, by name, by empty ones on the meta device."""
     for name, module in chosen.items():
-        fused = layout_of(module) is not None
-        model.set_submodule(name, empty_experts(module, config) if fused else empty_layer(module, config))
+        if layout_of(module) is not None:
+            model.set_submodule(name, empty_experts(module, config))
+        else:
+            model.set_submodule(name, empty_layer(module, config.of_layer(name)))
 
 
-def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] | None = None) -> None:
+def convert_layers(
+    model: nn.Module,
+    config: SVDQConfig,
+    batches: Iterable[Any] | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+) -> SVDQConfig:
     """Quantize the layers of a model in place, one by one; each dense weight is let go at once.
+
+    others: modules that will be quantized beside them, which a budget is to be spent on too.
+
+    Returns:
+        The config, its budget spent.
 
     Raises:
         ValueError: see `quantize_weight`, `layers_to_convert` and `collect_for`; layers done by then
@@ -208,7 +222,9 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
         else:
             check_experts(name, module)
     linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
+    check_layer_k([*linear, *(others or {})], config)
     seen = collect_for(model, linear, config, batches)
+    config = _spent({**linear, **(others or {})}, config, seen)
     linear.clear()  # it would keep dense weights alive
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
@@ -218,6 +234,31 @@ def convert_layers(model: nn.Module, config: SVDQConfig, batches: Iterable[Any] 
         else:
             layer = quantized_experts(name, module, config)
         model.set_submodule(name, layer)
+    return config
+
+
+def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
+    """Refuse a k of a layer that is not there, or not quantized.
+
+    Raises:
+        ValueError: it names the layer.
+    """
+    for name in config.layer_k or {}:
+        if name not in layers:
+            raise ValueError(
+                f"layer_k names {name!r}, which is no linear layer that is quantized here; take the names "
+                "from footprint(model).layers or `svdq inspect`"
+            )
+
+
+def _spent(
+    modules: Mapping[str, nn.Module], config: SVDQConfig, seen: Mapping[str, InputStatistics]
+) -> SVDQConfig:
+    def to_spend_on(module: nn.Module) -> Layer:
+        transposed = isinstance(module, Conv1D)
+        return Layer(*shape_of(module), lambda: _weight(module).T if transposed else _weight(module))
+
+    return spend({name: to_spend_on(module) for name, module in modules.items()}, config, seen)
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -237,11 +278,12 @@ def quantized_layer(
     Raises:
         ValueError: see `quantize_weight`.
     """
-    weight, layer = _weight(module), empty_layer(module, config)
+    weight, layer = _weight(module), empty_layer(module, config.of_layer(name))
     parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name, inputs)
     layer.load_parts(parts)
     layer.bias = module.bias  # type: ignore[assignment]
-    layer.salient_values.requires_grad_(_weight(module, detach=False).requires_grad)
+    trains = _weight(module, detach=False).requires_grad and layer.salient_values.numel() > 0
+    layer.salient_values.requires_grad_(trains)
     return layer
 
 
@@ -258,7 +300,9 @@ def check_here(model: nn.Module) -> None:
 
 
 def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:
-    """The `nn.Linear` (or `Conv1D`) that an SVDQLinear stands for."""
+    """The `nn.Linear` (or `Conv1D`, or embedding) that an SVDQLinear stands for."""
+    if isinstance(layer, SVDQTable):
+        return layer.restored(nn.Parameter(layer.dequantize().to(dtype)))
     out, in_features = layer.out_features, layer.in_features
     with torch.device("meta"):
         dense: nn.Module

@@ -1,4 +1,4 @@
-"""SVDQEmbedding: the embedding of a model whose output head is quantized and shares its matrix."""
+"""Packed embeddings: SVDQTable, with parts of its own, and SVDQEmbedding, which reads another's rows."""
 
 from collections.abc import Callable
 from typing import TypeGuard
@@ -6,13 +6,13 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.decompose import PARTS
+from svdq_hf.decompose import PARTS, Scheme
 from svdq_hf.kernels import lookup as _lookup  # noqa: F401  # defines torch.ops.svdq.embedding
 from svdq_hf.linear import SVDQLinear
 
 
 class SVDQEmbedding(nn.Module):
-    """Looks rows up in a quantized output head: ids `[...]` -> `[..., in]`.
+    """Looks rows up in a quantized output head, or in another embedding's table: ids `[...]` -> `[..., in]`.
 
     It stores nothing: one matrix, one place in a file, under the head's name.
 
@@ -29,7 +29,7 @@ class SVDQEmbedding(nn.Module):
 
     @property
     def head(self) -> SVDQLinear:
-        """The output head."""
+        """The output head, or the table."""
         return self._others[0]
 
     @property
@@ -41,9 +41,14 @@ class SVDQEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         head = self.head
+        if hasattr(head.weight, "full_tensor"):  # a DTensor, in an FSDP group of its own
+            raise ValueError(
+                "the packed matrix, whose rows are the embeddings, is sharded by itself: leave it to the "
+                "group of the module that holds it and the embedding, fully_shard(model)"
+            )
         if head.weight.device != ids.device:  # offloaded: only the head's own hook brings it back
             raise ValueError(
-                f"ids are on {ids.device} and the output head, whose rows are the embeddings, on "
+                f"ids are on {ids.device} and the packed matrix, whose rows are the embeddings, on "
                 f"{head.weight.device}: keep the two on one device"
             )
         stored = [None if (part := getattr(head, name)) is None else part.detach() for name in PARTS]
@@ -66,7 +71,44 @@ class SVDQEmbedding(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rows of the output head"
+        return f"{self.num_embeddings}, {self.embedding_dim}, rows of another module"
+
+
+class SVDQTable(SVDQLinear):
+    """An embedding in parts of its own: ids `[...]` -> `[..., in]`.
+
+    Its matrix `[rows, in]` is stored as that of a linear layer is; nothing of it trains.
+
+    dense: the embedding that this one stands for; its weight is let go.
+    """
+
+    def __init__(self, dense: nn.Embedding, scheme: Scheme, device: torch.device | str | None = None) -> None:
+        super().__init__(dense.embedding_dim, dense.num_embeddings, scheme, bias=False, device=device)
+        values = self.salient_values.detach()
+        del self.salient_values
+        self.register_buffer("salient_values", values)  # a lookup has no gradient
+        self._own = (SVDQEmbedding(self, dense),)  # in a tuple: no submodule
+
+    @property
+    def reader(self) -> SVDQEmbedding:
+        """What looks the rows up."""
+        return self._own[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.reader(ids)  # type: ignore[no-any-return]
+
+    def restored(self, weight: nn.Parameter) -> nn.Embedding:
+        """The dense embedding again."""
+        return self.reader.restored(weight).train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQTable":
+        self.reader._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        k, group = self.salient_values.numel(), self.scheme.grid.group_size
+        return f"{self.out_features}, {self.in_features}, k={k}, group_size={group}"
 
 
 def can_be_read(module: nn.Module) -> TypeGuard[nn.Embedding]:

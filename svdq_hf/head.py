@@ -21,10 +21,10 @@ from svdq_hf.weight import check_weight
 
 @dataclass(frozen=True)
 class Head:
-    """An output head, by name, and the embeddings `{name: module}` that are the same matrix."""
+    """A matrix to pack, by name, and the embeddings `{name: module}` that are the same one."""
 
     name: str
-    module: nn.Linear
+    module: nn.Linear | nn.Embedding
     embeddings: dict[str, nn.Embedding]
 
 

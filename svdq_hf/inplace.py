@@ -14,8 +14,9 @@ from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import convert_layers, restore_layers
 from svdq_hf.experts import svdq_experts
 from svdq_hf.head import chosen_head, quantize_head
-from svdq_hf.loading import keep_own_names
+from svdq_hf.loading import keep_own_names, name_k
 from svdq_hf.quantizer import SVDQHfQuantizer
+from svdq_hf.table import chosen_table, quantize_table
 
 
 def quantize_model(
@@ -48,11 +49,19 @@ def quantize_model(
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
-    if config.lm_head:
-        chosen_head(model, config)  # an error before anything is changed
-    convert_layers(model, config, batches)
-    if config.lm_head:
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "the model is spread over devices by its device_map: load it without one to quantize it in "
+            "memory, or with quantization_config, which quantizes it while loading"
+        )
+    head = chosen_head(model, config) if config.lm_head else None  # errors before anything is changed
+    table = chosen_table(model, config, head)
+    others = {one.name: one.module for one in (head, table) if one is not None}
+    config = convert_layers(model, config, batches, others)
+    if head is not None:
         quantize_head(model, config)
+    if table is not None:
+        quantize_table(model, table, config)
     if any(svdq_experts(model)):
         config.say_experts()
     if isinstance(model, PreTrainedModel):
@@ -64,6 +73,7 @@ def quantize_model(
         model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
         _assign_is_quantized(model)
         keep_own_names(model)
+        name_k(model, model.hf_quantizer.quantization_config)
     return model
 
 

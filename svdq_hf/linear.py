@@ -66,7 +66,11 @@ class SVDQLinear(nn.Module):
             spec = specs[name]
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name in ("weight", "salient_values"):
-                setattr(self, name, nn.Parameter(empty, requires_grad=name == "salient_values"))
+                setattr(
+                    self,
+                    name,
+                    nn.Parameter(empty, requires_grad=name == "salient_values" and empty.numel() > 0),
+                )
             else:
                 self.register_buffer(name, empty)
         empty_bias = torch.empty(out_features, dtype=dtype, device=device)

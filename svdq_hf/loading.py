@@ -11,12 +11,13 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,14 +27,19 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.pytorch_utils import Conv1D
 
+from svdq_hf.budget import Layer
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import weights_of
+from svdq_hf.convert import shape_of, svdq_layers, weights_of
 from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import stored_facts
 from svdq_hf.names import Stored, owner, part_key
 from svdq_hf.packed import packed_weights
 from svdq_hf.weight import check_source_dtype
+
+SALIENT = ".salient_rows"
+"""What every quantized linear layer has, and no other."""
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 DTYPES = {
@@ -51,6 +57,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     whole: bool
+    file: str
 
 
 @dataclass
@@ -78,7 +85,7 @@ def read_checkpoint(
                 part = opened.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
                 targets, whole = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
-                entry = Entry(name, tuple(part.get_shape()), dtype, whole)
+                entry = Entry(name, tuple(part.get_shape()), dtype, whole, str(file))
                 result.entries |= dict.fromkeys(targets, entry)
                 if len(targets) > 1:
                     result.partners.append(targets)
@@ -173,7 +180,7 @@ def _is_packed(stored: Stored, checkpoint: Checkpoint) -> bool:
 
 
 def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    specs = stored.specs(config.scheme)
+    specs = stored.specs(config.of_layer(stored.name).scheme)
     for part, spec in specs.items():
         entry = checkpoint.entries.get(stored.key(part))
         if entry is None:
@@ -186,6 +193,37 @@ def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) ->
     unknown = sorted(_others(stored, checkpoint) - specs.keys())
     if unknown:
         raise ValueError(f"{stored.name}: the config knows no {unknown}. {REMEDY}")
+
+
+def stored_weights(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], checkpoint: Checkpoint, config: SVDQConfig
+) -> dict[str, Layer]:
+    """The weights of `modules`, each read from its file when it is asked for; none where there is no budget.
+
+    Raises:
+        ValueError: a weight is not a tensor of its own in the files.
+    """
+    found: dict[str, Layer] = {}
+    if config.target_bits is None or config.layer_k is not None:
+        return found
+    tied = [{one, other} for one, other in (model.all_tied_weights_keys or {}).items()]
+    for name, module in modules.items():
+        weight = f"{name}.weight"
+        same = {weight}.union(*(pair for pair in tied if weight in pair))
+        entry = next((checkpoint.entries[key] for key in sorted(same) if key in checkpoint.entries), None)
+        if entry is None or not entry.whole:
+            raise ValueError(
+                f"target_bits: the files have no tensor for {name} alone, so that its errors cannot be "
+                "measured before loading: load the dense model, and call quantize_model(model, config)"
+            )
+        found[name] = Layer(*shape_of(module), partial(_read, entry, isinstance(module, Conv1D)))
+    return found
+
+
+def _read(entry: Entry, transposed: bool) -> Tensor:
+    with safe_open(entry.file, framework="pt") as opened:
+        weight: Tensor = opened.get_tensor(entry.name)
+    return weight.T if transposed else weight
 
 
 def keep_own_names(model: PreTrainedModel) -> None:
@@ -243,3 +281,22 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
     names = {id(tensor): parts[key].stored.name for key, tensor in tensors.items()}
     renamed = {tensor: owner(key) for key, tensor in revert_weight_conversion(model, tensors).items()}
     return {names[id(tensor)]: found[0] for tensor, found in renamed.items() if found is not None}
+
+
+def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
+    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files."""
+    if config.layer_k is None:
+        return config
+    names = {
+        entry.name.removesuffix(SALIENT): name.removesuffix(SALIENT)
+        for name, entry in checkpoint.entries.items()
+        if name.endswith(SALIENT)
+    }
+    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+
+
+def name_k(model: PreTrainedModel, config: SVDQConfig) -> None:
+    """Let `layer_k` say what the layers of `model` hold, by their names in files."""
+    if config.layer_k is not None:
+        names = file_names(model)
+        config.layer_k = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}

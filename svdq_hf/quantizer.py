@@ -22,10 +22,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.arrival import one_by_one
+from svdq_hf.budget import spend
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.convert import (
     check_here,
+    check_layer_k,
     empty_layer,
     layers_to_convert,
     linear_layers,
@@ -35,8 +37,8 @@ from svdq_hf.convert import (
     weights_of,
 )
 from svdq_hf.decompose import Scheme, check_parts
-from svdq_hf.embedding import SVDQEmbedding
-from svdq_hf.experts import SVDQExperts, stacks_of, svdq_experts
+from svdq_hf.embedding import SVDQEmbedding, SVDQTable
+from svdq_hf.experts import SVDQExperts, layout_of, stacks_of, svdq_experts
 from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
 from svdq_hf.linear import SVDQLinear
@@ -46,13 +48,25 @@ from svdq_hf.loading import (
     check_dense,
     file_names,
     keep_own_names,
+    name_k,
+    named_k,
     read_checkpoint,
     restore_names,
     stored_layers,
+    stored_weights,
     unconverted,
 )
 from svdq_hf.names import Stored
 from svdq_hf.packed import packed_weights
+from svdq_hf.table import (
+    Table,
+    chosen_table,
+    find_table,
+    input_table,
+    is_of,
+    put_empty_table,
+    quantize_table,
+)
 from svdq_hf.weight import quantize_stack, quantize_weight
 
 
@@ -66,6 +80,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # not the caller's to change
         self.failures: list[ValueError] = []
         """Of layers that could not be quantized while loading; raised when loading ends."""
+        self.config = self.quantization_config
+        """With `layer_k` by the model's names, while it loads."""
         self.strict: Any = None
         """The model's own list of what stays in FP32, which loading adds to for a while."""
         self.partners: set[str] = set()
@@ -111,22 +127,37 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError("tensor parallelism is not supported yet: load without tp_plan")
-        layers = linear_layers(model)
+            raise ValueError(
+                "a quantized model is not sharded while it loads (distributed_config, tp_plan): a slice of a "
+                "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
+                "FSDP2 and DistributedDataParallel wrap it as it is"
+            )
+        layers = linear_layers(model) | input_table(model, self.quantization_config)
         known = [stored for name, layer in layers.items() for stored in weights_of(name, layer)]
         checkpoint = read_checkpoint(model, known, checkpoint_files or [])
+        config = named_k(checkpoint, self.quantization_config)
         if self.pre_quantized and checkpoint.entries:  # what a file holds is not for names to decide
-            chosen = stored_layers(checkpoint, layers, self.quantization_config)
+            chosen = stored_layers(checkpoint, layers, config)
         else:
-            chosen = layers_to_convert(model, self.quantization_config)
+            chosen = layers_to_convert(model, config)
         if not self.pre_quantized and checkpoint.entries:
             check_dense(checkpoint, chosen)
         head = self._head(model, checkpoint)
-        if head is not None and self.pre_quantized:
-            chosen.pop(head.name, None)
-            put_head(model, head, empty_layer(head.module, self.quantization_config))
+        table = self._table(model, checkpoint, head)
+        others = {one.name: one.module for one in (head, table) if one is not None}
+        if self.pre_quantized:
+            chosen = {name: module for name, module in chosen.items() if name not in others}
+            if head is not None:
+                put_head(model, head, empty_layer(head.module, config.of_layer(head.name)))
+            if table is not None:
+                put_empty_table(model, table, config)
+        else:
+            linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
+            check_layer_k([*linear, *others], config)
+            config = spend(stored_weights(model, {**linear, **others}, checkpoint, config), config, {})
+        self.config = config
         exact = _loaded_exactly(chosen, checkpoint)
-        replace_layers(model, chosen, self.quantization_config)
+        replace_layers(model, chosen, config)
         for stored, parts, facts in packed_weights(model):
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
             for tensor in parts.values():
@@ -142,7 +173,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             self.strict = model._keep_in_fp32_modules_strict
             model._keep_in_fp32_modules_strict = set(self.strict or ()) | {
                 f"^{re.escape(name)}$"
-                for name in (*weights, *(dense_names(model, head) if head is not None else ()))
+                for name in (
+                    *weights,
+                    *(name for one in (head, table) if one is not None for name in dense_names(model, one)),
+                )
                 if name not in exact
             }
         return model
@@ -173,6 +207,15 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             return None  # loaded for something else, with an embedding of its own
         return find_head(model, checkpoint.entries)
 
+    def _table(self, model: PreTrainedModel, checkpoint: Checkpoint, head: Head | None) -> Table | None:
+        """The input embedding, where it is quantized and not the head's."""
+        if not self.pre_quantized:
+            return chosen_table(model, self.quantization_config, head)
+        packed = input_table(model, self.quantization_config)
+        if checkpoint.entries:
+            packed = {name: m for name, m in packed.items() if f"{name}.salient_rows" in checkpoint.entries}
+        return find_table(model, checkpoint.entries) if packed and not is_of(model, head) else None
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
         return not self.pre_quantized and (
@@ -191,27 +234,51 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         for name, layer in svdq_layers(model):
             if _is_here(name, layer, list(layer.parts())):
                 _check_values(name, layer.parts(), layer.in_features, layer.scheme)
+            if layer.salient_values.numel() == 0 and layer.salient_values.requires_grad:
+                layer.salient_values.requires_grad_(False)  # nothing to train, and FSDP stumbles over it
         for name, experts in svdq_experts(model):
             if _is_here(name, experts, [*experts.parts(), *dict(experts.named_parameters(recurse=False))]):
                 _check_experts(name, experts)
-        if self.quantization_config.lm_head and not self.pre_quantized:
-            if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-                raise ValueError(
-                    "lm_head=True needs the model on one device while it is quantized: load it without "
-                    "device_map, save_pretrained() it, and load that with one"
-                )
-            quantize_head(model, self.quantization_config)  # loaded dense, and tied
-            for module in model.modules():
-                if isinstance(module, SVDQEmbedding):
-                    module.dtype = model.config.dtype
+        if not self.pre_quantized:
+            self._quantize_loaded(model)
         keep_own_names(model)
+        self.quantization_config.layer_k = self.config.layer_k
+        name_k(model, self.quantization_config)
         model.add_model_tags(tags(self.quantization_config.bits))  # for the card that push_to_hub writes
         return model
+
+    def _quantize_loaded(self, model: PreTrainedModel) -> None:
+        """Quantize the head and the input embedding, which are loaded dense, and tied."""
+        head = find_head(model) if self.config.lm_head else None
+        table = chosen_table(model, self.config, head)
+        if head is None and table is None:
+            return
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            choice = "lm_head" if head is not None else "embeddings"
+            raise ValueError(
+                f"{choice}=True needs the model on one device while it is quantized: load it without "
+                "device_map, save_pretrained() it, and load that with one"
+            )
+        if head is not None:
+            quantize_head(model, self.config)
+        if table is not None:
+            quantize_table(model, table, self.config)
+        for module in model.modules():
+            reader = module.reader if isinstance(module, SVDQTable) else module
+            if isinstance(reader, SVDQEmbedding):
+                reader.dtype = model.config.dtype
 
     # Saving and the way back.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The plain state dict, and what quantizing measured for the file's header."""
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError(
+                "the model is sharded by FSDP: gather it on all ranks, get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), load_state_dict() that into the model as "
+                "it was loaded, and save_pretrained() this one"
+            )
+        name_k(model, self.quantization_config)  # config.json is written after this
         return None, file_metadata(model, file_names(model))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -254,7 +321,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             stored, transposed = Stored(key.removesuffix(".weight"), layer.shape), layer.transposed
         else:
             stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
-        config = self.hf_quantizer.quantization_config
+        config = self.hf_quantizer.config
         try:
             _check_shape(stored, dense, transposed=transposed)
             if isinstance(layer, SVDQLinear):
@@ -266,7 +333,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
                 )
         except ValueError as error:
             self.hf_quantizer.failures.append(error)
-            specs = stored.specs(config.scheme)
+            specs = stored.specs(layer.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {stored.key(part): tensor for part, tensor in parts.items()}
 

@@ -58,9 +58,18 @@ def warn_of_unknown(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def check_data(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
-    """Say what batches cannot do for experts, of whose inputs nothing is collected."""
+def check_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
+    """Refuse or say what is not done for experts: a budget, and what batches would tell of their inputs.
+
+    Raises:
+        ValueError: it names the first experts, and the remedy.
+    """
     experts = [name for name, module in chosen.items() if layout_of(module) is not None]
+    if experts and config.target_bits is not None and config.layer_k is None:
+        raise ValueError(
+            f"target_bits={config.target_bits}: fused experts ({experts[0]}) have one k each, and no budget; "
+            "give k, or keep them dense with modules_to_not_convert=['experts']"
+        )
     if not experts or not config.data_needs:
         return
     if data_needs(config.saliency):

@@ -4,6 +4,8 @@ It knows the config, the score and the format, no modules and no models: those a
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,12 +43,38 @@ def quantize_weight(
     if weight.is_meta:
         check_source_dtype(name, weight.dtype)
         out, in_features = weight.shape
-        return _empty(part_specs(out, in_features, config.scheme), weight.device), {}
+        return _empty(part_specs(out, in_features, config.of_layer(name).scheme), weight.device), {}
     check_weight(name, weight)
+    with _told_of(name, weight):
+        return _quantize(weight.float().contiguous(), config.of_layer(name), inputs)
+
+
+def errors_at(
+    weight: Tensor, config: SVDQConfig, name: str, ks: Iterable[int], inputs: InputStatistics | None = None
+) -> dict[int, float]:
+    """The relative error of the layer `name` with each number of salient weights, scored once.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    check_weight(name, weight)
+    with _told_of(name, weight):
+        dense = weight.float().contiguous()
+        per_column = column_scale(dense) if config.scheme.grid.column_scale else None
+        scores, _ = _scores(dense, config, inputs, per_column)
+        return {
+            k: quantize_chosen(dense, config, *top_positions(scores, k), per_column)[1]["relative_error"]
+            for k in ks
+        }
+
+
+@contextmanager
+def _told_of(name: str, weight: Tensor) -> Iterator[None]:
+    """What is stored must not depend on autocast; and an error, a user's score's too, says of which layer."""
     try:
-        with torch.autocast(weight.device.type, enabled=False):  # what is stored must not depend on it
-            return _quantize(weight.float().contiguous(), config, inputs)
-    except Exception as error:  # whatever a user's score raises: it is told of which layer
+        with torch.autocast(weight.device.type, enabled=False):
+            yield
+    except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"could not quantize {name}: {kind}{error}") from error
 
@@ -66,6 +94,8 @@ def _quantize(
 def check_weight(name: str, weight: Tensor) -> None:
     """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
     check_source_dtype(name, weight.dtype)
+    if hasattr(weight, "full_tensor"):  # a DTensor
+        raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
     if not torch.isfinite(weight).all():
@@ -99,13 +129,19 @@ def _choose(
     weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Rows and columns of the salient entries, and what the score measured; scores are let go at once."""
-    weight = as_scored(weight, config, per_column)
     k = salient_count(config.k, *weight.shape)
     if k == 0:
         nowhere = torch.empty(0, dtype=torch.int32, device=weight.device)
         return nowhere, nowhere, {}
-    scored = score(config.saliency, weight, score_inputs(config, weight.shape[1], inputs))
-    return *top_positions(scored.scores, k), scored.facts
+    scores, facts = _scores(weight, config, inputs, per_column)
+    return *top_positions(scores, k), facts
+
+
+def _scores(
+    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
+) -> tuple[Tensor, dict[str, float]]:
+    seen = as_scored(weight, config, per_column)
+    return score(config.saliency, seen, score_inputs(config, weight.shape[1], inputs))
 
 
 def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:

@@ -62,6 +62,24 @@ def test_bits_are_a_choice(bits, source, tmp_path, capsys):
     assert f"{bits}-bit" in metadata_of(Path(out, "README.md").read_text())["tags"]
 
 
+def test_a_budget_and_an_embedding_are_asked_for_by_their_options(source, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    choices = ["--target-bits", "7", "--embeddings", "--saliency", "magnitude"]
+    assert main(["quantize", source, out, *choices, "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert 6.98 < totals["bits_per_weight"] <= 7
+    stored = json.loads(Path(out, "config.json").read_text())["quantization_config"]
+    assert (stored["target_bits"], stored["embeddings"]) == (7.0, True)
+    assert main(["inspect", out]) == 0
+    assert "word_embeddings" in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_range(source, tmp_path, capsys):
+    assert main(["quantize", source, str(tmp_path / "out"), "--target-bits", "3"]) == 1
+    assert "bits per weight with nothing salient" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["quantize", source, out]) == 0
@@ -84,6 +102,7 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
         (["evaluate", "--task", "rt", "--model", "./nowhere", "--out", "o"], "must be one of"),
         (["evaluate", "--task", "perplexity", "--model", "./nowhere", "--out", "o"], "needs a text file"),
         (["demo", "--k", "-3"], "k=-3: must be an int from 0 on"),
+        (["demo", "--target-bits", "0"], "target_bits=0.0: must be None or a number of bits above 0"),
         (["demo", "--saliency", "svdd"], "saliency='svdd': must be one of"),
         (["demo", "--group-size", "48"], "group_size=48: must be"),
     ],

@@ -42,6 +42,7 @@ def linear(*inputs: Any) -> Tensor:
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
 def _linear(x: Tensor, *others: Any) -> Tensor:
     *stored, bias, in_features, group = others
+    stored = as_stored(stored)
     _check(x, stored[0], in_features)
     if cpu.computes(x, stored[0], in_features, group):
         return cpu.linear(x, stored, bias, in_features, group)
@@ -51,9 +52,20 @@ def _linear(x: Tensor, *others: Any) -> Tensor:
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
 def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
     *stored, in_features, group = others
+    stored = as_stored(stored)
     if cpu.computes(gradient, stored[0], in_features, group):
         return cpu.input_gradient(gradient, stored, in_features, group)
     return reference.input_gradient(gradient, named(stored), in_features, group)
+
+
+def as_stored(stored: list[Any]) -> list[Any]:
+    """The stored arguments with FP32 salient values, which FSDP's mixed precision casts as any parameter.
+
+    Not before the op: what it saves for backward is then FSDP's own, let go of and gathered again.
+    """
+    if stored[2].dtype == torch.float32:
+        return stored
+    return [*stored[:2], stored[2].float(), *stored[3:]]
 
 
 def named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:

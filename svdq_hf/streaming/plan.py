@@ -147,7 +147,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except Unstreamable as error:
         error.footprint = footprint(model)
         raise
-    config = model.hf_quantizer.quantization_config  # with what loading has found out
+    config = model.hf_quantizer.config  # with what loading has found out, by the model's names
     return Plan(model, config, files, _shards(units, shard_size))
 
 
