@@ -248,11 +248,13 @@ def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -
         model = _empty_model(folder)
         linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
         linear |= {stored.name for name, one in model.named_modules() for stored in stacks_of(name, one)}
-        quantized = {layer.name for layer in weights.layers}
+        tables = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+        layers = [layer.name for layer in weights.layers if layer.name not in tables]
+        quantized = set(layers)
         if not quantized <= linear:  # the family's files have other names than its modules
             chosen = layers_to_convert(model, choices)
             quantized = {stored.name for name, one in chosen.items() for stored in weights_of(name, one)}
-        if len(quantized) != len(weights.layers):
+        if len(quantized) != len(layers):
             raise ValueError("its files hold other layers than its config.json says")
     except Exception as error:  # one row of a card is not worth a failure
         logger.warning("%s: the card does not name the dense layers: %s", folder, error)
