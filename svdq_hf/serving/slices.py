@@ -46,7 +46,7 @@ class Stored:
 
 def slice_rows(stored: Stored, rows: Tensor) -> Stored:
     """The matrix of these `rows` `[n]`, in their order: what a device keeps of divided outputs."""
-    return replace(stored, parts=take_rows(stored.parts, rows))
+    return replace(stored, parts=take_rows(stored.parts, rows.to(stored.parts["weight"].device)))
 
 
 def slice_columns(stored: Stored, start: int, stop: int) -> Stored:

@@ -128,6 +128,7 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Register a name for each stored tensor: empty, since a share's size is known with its content."""
         layer.svdq_widths = (input_size_per_partition, input_size)
         layer.svdq_heights = output_partition_sizes
+        layer.svdq_devices = output_size // sum(output_partition_sizes)  # that share the rows
         layer.svdq_shards = {}
         for name, spec in part_specs(sum(output_partition_sizes), input_size, self.scheme).items():
             place = nn.Parameter(torch.empty(0, dtype=spec.dtype), requires_grad=False)
@@ -195,12 +196,12 @@ def rows_of_rank(layer: Any, shard: Shard, total: int) -> Tensor:
     replicas = [1] * len(heights)
     if len(heights) == 3 and hasattr(layer, "num_kv_head_replicas"):
         replicas[1:] = [layer.num_kv_head_replicas] * 2
-    several = len(heights) > 1 or heights[0] != total  # a layer in one piece is the same on each device
+    divided = layer.svdq_devices > 1
     rows, start = [], 0
     for one in _places(layer, shard):
-        first = start + (layer.tp_rank // replicas[one] * heights[one] if several else 0)
+        first = start + (layer.tp_rank // replicas[one] * heights[one] if divided else 0)
         rows.append(torch.arange(first, first + heights[one]))
-        start += heights[one] * (layer.tp_size // replicas[one] if several else 1)
+        start += heights[one] * (layer.svdq_devices // replicas[one] if divided else 1)
     if start != total:
         raise ValueError(f"{layer.prefix} ({shard}): {total} rows, where the model's config says {start}")
     return torch.cat(rows)
@@ -211,5 +212,7 @@ def _places(layer: Any, shard: Shard) -> list[int]:
     if shard is None:
         return list(range(len(layer.svdq_heights)))
     if isinstance(shard, str):
+        if shard not in _QKV:
+            raise ValueError(f"{layer.prefix}: its part {shard!r} is none of {list(_QKV)}, which svdq serves")
         return [_QKV[shard]]
     return list(shard) if isinstance(shard, tuple) else [shard]

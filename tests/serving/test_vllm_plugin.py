@@ -7,6 +7,7 @@ same. No engine is run.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_undivided_layer_is_whole_on_each_device(plugin, checkpoint, rank):
     load(layer, folder, {name: None})
     x = torch.randn(3, 64)
     close(output(layer, x), x, dense[name])
+
+
+def test_joined_layer_that_is_not_divided_is_whole_on_each_device(plugin):
+    layer = SimpleNamespace(prefix="both", svdq_heights=[8, 4], svdq_devices=1, tp_rank=1, tp_size=2)
+    assert plugin.rows_of_rank(layer, 1, 4).tolist() == [0, 1, 2, 3]
+    assert plugin.rows_of_rank(layer, None, 12).tolist() == list(range(12))
+    assert plugin.rows_of_rank(layer, (0, 1), 12).tolist() == list(range(12))
+
+
+def test_unknown_part_of_a_joined_layer_is_refused(plugin):
+    layer = SimpleNamespace(prefix="qkv_proj", svdq_heights=[8], svdq_devices=1, tp_rank=0, tp_size=1)
+    with pytest.raises(ValueError, match="qkv_proj: its part 'index_q' is none of"):
+        plugin.rows_of_rank(layer, "index_q", 8)
 
 
 def test_layers_that_are_one_in_the_file_are_divided(plugin, tmp_path):
