@@ -71,7 +71,7 @@ def quantize_checkpoint(
     source = local_folder(model)
 
     def finish(work: Path) -> None:
-        _copy_companions(source, work)
+        copy_companions(source, work)
         (work / REPORT_FILE).write_text(json.dumps(read_footprint(work).to_dict(), indent=1) + "\n")
         name = None if Path(model).is_dir() else str(model)
         write_card(work, base_model=name, base_card=read_text(source / README, "replace"))
@@ -219,7 +219,7 @@ def _empty_model(source: Path) -> Any:
         return build(config)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     """Copy small files that are not weights, and that saving has not written itself."""
     for file in source.rglob("*"):
         place = target / file.relative_to(source)

@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, inspect, evaluate, push, demo. It parses, calls, and prints; nothing else.
+"""The command `svdq`: quantize, inspect, evaluate, export, push, demo. It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 """
@@ -21,15 +21,21 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.demo import SENTENCES, DemoResult, default_model, run_demo
 from svdq_hf.estimate import estimate
 from svdq_hf.evaluation import command as command_line
+from svdq_hf.evaluation import harness
+from svdq_hf.export import DTYPES, export_dense
 from svdq_hf.footprint import read_footprint
 from svdq_hf.hub import push_folder
 from svdq_hf.tables import console, estimate_table, layer_table, totals_table
 
 MEGABYTE = 10**6
+HARNESS = "lm-eval"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [HARNESS]:
+        return _harness(arguments[1:])
     options = _parser().parse_args(arguments)
     follows = os.environ.get("RANK", "0") != "0"  # of `accelerate launch`: the first process speaks
     options.quiet = options.json or follows
@@ -70,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     inspect.add_argument("folder")
     inspect.set_defaults(run=_inspect)
+    export = commands.add_parser("export", help="a quantized folder -> a plain checkpoint for other engines")
+    export.add_argument("folder", help="a quantized folder, or the Hub's user/model")
+    export.add_argument("out", help="folder to write; must not be there, or be empty")
+    help_to = "a Hugging Face checkpoint of dense weights; llama.cpp's converter to GGUF reads it as it is"
+    export.add_argument("--to", choices=("dense",), default="dense", help=help_to)
+    export.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
+    export.set_defaults(run=_export)
+    help_harness = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
+    commands.add_parser(HARNESS, help=help_harness)
     push = commands.add_parser("push", help="a quantized folder -> the Hub")
     push.add_argument("folder")
     push.add_argument("repo_id", metavar="user/model")
@@ -89,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command_line.add_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
-    for command in (quantize, inspect, push, demo, evaluate):
+    for command in (quantize, inspect, export, push, demo, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -187,6 +202,22 @@ def _inspect(options: argparse.Namespace) -> dict[str, object]:
         screen.print(layer_table(result))
         screen.print(totals_table(result))
     return result.to_dict()
+
+
+def _export(options: argparse.Namespace) -> dict[str, object]:
+    size = export_dense(options.folder, options.out, options.dtype)
+    if not options.json:
+        print(f"{options.out}: {size / MEGABYTE:.1f} MB, dense, {options.dtype}")
+    return {"bytes": size}
+
+
+def _harness(arguments: Sequence[str]) -> int:
+    try:
+        harness.run(arguments)
+    except ImportError as error:
+        print(f"svdq {HARNESS}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _push(options: argparse.Namespace) -> dict[str, object]:

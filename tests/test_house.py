@@ -41,7 +41,7 @@ def test_public_names_are_all_sorted_and_there():
 
 def test_map_of_the_readme_names_every_file():
     files = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py")}
-    empty = {f"{folder}/__init__.py" for folder in ("kernels", "evaluation", "streaming")}
+    empty = {f"{folder}/__init__.py" for folder in ("kernels", "evaluation", "streaming", "serving")}
     assert set(MAP) == files - empty
     assert not any((PACKAGE / file).read_text() for file in empty)
 

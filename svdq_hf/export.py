@@ -1,0 +1,97 @@
+"""A quantized folder -> a plain 16-bit checkpoint that every engine reads, llama.cpp's converter among them.
+
+The weights are those that the quantized model computes with: exporting gives back no precision, only the
+common format. Written like `quantize_checkpoint`: complete or not there at all.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from svdq_hf.checkpoint import REPORT_FILE, copy_companions, folder_bytes, local_folder
+from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.readme import README, base_metadata, merge, read_text
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+_CARD = """\
+## {dtype} weights, dequantized by svdq_hf
+
+A quantized model ({bits} bits, `svdq`), written as a plain checkpoint: nothing is needed to load it. Its
+weights are the quantized model's, rounded to {dtype}; what quantizing lost is not back.
+"""
+
+
+def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -> int:
+    """Write the quantized model in `folder`, or on the Hub, into the folder `out`, dense; returns its bytes.
+
+    Raises:
+        ValueError: the folder holds no model that svdq has quantized, `out` is there and not empty, the dtype
+            is none of `DTYPES`, or a weight is more than float16 can hold.
+    """
+    target = Path(out).absolute()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {DTYPES}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+    source = local_folder(folder)
+    config = _stored_config(source)
+    model = _model_class(config).from_pretrained(source, local_files_only=True)
+    model.dequantize(getattr(torch, dtype))
+    model.to(getattr(torch, dtype))
+    _check_finite(model, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
+        work = Path(hidden) / "model"
+        model.save_pretrained(work)
+        copy_companions(source, work)
+        (work / REPORT_FILE).unlink(missing_ok=True)
+        (work / README).write_text(_card(source, config, dtype), encoding="utf-8")
+        if target.exists():
+            target.rmdir()  # empty, or this fails and nothing is lost
+        os.rename(work, target)
+    return folder_bytes(target)
+
+
+def _stored_config(source: Path) -> dict[str, Any]:
+    """The config.json of a folder that svdq has quantized."""
+    file = source / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
+    config: dict[str, Any] = json.loads(file.read_text())
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method != QUANT_METHOD:
+        what = f"quantized by {method!r}, not by svdq" if method else "not quantized: it is dense already"
+        raise ValueError(f"{source}: the model is {what}; export takes what `svdq quantize` wrote")
+    return config
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    """The transformers class that config.json names."""
+    for name in config.get("architectures") or []:
+        candidate = getattr(transformers, name, None)
+        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
+            return candidate
+    return AutoModel
+
+
+def _check_finite(model: nn.Module, dtype: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has weights that {dtype} cannot hold; take bfloat16 or float32")
+
+
+def _card(source: Path, config: dict[str, Any], dtype: str) -> str:
+    """The exported folder's README.md; license, language and base model are the quantized model's."""
+    metadata = base_metadata(read_text(source / README, "replace"), None)
+    bits = SVDQConfig.from_dict(config["quantization_config"]).bits
+    section = _CARD.format(dtype=dtype, bits=bits)
+    return merge("", {"library_name": "transformers", **metadata}, section)
