@@ -143,7 +143,8 @@ def run(options) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = memory("VmRSS")
         model = prepared(folder if new else options.folder, options.base, options.way)
-        clock = train(model, encoded, tokenizer, options) if options.way != "none" else Clock()
+        trains = options.way != "none" and options.epochs > 0
+        clock = train(model, encoded, tokenizer, options) if trains else Clock()
         peak = memory("VmHWM") - before
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     line = {**vars(options), "peak_mb": round(peak), "trainable": trainable}
@@ -195,7 +196,7 @@ def main() -> None:
     one.add_argument("--way", choices=LEARNING_RATES, default="salient")
     one.add_argument("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl; else the Hub")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--epochs", type=float, default=1)
+    one.add_argument("--epochs", type=float, default=1, help="0: only start, score")
     one.add_argument("--learning-rate", type=float)
     one.add_argument("--steps", type=int, help="so many only, for memory and time, and no score")
     one.add_argument("--bf16", action="store_true")
