@@ -5,12 +5,16 @@
 'svdq'
 """
 
+from svdq_hf import dispatch as _dispatch
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint, LayerFootprint, footprint, read_footprint
 from svdq_hf.inplace import dequantize_model, quantize_model
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.quantizer import SVDQHfQuantizer
 from svdq_hf.saliency import Scored, register_saliency, saliency_names
+from svdq_hf.training import Trainable, mark_trainable
+
+_dispatch.install()
 
 __version__ = "0.1.0"
 
@@ -21,8 +25,10 @@ __all__ = [
     "SVDQHfQuantizer",
     "SVDQLinear",
     "Scored",
+    "Trainable",
     "dequantize_model",
     "footprint",
+    "mark_trainable",
     "quantize_model",
     "read_footprint",
     "register_saliency",
