@@ -23,6 +23,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import linear_layers, unmatched
 from svdq_hf.footprint import Footprint, footprint
 from svdq_hf.hub import explained
+from svdq_hf.inplace import quantize_model
 from svdq_hf.readme import README, read_text
 
 REPORT_FILE = "svdq_report.json"
@@ -47,9 +48,7 @@ def quantize_checkpoint(model: str | Path, out: str | Path, config: SVDQConfig) 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
         work = Path(hidden) / "model"
-        quantized = model_class.from_pretrained(
-            source, quantization_config=config, use_safetensors=True, local_files_only=True
-        )
+        quantized = _quantized(model_class, source, config)
         quantized.save_pretrained(work)
         _copy_companions(source, work)
         result = footprint(quantized)
@@ -124,6 +123,13 @@ def _model_class(source: Path) -> Any:
         if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
             return candidate
     return AutoModel
+
+
+def _quantized(model_class: Any, source: Path, config: SVDQConfig) -> Any:
+    """The quantized model; one that makes its own batches runs dense first, so it is loaded whole."""
+    choices = {} if config.synthetic else {"quantization_config": config}
+    model = model_class.from_pretrained(source, use_safetensors=True, local_files_only=True, **choices)
+    return quantize_model(model, config) if config.synthetic else model
 
 
 def _empty_model(source: Path) -> Any:
