@@ -2,6 +2,7 @@
 
     python examples/bench_quality.py OUT --model FOLDER --text FILE [--context 1024 --tokens 8192]
     python examples/bench_quality.py OUT --model FOLDER --task rte --data DIR
+    python examples/bench_quality.py OUT --model FOLDER --speech FILE --tokens 1024 --calibration 1024
     python examples/bench_quality.py OUT --table
 
 Each cell is one JSON line of OUT/quality.jsonl; finished cells are not run again, so runs into one OUT add
@@ -23,9 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 from quality_peers import BASELINE, PEERS, Packed, Peer
+from quality_speech import SpeechTask
 from quality_tasks import SAMPLE, GlueTask, Task, TextTask
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, quantize_model
@@ -255,8 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = [*PEERS, *OURS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", type=Path, help="a folder: a causal model, or with --task a classifier")
+    parser.add_argument("--model", type=Path, help="a folder: a causal model; with --task a classifier; "
+                        "with --speech a Whisper")  # fmt: skip
     parser.add_argument("--text", type=Path, help="a plain text, or .jsonl with the key text")
+    parser.add_argument("--speech", type=Path, help="a text to be read aloud, as --text")
     parser.add_argument("--task", help="a GLUE task")
     parser.add_argument("--data", help="a folder with the task's data; left out: the Hub")
     parser.add_argument("--context", type=int, default=1024)
@@ -268,8 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables")
     chosen = parser.parse_args(arguments)
     if not chosen.table:
-        if chosen.model is None or (chosen.text is None) == (chosen.task is None):
-            parser.error("give --model and either --text or --task; or --table")
+        if chosen.model is None or [chosen.text, chosen.speech, chosen.task].count(None) != 2:
+            parser.error("give --model and one of --text, --speech and --task; or --table")
         if chosen.task and task_of(chosen.task).labels == 1:
             parser.error(f"{chosen.task} is a regression: it has no KL to compare")
         bench(chosen).run(chosen.method, chosen.again)
@@ -283,6 +292,10 @@ def bench(chosen: argparse.Namespace) -> Bench:
     if chosen.task is not None:
         model = classifier(chosen.model, chosen.task)
         task = GlueTask(chosen.task, tokenizer, chosen.data, chosen.calibration)
+    elif chosen.speech is not None:
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(chosen.model, dtype=torch.float32)
+        listen = AutoFeatureExtractor.from_pretrained(chosen.model)
+        task = SpeechTask(chosen.speech, tokenizer, listen, chosen.tokens, chosen.calibration)
     else:
         model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
         task = TextTask(chosen.text, tokenizer, chosen.context, chosen.tokens, chosen.calibration)

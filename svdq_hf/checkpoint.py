@@ -26,6 +26,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import all_names, linear_layers, unmatched
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.hub import explained
+from svdq_hf.inplace import quantize_model
 from svdq_hf.readme import README, read_text
 from svdq_hf.streaming.plan import Unstreamable, make_plan
 from svdq_hf.streaming.run import check_disk, stream
@@ -102,9 +103,7 @@ def _in_memory(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
         work = Path(hidden) / "model"
-        quantized = model_class(source).from_pretrained(
-            source, quantization_config=config, use_safetensors=True, local_files_only=True
-        )
+        quantized = _quantized(model_class(source), source, config)
         quantized.save_pretrained(work, max_shard_size=shard_size)
         finish(work)
 
@@ -208,6 +207,13 @@ def model_class(source: Path) -> Any:
         if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
             return candidate
     return AutoModel
+
+
+def _quantized(kind: Any, source: Path, config: SVDQConfig) -> Any:
+    """The quantized model; one that makes its own batches runs dense first, so it is loaded whole."""
+    choices = {} if config.synthetic else {"quantization_config": config}
+    model = kind.from_pretrained(source, use_safetensors=True, local_files_only=True, **choices)
+    return quantize_model(model, config) if config.synthetic else model
 
 
 def _empty_model(source: Path) -> Any:

@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", help="a folder, or the Hub's user/model")
     quantize.add_argument("out", help="folder to write; must not be there, or be empty")
     _add_config(quantize)
+    help_feedback = (
+        "later columns make good what rounding lost; the model makes the batches, which takes minutes"
+    )
+    quantize.add_argument(
+        "--error-feedback", choices=("synthetic",), default=argparse.SUPPRESS, help=help_feedback
+    )
     _add_work(quantize)
     quantize.set_defaults(run=_quantize)
     inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")

@@ -231,12 +231,12 @@ def test_table():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--model", "m"], ["--model", "m", "--text", "t", "--task", "rte"]]
+    "arguments", [[], ["--model", "m"], ["--model", "m", "--text", "t", "--task", "rte"], ["--speech", "s"]]
 )
 def test_command_line_wants_a_model_and_one_text(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bq.main([str(tmp_path), *arguments])
-    assert "give --model and either --text or --task; or --table" in capsys.readouterr().err
+    assert "give --model and one of --text, --speech and --task; or --table" in capsys.readouterr().err
 
 
 def test_command_line_prints_the_table(bench, capsys):

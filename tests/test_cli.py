@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
@@ -11,7 +12,7 @@ from transformers import BertModel
 from transformers.utils import logging as hf_logging
 
 import svdq_hf.checkpoint
-from svdq_hf import SVDQConfig
+from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli import main
 from svdq_hf.evaluation.command import EXAMPLE
 from svdq_hf.readme import metadata_of
@@ -122,7 +123,29 @@ def test_dense_folder_is_no_quantized_folder(source, capsys):
     assert "no layer in these files is quantized by svdq" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["quantise"], ["quantize", "model"], ["demo", "--k", "many"]])
+def test_error_feedback_without_data_is_a_choice(source, tmp_path):
+    out = tmp_path / "out"
+    assert main(["quantize", source, str(out), "--k", "9", "--error-feedback", "synthetic"]) == 0
+    expected = quantize_model(BertModel.from_pretrained(source), SVDQConfig(k=9, error_feedback="synthetic"))
+    expected.save_pretrained(tmp_path / "expected")
+    parts, known = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "expected"))
+    assert parts.keys() == known.keys()
+    assert all(torch.equal(parts[name], known[name]) for name in known)
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["error_feedback"] == "synthetic"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["quantise"],
+        ["quantize", "model"],
+        ["demo", "--k", "many"],
+        ["quantize", "model", "out", "--error-feedback", "true"],
+        ["evaluate", "--task", "rte", "--model", "m", "--out", "o", "--bits", "5"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

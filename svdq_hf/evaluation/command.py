@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
     add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help="of scales: that of "
         "SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's) (default)")  # fmt: skip
+    add("--bits", nargs="+", type=int, choices=(4, 3, 8), default=[4], help="of codes, on each grid (4)")
     add("--rank", nargs="+", type=int, default=[8], help="ranks of the svd score (8)")
     add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
     add(
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from datasets import disable_progress_bars
 
     from svdq_hf.evaluation.grid import GridRun
-    from svdq_hf.evaluation.plan import Plan
+    from svdq_hf.evaluation.plan import Plan, with_bits
     from svdq_hf.evaluation.report import write_report
 
     folders = _folders(options)
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     plan = Plan(
         ks=options.k,
         methods=options.saliency,
-        grids=[GRID_NAMES[grid] for grid in options.grid],
+        grids=[with_bits(GRID_NAMES[grid], bits) for bits in options.bits for grid in options.grid],
         seeds=options.seeds,
         ranks=options.rank,
     )

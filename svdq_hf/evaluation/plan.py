@@ -17,7 +17,23 @@ GRIDS: dict[str, dict[str, Any]] = {
     OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
     "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
 }
-"""Grids of scales by name: that of SVDQConfig(), that of format version 1, and the paper's."""
+"""Grids of scales by name, of 4 bits: that of SVDQConfig(), that of format version 1, and the paper's."""
+
+MORE_BITS = (3, 8)
+
+
+def with_bits(grid: str, bits: int) -> str:
+    """A grid's name where codes have so many bits.
+
+    >>> with_bits("default", 3), with_bits("default", 4)
+    ('default, 3 bits', 'default')
+    """
+    return grid if bits == 4 else f"{grid}, {bits} bits"
+
+
+GRIDS |= {
+    with_bits(grid, bits): {**choices, "bits": bits} for grid, choices in GRIDS.items() for bits in MORE_BITS
+}
 
 BASELINES = ("fp32", "none")
 

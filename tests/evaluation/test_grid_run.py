@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import BertModel
 
-from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
+from svdq_hf import SVDQConfig, SVDQLinear, footprint, quantize_model
 from svdq_hf.evaluation import grid as grid_module
 from svdq_hf.evaluation.grid import CELLS, OVERLAPS, GridRun, append, finished, overlap
-from svdq_hf.evaluation.plan import GRIDS, OURS, Key, Plan
+from svdq_hf.evaluation.plan import GRIDS, OURS, Key, Plan, with_bits
 
 PLAN = Plan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
@@ -202,6 +202,18 @@ def test_cells_of_other_models_do_not_count(tmp_path):
 def test_plan_refuses_what_cannot_be_run(choices, message):
     with pytest.raises(ValueError, match=message):
         Plan(**choices)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_grids_of_other_bits(bits, tmp_path):
+    grid = with_bits(OURS, bits)
+    run(tmp_path, Plan(ks=(0,), methods=("magnitude",), grids=(grid,)))
+    _, none, cell = lines(tmp_path)
+    assert (none["grid"], cell["grid"]) == (grid, grid)
+    config = Key("magnitude", grid, 0, 0, None).config
+    assert config == SVDQConfig(k=0, saliency="magnitude", **GRIDS[OURS], bits=bits)
+    assert cell["bits_per_weight"] == footprint(quantize_model(tiny.bert(), config)).bits_per_weight
+    assert (bits == 4) == (grid == OURS)
 
 
 def test_model_without_linear_layers_is_refused(tmp_path):

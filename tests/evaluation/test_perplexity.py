@@ -7,7 +7,14 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.perplexity import EVERY, causal_score, masked_score, token_ids, windows
+from svdq_hf.evaluation.perplexity import (
+    EVERY,
+    PerplexityEvaluator,
+    causal_score,
+    masked_score,
+    token_ids,
+    windows,
+)
 
 
 @pytest.fixture
@@ -50,6 +57,45 @@ def test_later_windows_see_what_comes_before(causal):
             for place in range(first, end):
                 total += float(F.cross_entropy(logits[place - start - 1], ids[place]))
     assert found.loss == pytest.approx(total / 11, rel=1e-5)
+
+
+def test_every_window_begins_with_the_first_token(causal):
+    ids = torch.randint(0, 90, (12,))
+    found = causal_score(causal, ids, context=9, stride=4, bos=5)
+    total, bos = 0.0, torch.tensor([5])
+    with torch.no_grad():
+        for start, first, end in [(0, 0, 8), (4, 8, 12)]:
+            logits = causal(input_ids=torch.cat([bos, ids[start:end]])[None]).logits[0]
+            for place in range(first, end):
+                total += float(F.cross_entropy(logits[place - start], ids[place]))
+    assert found.tokens == 12  # the text's own first token too
+    assert found.loss == pytest.approx(total / 12, rel=1e-5)
+
+
+class Tokenizer:
+    """One that makes of a text its letters' numbers."""
+
+    def __init__(self, bos_token_id):
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text, **_):
+        return {"input_ids": torch.tensor([[ord(letter) - ord("a") for letter in text]])}
+
+
+def test_evaluator_uses_the_tokenizers_first_token(causal):
+    text = "thequickbrownfoxjumpsoverthelazydog"
+    with_bos, without = (
+        PerplexityEvaluator(text, Tokenizer(bos), context=8, limit=20, calibration_tokens=8)
+        for bos in (1, None)
+    )
+    assert (with_bos.task, without.task) == ("perplexity, context 8, with bos", "perplexity, context 8")
+    assert (with_bos(causal)["n"], without(causal)["n"]) == (20, 19)
+    expected = causal_score(causal, without.ids, context=8, stride=4, bos=1)
+    assert with_bos(causal)["loss"] == expected.loss != without(causal)["loss"]
+    windows = [batch["input_ids"] for batch in with_bos.calibration()]
+    assert [window[0, 0].item() for window in windows] == [1]
+    assert [window.shape[1] for window in windows] == [8]  # the eighth letter alone would say nothing
+    assert without.calibration()[0]["input_ids"].tolist() == [without.rest.tolist()]
 
 
 def test_broken_model_is_refused(causal):
