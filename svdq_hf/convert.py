@@ -95,8 +95,8 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     for pattern in unmatched(all_names(linear), config):
         logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
-        kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
-        others = sorted(kind.__name__ for kind in kinds - {nn.Linear})
+        rest = [module for name, module in modules.items() if name not in linear]
+        others = sorted({type(module).__name__ for module in rest if isinstance(module, nn.Linear)})
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize "
             f"({len(linear)} in all, kept dense by {sorted({*skips, *asked})}"

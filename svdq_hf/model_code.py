@@ -51,8 +51,8 @@ def _answers_as_linear(module: nn.Linear) -> bool:
 
 
 def layers_read(model: nn.Module) -> list[str]:
-    """Names of the modules of `model` whose weight other code reads as a matrix, or for its dtype."""
-    names = list(dict(model.named_modules()))
+    """Names of the linear layers of `model` whose weight other code reads as a matrix, or for its dtype."""
+    names = [name for name, module in model.named_modules() if is_linear(module)]
     found = set()
     for prefix, module in model.named_modules():
         inside = f"{prefix}." if prefix else ""

@@ -8,6 +8,7 @@ import breadth
 import pytest
 import torch
 import transformers as hf
+from tiny_configs import tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -134,6 +135,15 @@ def test_a_model_that_reads_weights_is_quantized_but_for_those():
     assert quantized == {"plain", "twice", "guarded", "placed"}
     model.train()
     assert torch.isfinite(model(torch.randn(3, 16))).all()
+
+
+def test_a_head_whose_weight_its_family_reads_is_not_quantized():
+    """Mamba casts to `lm_head.weight.dtype`: with a packed head, to integers."""
+    model = hf.MambaForCausalLM(tiny_config("mamba"))
+    with pytest.raises(
+        ValueError, match=r"MambaForCausalLM reads the weight of lm_head itself.*leave lm_head"
+    ):
+        quantize_model(model, SVDQConfig(k=8, lm_head=True))
 
 
 class Named(nn.Module):

@@ -21,6 +21,7 @@ KEPT = (
 
 SIZES: list[tuple[str, int]] = [
     (r"num_kv_shared_layers", 0),
+    (r"upsample_groups", HIDDEN),
     (r"num_\w*labels|num_labels|num_classes", 8),
     (r"\w*num_filters|n_filters", 8),
     (r"\w*vocab\w*|num_embeddings|num_embeds", VOCABULARY),
@@ -61,11 +62,12 @@ _SERIES = {"prediction_length": 8}
 _ALL_HEADS = {"num_key_value_heads": 4}
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("falcon_h1", "granitemoehybrid"), _MAMBA_HEADS),
+    "granitemoehybrid": _MAMBA_HEADS,
     "bamba": {**_MAMBA_HEADS, "attn_layer_indices": [1]},
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
     **dict.fromkeys(("glm5_next_text", "dots3_note", "dots3_note_text", "nemotron"), _ALL_HEADS),
     **dict.fromkeys(("lw_detr", "lw_detr_vit"), _WINDOWS),
+    "falcon_h1": {**_MAMBA_HEADS, "mamba_d_ssm": 2 * HIDDEN},
     "bit": {"num_groups": 4},
     "dac": {"encoder_hidden_size": 8, "decoder_hidden_size": 64},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 32},
@@ -91,15 +93,15 @@ def nested(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def _shrunk(config: PreTrainedConfig, ids: dict[int, int]) -> PreTrainedConfig:
-    values, choices = vars(config), {}
+    values, choices, aliases = vars(config), {}, config.attribute_map
     pyramid = isinstance(values.get("depths"), list | tuple)
     layers = 0 if pyramid else next((values[name] for name in _LAYERS if name in values), 0)
     for field in dataclasses.fields(config):
-        name, value = field.name, values.get(field.name)
+        name, value = field.name, values.get(aliases.get(field.name, field.name))
         if isinstance(value, PreTrainedConfig):
             choices[name] = _shrunk(value, ids)
         elif isinstance(value, list | tuple) and len(value) == layers > 2:
-            choices[name] = type(value)((value[0], value[-1]))
+            choices[name] = type(value)(_small(name, value[place], ids) for place in (0, -1))
         elif value is not None and field.default is not None and name not in _INHERITED:
             choices[name] = _small(name, value, ids)
         elif name == "head_dim":
