@@ -206,10 +206,13 @@ def as_text(found: dict[str, Outcome]) -> str:
     reasons = defaultdict(list)
     for name, one in sorted(found.items()):
         if one.result != PASSES:
-            reasons[one.result].append(name)
+            reasons[one.result.partition(":")[0]].append(name)
     failing = [
         f"| {reason} | {len(names)} | {', '.join(names)} |" for reason, names in sorted(reasons.items())
     ]
+    left = sorted(set(MODEL_TYPES) - set(found))
+    if left:
+        failing.append(f"| not walked yet | {len(left)} | {', '.join(left)} |")
     table = ["| as | pass | of them run |", "|---|---|---|", *rows, total]
     others = ["| not walked | | model types |", "|---|---|---|", *failing]
     lists = [
