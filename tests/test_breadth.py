@@ -32,7 +32,6 @@ def test_a_model_type_fares_as_written_down(model_type):
 
 
 @same_release
-@pytest.mark.xfail(reason="not all are walked yet: `python tests/breadth.py`; then this mark goes")
 def test_every_model_type_is_written_down():
     assert sorted(FOUND) == sorted(breadth.MODEL_TYPES)
 
