@@ -21,6 +21,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.embedding import SVDQTable
 from svdq_hf.experts import SVDQExperts, dense_experts, layout_of, stacks_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.model_code import is_linear, layers_read
 from svdq_hf.names import Stored
 from svdq_hf.stacks import check_choices, check_experts, empty_experts, quantized_experts, warn_of_unknown
 from svdq_hf.synthetic import synthetic_batches
@@ -62,7 +63,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) or layout_of(module) is not None
+        if is_linear(module) or layout_of(module) is not None
     }
 
 
@@ -83,23 +84,24 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     if modules.keys() == {""}:
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
     asked = kept_dense(config)
-    skips = default_skips(model) + asked
+    skips = default_skips(model)
     linear = linear_layers(model)
     chosen = {
         name: module
         for name, module in linear.items()
-        if all(should_convert_module(one, skips) for one in all_names({name: module}))
+        if all(should_convert_module(one, asked) for one in all_names({name: module}))
+        and not any(_within(one, skips) for one in all_names({name: module}))
         # Experts are one thing: both matrices of theirs are quantized, or none.
         and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
     }
     for pattern in unmatched(all_names(linear), config):
         logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
-        kinds = {type(module) for module in modules.values() if isinstance(module, nn.Linear)}
-        others = sorted(kind.__name__ for kind in kinds - {nn.Linear})
+        rest = [module for name, module in modules.items() if name not in linear]
+        others = sorted({type(module).__name__ for module in rest if isinstance(module, nn.Linear)})
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize "
-            f"({len(linear)} in all, kept dense by {sorted(set(skips))}"
+            f"({len(linear)} in all, kept dense by {sorted({*skips, *asked})}"
             f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
     warn_of_unknown(modules)
@@ -139,13 +141,19 @@ def kept_dense(config: SVDQConfig) -> list[str]:
     return patterns
 
 
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of `modules`, or inside one; `proj` is not `q_proj`."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def default_skips(model: nn.Module) -> list[str]:
     """Names of modules that stay dense when a model is quantized (a file says itself what it holds).
 
     Everything outside the base model (heads), the output embeddings, tied weights, what the model
-    itself keeps in FP32, and torch's own transformer layers, which read their parts' weights.
+    itself keeps in FP32, and layers of which other code reads the weight: torch's own transformer
+    layers, and what `layers_read` finds.
     """
-    skips = _shared_weights(model)
+    skips = _shared_weights(model) + layers_read(model)
     fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
     skips += [name for name, module in model.named_modules() if isinstance(module, fused)]
     base = getattr(model, "base_model", model)

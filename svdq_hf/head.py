@@ -16,6 +16,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import dense_layer, kept_dense, quantized_layer, svdq_layers
 from svdq_hf.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.linear import SVDQLinear
+from svdq_hf.model_code import layers_read
 from svdq_hf.weight import check_weight
 
 
@@ -74,9 +75,15 @@ def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
     """`find_head` of a dense model, checked: nothing about it need stop the quantizing later.
 
     Raises:
-        ValueError: see `find_head`; or modules_to_not_convert matches the head, or its weight has a NaN.
+        ValueError: see `find_head`; or modules_to_not_convert matches the head, the model's own code reads
+            its weight, or that has a NaN.
     """
     head = find_head(model)
+    if head.name in layers_read(model):
+        raise ValueError(
+            f"lm_head=True: the code of {type(model).__name__} reads the weight of {head.name} itself, and a "
+            "packed one is no matrix; leave lm_head out"
+        )
     for name in (head.name, *head.embeddings):  # one matrix, by all its names
         if not should_convert_module(name, kept_dense(config)):
             raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {name} dense: which is it?")

@@ -231,14 +231,17 @@ def keep_own_names(model: PreTrainedModel) -> None:
 
     Where a family's files hold one tensor for several layers (a joint q, k, v), saving would join the
     packed parts as well, which only a dense weight survives. Renamings stay, but for those that would
-    part the tensors of one weight.
+    part the tensors of one weight; where that is a linear layer's, all names are the model's own.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # as transformers does
     weights = [packed.stored for packed in packed_weights(model)]
-    model._weight_conversions = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
+    kept = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
+    # Such a renaming reads `proj` as `proj.weight`: `proj.weight` under the file's other names is lost.
+    flat = [stored for stored in weights if len(stored.shape) == 2]
+    model._weight_conversions = [] if any(_tears(c, flat) for c in conversions) else kept
 
 
 def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
