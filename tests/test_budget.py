@@ -144,7 +144,7 @@ def test_a_layer_that_is_not_quantized_is_no_name_for_layer_k(tmp_path):
         lambda: hf.BertModel.from_pretrained(tmp_path, quantization_config=config),
     ):
         with pytest.raises(
-            ValueError, match=r"layer_k names 'poler\.dense', which is no layer that is quant"
+            ValueError, match=r"layer_k names 'poler\.dense', which is no linear layer that is quant"
         ):
             attempt()
 

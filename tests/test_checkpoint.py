@@ -110,7 +110,7 @@ def test_full_disk_leaves_no_target_and_keeps_what_is_done(source, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("svdq_hf.checkpoint._copy_companions", full)
+        patched.setattr("svdq_hf.checkpoint.copy_companions", full)
         with pytest.raises(OSError, match="No space left"):
             quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
     kept = tmp_path / "place" / ".out.unfinished"
@@ -125,7 +125,7 @@ def test_full_disk_leaves_nothing_of_a_model_quantized_in_memory(source, tmp_pat
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("svdq_hf.checkpoint._copy_companions", full)
+    monkeypatch.setattr("svdq_hf.checkpoint.copy_companions", full)
     config = SVDQConfig(k=16, lm_head=True)  # with a bias that is tied too
     with pytest.raises(OSError, match="No space left"):
         quantize_checkpoint(source, tmp_path / "place" / "out", config)
@@ -137,7 +137,7 @@ def test_kill_in_the_middle_leaves_no_target(source, tmp_path):
     # The child stops itself, by signal, after the weights are written and before the last rename.
     code = (
         "import os, signal, svdq_hf, svdq_hf.checkpoint as c;"
-        "c._copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "c.copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"c.quantize_checkpoint({str(source)!r}, {str(tmp_path / 'out')!r}, svdq_hf.SVDQConfig(k=16))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

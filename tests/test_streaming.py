@@ -201,11 +201,19 @@ def test_head_with_a_tied_bias_is_quantized_in_memory(tmp_path, caplog):
     memory_only(tmp_path, "which the files do not hold", caplog, SVDQConfig(k=4, lm_head=True))
 
 
-@pytest.mark.parametrize("config", [SVDQConfig.calibrated(), SVDQConfig.best(error_feedback="synthetic")])
-def test_choice_that_needs_data_is_refused_before_anything_is_written(config, tmp_path):
+def test_feedback_of_a_model_on_its_own_words_runs_in_memory(tmp_path, caplog):
+    llama().save_pretrained(tmp_path / "dense")
+    config = SVDQConfig(k=4, error_feedback="synthetic")
+    with caplog.at_level("WARNING"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", config)
+    assert "not streamed: its error feedback runs the dense model" in caplog.text
+    assert "lm_head.weight" in contents(tmp_path / "ours")[0]
+
+
+def test_choice_that_needs_data_is_refused_before_anything_is_written(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="quantize_model"):
-        quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", config)
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", SVDQConfig.calibrated())
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
 
 

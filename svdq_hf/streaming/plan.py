@@ -137,8 +137,6 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
         )
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
-    if any(svdq_experts(model)):
-        raise Unstreamable("it has fused experts")
     layers = [Stored(name, layer.shape) for name, layer in svdq_layers(model)]
     readers = [Stored(name, ()) for name in _readers(model)]
     checkpoint = read_checkpoint(model, [*layers, *readers], files)
@@ -216,6 +214,8 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
 
 def _check_sources(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
+    if any(svdq_experts(model)):
+        raise Unstreamable("it has fused experts")
     used = {entry.name for entry in checkpoint.entries.values()}
     doubled = next((name for name in places if name not in used), None)
     if doubled is not None:
