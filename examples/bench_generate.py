@@ -48,10 +48,10 @@ def _bitsandbytes() -> Any:
 
 
 def _torchao() -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque"))
+    return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=64))  # the one that runs on a CPU
 
 
 def _svdq(**choices: Any) -> Callable[[], SVDQConfig]:

@@ -30,13 +30,13 @@ def linear(
     Raises:
         ValueError: a salient position is out of range or out of order.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched() or not _is_plain(x):
         return None
     path = cpu.chosen_path(fast)
     few = x.numel() <= cpu.FEW_TOKENS * in_features
     if not few and (path < AVX512 or cpu.wants_bfloat16(x)):  # by blocks of dense rows
         return None
-    if not _PLAIN.issuperset(map(type, inputs)) or _is_watched():
+    if not _PLAIN.issuperset(map(type, inputs)):
         return None
     *stored, bias = inputs
     tokens = x if x.dtype is _FLOAT32 else x.float()

@@ -14,7 +14,7 @@ from svdq_hf.kernels import direct, native, op
 from svdq_hf.linear import SVDQLinear
 
 pytestmark = pytest.mark.skipif(
-    native.direct_call() is None, reason="no native library, or a torch of before 2.10"
+    native.direct_call() is None, reason="no native library, or no C interface of DLPack"
 )
 GRIDS = [
     {"group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8},
@@ -151,6 +151,14 @@ def test_a_part_that_is_wrong_is_never_followed(name, layer):
             continue  # it is cast, as a narrow one is
         with torch.no_grad():
             assert direct.linear(x, (*({**given, name: bad}).values(),), 129, layer.group) is None
+
+
+@pytest.mark.parametrize("grid", [{"group_size": 8}, {"group_size": 16}, {"bits": 8}, {"bits": 3}], ids=str)
+def test_what_the_library_does_not_decode_is_left_to_the_op(grid, split):
+    _, parts, scheme = split(33, 128, 9, **grid)
+    group, x = scheme.grid.columns(128), torch.randn(2, 128)
+    with torch.no_grad():
+        assert direct.linear(x, inputs_of(parts, None), 128, group) is None
 
 
 def test_storage_that_is_swapped_under_a_parameter_is_noticed(layer):

@@ -1,10 +1,15 @@
 """`compute="fast"`: activations of 16 bits, where tokens are few and the processor sums bytes."""
 
+import json
+
 import pytest
+import tiny_models as tiny
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model, set_compute
+from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PARTS, reconstruct
 from svdq_hf.kernels import cpu, native
 from svdq_hf.linear import SVDQLinear
@@ -154,3 +159,18 @@ def test_what_it_cannot_be_is_an_error():
         set_compute(nn.Linear(8, 8), "quick")
     with pytest.raises(ValueError, match="Linear has no layer that svdq_hf quantized"):
         set_compute(nn.Linear(8, 8), "fast")
+
+
+def test_a_model_that_is_quantized_while_it_loads_has_it_and_its_file_does_not(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "dense")
+    config = SVDQConfig(k=4, compute="fast")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    layers = [layer for _, layer in svdq_layers(model)]
+    assert layers
+    assert all(layer.fast for layer in layers)
+    model.save_pretrained(tmp_path / "packed")
+    assert (
+        "compute" not in json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert not any(layer.fast for _, layer in svdq_layers(again))

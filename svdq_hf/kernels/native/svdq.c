@@ -885,9 +885,10 @@ EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t
     if (layer->out * layer->in < FEW_PRODUCTS / tokens) threads = 1; /* a quotient: no overflow */
 #if defined(__x86_64__)
     if (cpu >= WITH_AVX512 && tokens > FEW_TOKENS) {
-        p.chunk = layer->out >= 4 * threads * PANELS * PANEL_ROWS ? PANELS * PANEL_ROWS
-                  : layer->out >= 4 * threads * PANEL_ROWS        ? PANEL_ROWS
-                                                                  : LANES;
+        /* many small pieces: whoever is held up leaves little to wait for */
+        p.chunk = layer->out >= 16 * threads * PANELS * PANEL_ROWS ? PANELS * PANEL_ROWS
+                  : layer->out >= 4 * threads * PANEL_ROWS         ? PANEL_ROWS
+                                                                   : LANES;
         in_parallel(work_on_panels, &p, threads);
         return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
     }
@@ -1016,8 +1017,8 @@ EXPORT int64_t svdq_call(void *parts, void *x, void *y, int64_t in, int64_t grou
                          int64_t cpu) {
     Layer layer = {.in = in, .group = group};
     Tensor from, to;
-    if (in < 1 || group < 1 || !layer_of(parts, &layer) || python.look(x, &from) || python.look(y, &to))
-        return FOREIGN;
+    if (in < 1 || group < 1 || (group % HALF && group < in)) return FOREIGN;
+    if (!layer_of(parts, &layer) || python.look(x, &from) || python.look(y, &to)) return FOREIGN;
     int64_t tokens = size_of(&from) / in;
     if (!plain(&from, FLOAT, 32) || !plain(&to, FLOAT, 32) || from.dimensions < 1 ||
         from.shape[from.dimensions - 1] != in || size_of(&to) != tokens * layer.out)
