@@ -54,8 +54,8 @@ def _linear(x: Tensor, *others: Any) -> Tensor:
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
 def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
-    *stored, in_features, group = others
-    stored = as_stored(stored)
+    *parts, in_features, group = others
+    stored = as_stored(parts)
     if cpu.computes(gradient, stored[0], in_features, group):
         return cpu.input_gradient(gradient, stored, in_features, group)
     return reference.input_gradient(gradient, named(stored), in_features, group)
