@@ -3,13 +3,14 @@
     python examples/bench_generate.py --model FOLDER          # e.g. Gemma 3 270M: a few minutes
     python examples/bench_generate.py --llama-1b              # random weights in the shape of Llama 3.2 1B
     python examples/bench_generate.py --model FOLDER --only fp32 "svdq, head" --rounds 5
+    python examples/bench_generate.py --model FOLDER --gguf FILE      # beside llama.cpp on the same model
 
 Each variant runs in a process of its own, one after the other, round after round; a figure is the median of
 the rounds, the ratio is to dense FP32. Decoding: 32 new tokens after a prompt of 32, greedy. Prefill: one
 forward pass over 512 tokens. Memory is the process's peak, loading and quantizing included: what is stored is
 in the last column. Which entries are salient does not change the time, so they are random.
 
-The peers are optional: pip install bitsandbytes torchao.
+The peers are optional: pip install bitsandbytes torchao llama-cpp-python.
 """
 
 import argparse
@@ -47,10 +48,10 @@ def _bitsandbytes() -> Any:
 
 
 def _torchao() -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque"))
+    return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=64))  # the one that runs on a CPU
 
 
 def _svdq(**choices: Any) -> Callable[[], SVDQConfig]:
@@ -63,6 +64,7 @@ VARIANTS: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
     "bf16": (torch.bfloat16, lambda: None),
     "svdq": (torch.float32, _svdq()),
     "svdq, head": (torch.float32, _svdq(lm_head=True)),
+    "svdq, head, fast": (torch.float32, _svdq(lm_head=True, compute="fast")),
     "svdq, head, bf16": (torch.bfloat16, _svdq(lm_head=True)),
     "bitsandbytes nf4, bf16": (torch.bfloat16, _bitsandbytes),
     "torchao int4, bf16": (torch.bfloat16, _torchao),
@@ -70,8 +72,43 @@ VARIANTS: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
 """Dtype of the activations, and quantization config, by name."""
 
 
+LLAMA_CPP = "llama.cpp"
+
+
+def measure_llama_cpp(file: str) -> dict[str, float]:
+    """The same of a GGUF file, by llama.cpp, whose tokens cost no Python but the sampling's."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(
+        file, n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    ids = torch.randint(10, 1000, (PREFILL,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def generate() -> None:
+        model.reset()
+        model.eval(ids[:PROMPT])
+        for _ in range(NEW - 1):
+            model.eval([model.sample(temp=0.0)])
+        model.sample(temp=0.0)
+
+    def prefill() -> None:
+        model.reset()
+        model.eval(ids)
+
+    generate()
+    return {
+        "decode": NEW / min(_seconds(generate) for _ in range(2)),
+        "prefill": PREFILL / min(_seconds(prefill) for _ in range(3)),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "stored_mb": Path(file).stat().st_size / 1e6,
+    }
+
+
 def measure(folder: str, variant: str) -> dict[str, float]:
     """Load a model as `variant` and time it, in this process."""
+    if variant == LLAMA_CPP:
+        return measure_llama_cpp(folder)
     dtype, config = VARIANTS[variant]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config())
     generator = torch.Generator().manual_seed(0)
@@ -139,9 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="folder of a dense causal language model")
     parser.add_argument("--llama-1b", action="store_true", help="random weights in the shape of Llama 3.2 1B")
+    parser.add_argument("--gguf", help="the same model as a GGUF file, for llama.cpp")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*VARIANTS, LLAMA_CPP], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.model, options.child)))
@@ -149,6 +187,7 @@ def main() -> None:
     if not (options.model or options.llama_1b):
         parser.error("which model? --model FOLDER or --llama-1b")
     variants = [BASELINE, *(variant for variant in options.only if variant != BASELINE)]
+    variants += [LLAMA_CPP] if options.gguf else []
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -156,7 +195,7 @@ def main() -> None:
         rounds: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.rounds):
             for variant in list(variants):
-                found = measured_apart(folder, variant)
+                found = measured_apart(options.gguf if variant == LLAMA_CPP else folder, variant)
                 if isinstance(found, str):
                     print(f"{variant}: not here ({found})")
                     variants.remove(variant)

@@ -9,7 +9,7 @@ so that a busy machine slows all of them alike; a figure is the median of the ro
 again and again; "DRAM" goes through as many copies of it as no cache holds, as a large model does. Before
 anything is timed every layer's answer is compared with the dense one's.
 
-The peers are optional: pip install bitsandbytes hqq torchao optimum-quanto.
+The peers are optional: pip install bitsandbytes hqq torchao optimum-quanto onnxruntime onnx.
 """
 
 import argparse
@@ -137,8 +137,10 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--threads", type=int, help="of torch and of everyone (all cores)")
     parser.add_argument("--cpu", choices=PATHS, help="the native library's path (the best)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     names = [BASELINE, *(name for name in options.only if name != BASELINE)]
     for name in list(names):
         why = CONTENDERS[name].missing()
@@ -150,7 +152,9 @@ def main() -> None:
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"path {next(key for key, value in PATHS.items() if value == path)}")  # fmt: skip
-    with patch("svdq_hf.kernels.cpu.best_path", lambda: path), torch.no_grad():
+    fast = native.fast_path() if path == best else path
+    ours = patch.multiple("svdq_hf.kernels.cpu", best_path=lambda: path, fast_path=lambda: fast)
+    with ours, torch.no_grad():
         for shape in options.shapes:
             print(table(f"{shape}, warm", bench(shape, options.tokens, names, cold=False)), flush=True)
             few = [count for count in options.tokens if count <= 8]

@@ -26,10 +26,10 @@ def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def svdq(weight: Tensor, dtype: torch.dtype, *, k: int = 256) -> Call:
+def svdq(weight: Tensor, dtype: torch.dtype, *, k: int = 256, compute: str = "exact") -> Call:
     """Ours at the default grid; which entries are kept does not change the time, so they are random."""
     model = nn.Sequential(linear(weight, F32))
-    convert_layers(model, SVDQConfig(k=k, saliency="random"))
+    convert_layers(model, SVDQConfig(k=k, saliency="random", compute=compute))
     return model[0]
 
 
@@ -69,6 +69,40 @@ def quanto(weight: Tensor, dtype: torch.dtype) -> Call:
     return model
 
 
+def onnxruntime(weight: Tensor, dtype: torch.dtype, *, accuracy: int) -> Call:
+    """MatMulNBits, 4 bits, blocks of 32, in a session of its own; accuracy: 1 sums float32, 4 int8 products.
+
+    Its threads do not spin, or they would take torch's.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+    from onnxruntime import InferenceSession, SessionOptions
+
+    out, in_features = weight.shape
+    groups = weight.reshape(out, -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 7
+    codes = ((groups / scale).round() + 8).clamp(0, 15).to(torch.uint8)
+    packed = codes[..., ::2] | codes[..., 1::2] << 4
+    stored = {"b": packed.numpy(), "s": scale.reshape(-1).numpy()}
+    node = helper.make_node(
+        "MatMulNBits", ["x", *stored], ["y"], domain="com.microsoft",
+        K=in_features, N=out, bits=4, block_size=32, accuracy_level=accuracy,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", out])],
+        [numpy_helper.from_array(part, name) for name, part in stored.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
 class Contender(NamedTuple):
     """A layer to time: the module it imports, how it is made, the dtype it is fed, its largest error."""
 
@@ -91,6 +125,7 @@ CONTENDERS: dict[str, Contender] = {
     BASELINE: Contender("torch", linear, F32, 1e-5),
     "dense bf16": Contender("torch", linear, BF16, 2e-2),
     "svdq": Contender("svdq_hf", svdq, F32),
+    "svdq fast": Contender("svdq_hf", partial(svdq, compute="fast"), F32),
     "svdq k=0": Contender("svdq_hf", partial(svdq, k=0), F32),
     "svdq k=4096": Contender("svdq_hf", partial(svdq, k=4096), F32),
     "svdq, bf16 in": Contender("svdq_hf", svdq, BF16),
@@ -103,5 +138,7 @@ CONTENDERS: dict[str, Contender] = {
     "hqq, bf16 in": Contender("hqq.core.quantize", hqq, BF16),
     "quanto qint4": Contender("optimum.quanto", quanto, F32),
     "quanto qint4, bf16 in": Contender("optimum.quanto", quanto, BF16),
+    "onnxruntime": Contender("onnxruntime", partial(onnxruntime, accuracy=1), F32),
+    "onnxruntime, int8 activations": Contender("onnxruntime", partial(onnxruntime, accuracy=4), F32),
 }
 """Who is timed, by name; `dense fp32` is what the others are divided by."""

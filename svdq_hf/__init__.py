@@ -7,6 +7,7 @@
 
 from svdq_hf import dispatch as _dispatch
 from svdq_hf.config import SVDQConfig
+from svdq_hf.convert import set_compute
 from svdq_hf.footprint import Footprint, LayerFootprint, footprint, read_footprint
 from svdq_hf.inplace import dequantize_model, quantize_model
 from svdq_hf.linear import SVDQLinear
@@ -33,4 +34,5 @@ __all__ = [
     "read_footprint",
     "register_saliency",
     "saliency_names",
+    "set_compute",
 ]

@@ -26,6 +26,7 @@ VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_b
 ErrorFeedback = bool | Literal["synthetic"]
 SYNTHETIC = "synthetic"
 
+COMPUTE = ("exact", "fast")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
 _SINCE_4 = ("target_bits", "layer_k", "embeddings")
@@ -61,6 +62,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         start, as a regular expression, or as a suffix.
     compute_dtype: dtype the layers compute in ("float32", ...); None: that of their input.
     seed: of anything random.
+    compute: "exact", or "fast": CPU kernels may round the activations of a few tokens to 16 bits. A choice of
+        who runs the model, so no file holds it; of a loaded model `set_compute` changes it.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; it names all three.
@@ -91,6 +94,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
+        compute: Literal["exact", "fast"] = "exact",
         **stored: Any,
     ) -> None:
         _check_stored(stored)
@@ -115,6 +119,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype = _dtype_name(compute_dtype)
         self.seed = seed
+        self.compute = compute
         self._check(from_file="format_version" in stored)
         self.format_version = self._oldest_version()
         if stored.get("format_version", 0) >= EXPERTS_VERSION:
@@ -247,12 +252,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
         if "target_bits" in choices:
             choices.setdefault("layer_k", None)  # what is there was another budget's
-        self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), **choices}).__dict__
+        self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), "compute": self.compute, **choices}).__dict__
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """All choices and the format's version, as JSON can hold them."""
+        """All choices that a file holds, and the format's version, as JSON can hold them."""
         choices = super().to_dict()
+        choices.pop("compute", None)
         later = [] if self.format_version >= 4 else [*_SINCE_4]  # older releases refuse keys they do not know
         if self.format_version == 1:
             later += _SINCE_2
@@ -260,7 +266,8 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         return {**choices, "requires": REQUIRES}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SVDQConfig) and self.to_dict() == other.to_dict()
+        same = isinstance(other, SVDQConfig) and self.to_dict() == other.to_dict()
+        return same and self.compute == other.compute  # type: ignore[attr-defined]
 
     __hash__ = None  # type: ignore[assignment]  # mutable, as every transformers config is
 
@@ -284,6 +291,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         names = self.modules_to_not_convert
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         _require(names is None or listed, "modules_to_not_convert", names, "None or a list of names")
+        _require(self.compute in COMPUTE, "compute", self.compute, f"one of {COMPUTE}")
         self._grid  # noqa: B018  # checks itself
         grouped = isinstance(self.group_size, int) or not self.error_feedback
         _require(grouped, "group_size", self.group_size, "a number of columns where error_feedback is on")

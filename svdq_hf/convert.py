@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.budget import Layer, spend
 from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.config import SVDQConfig
+from svdq_hf.config import COMPUTE, SVDQConfig
 from svdq_hf.embedding import SVDQTable
 from svdq_hf.experts import SVDQExperts, dense_experts, layout_of, stacks_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
@@ -192,6 +192,7 @@ def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> 
         dtype=_weight(module).dtype,
         device=device,
         compute_dtype=config.torch_compute_dtype,
+        fast=config.compute == "fast",
         transposed=isinstance(module, Conv1D),
     )
     return layer.train(module.training)
@@ -328,6 +329,22 @@ def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:
 def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
     """The quantized layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQLinear))
+
+
+def set_compute(model: nn.Module, compute: str) -> nn.Module:
+    """Let the quantized layers of a model compute "exact" or "fast" (see SVDQConfig); returns the model.
+
+    Raises:
+        ValueError: it is neither, or the model has no quantized layer.
+    """
+    if compute not in COMPUTE:
+        raise ValueError(f"compute={compute!r}: must be one of {COMPUTE}")
+    layers = [layer for _, layer in svdq_layers(model)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that svdq_hf quantized")
+    for layer in layers:
+        layer.fast = compute == "fast"
+    return model
 
 
 def progress(items: Iterable[Item], title: str) -> Iterable[Item]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
+from svdq_hf.kernels import direct
 from svdq_hf.kernels.op import linear
 
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
@@ -25,7 +26,8 @@ class SVDQLinear(nn.Module):
 
     scheme: what is stored. dtype: of the bias. compute_dtype: None, or what the input is cast to
     for the product (the output has the input's dtype). transposed: the layer stands for one that
-    kept its weight as `[in, out]` (GPT-2's Conv1D), and dequantizes to such a one.
+    kept its weight as `[in, out]` (GPT-2's Conv1D), and dequantizes to such a one. fast: whether a kernel
+    may round the activations of a few tokens to 16 bits (`SVDQConfig(compute="fast")`); not stored.
     """
 
     weight: nn.Parameter
@@ -49,12 +51,13 @@ class SVDQLinear(nn.Module):
         device: torch.device | str | None = None,
         compute_dtype: torch.dtype | None = None,
         transposed: bool = False,
+        fast: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme or Scheme()
         self.compute_dtype = compute_dtype
-        self.transposed = transposed
+        self.transposed, self.fast = transposed, fast
         self.group = self.scheme.grid.columns(in_features)
         self.facts: dict[str, float] = {}
         """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
@@ -99,8 +102,13 @@ class SVDQLinear(nn.Module):
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
+        inputs = self._inputs()
+        if self.compute_dtype is None:
+            y = direct.linear(x, inputs, self.in_features, self.group, self.fast)
+            if y is not None:
+                return y
         x, result = as_computed(x, self.compute_dtype)
-        y = linear(x, *self._inputs(), self.in_features, self.group)
+        y = linear(x, *inputs, self.in_features, self.group, self.fast)
         return y if y.dtype == result else y.to(result)
 
     def _inputs(self) -> tuple[Tensor | None, ...]:

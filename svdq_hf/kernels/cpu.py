@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from svdq_hf.kernels.native import AVX512, best_path, dequantize, fits, layer_of, library, multiply
+from svdq_hf.kernels.native import AVX512, best_path, dequantize, fast_path, fits, layer_of, library, multiply
 from svdq_hf.packing import bits_of
 
 FEW_TOKENS: Final = 16
@@ -43,29 +43,35 @@ def linear(
     in_features: int,
     group: int,
     path: int | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; stored: the parts, in the order of `PARTS`.
 
-    path: of the native library; None: the best.
+    path: of the native library; None: the best, or with `fast` the one that rounds few tokens to 16 bits.
 
     Raises:
         ValueError: parts that are not the format's.
     """
-    path = best_path() if path is None else path
+    path = chosen_path(fast) if path is None else path
     out, count = stored[0].shape[0], x.numel() // in_features
-    if count > FEW_TOKENS and x.dtype == torch.bfloat16 and _has_amx():
+    if count > FEW_TOKENS and wants_bfloat16(x):
         return _by_blocks(x, stored, bias, in_features, group, path)
     tokens = x
     if x.dtype != torch.float32 or not x.is_contiguous():
         tokens = x.float().contiguous()
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    if path == AVX512 or count <= FEW_TOKENS:
+    if path >= AVX512 or count <= FEW_TOKENS:
         y = tokens.new_empty((*x.shape[:-1], out))
         multiply(layer_of(stored, in_features, group, bias), tokens, y, count, path)
     else:
         y = _by_blocks(tokens, stored, bias, in_features, group, path)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def chosen_path(fast: bool) -> int:
+    """The path of the native library for a layer."""
+    return fast_path() if fast else best_path()
 
 
 def _by_blocks(
@@ -79,6 +85,11 @@ def _by_blocks(
     if bias is not None:
         y += bias.to(y.dtype)
     return y
+
+
+def wants_bfloat16(x: Tensor) -> bool:
+    """Whether many such tokens are better off with torch's own bfloat16 product."""
+    return x.dtype == torch.bfloat16 and _has_amx()
 
 
 @cache

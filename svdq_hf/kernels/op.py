@@ -2,7 +2,8 @@
 
 Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
 `y = x @ W.T + bias` with `W = row_scale * scale * level(code) * column_scale + salient`. Gradients
-exist for x, bias and salient_values; backward keeps no dense weight. Faster kernels register
+exist for x, bias and salient_values; backward keeps no dense weight. `fast` lets a kernel round the
+activations of a few tokens to 16 bits; one that has nothing to win by it does not. Faster kernels register
 themselves for their device and nothing else changes.
 """
 
@@ -24,7 +25,9 @@ LINEAR = "svdq::linear"
 INPUT_GRADIENT = "svdq::input_gradient"
 
 torch.library.define(
-    LINEAR, f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group) -> Tensor", tags=TAGS
+    LINEAR,
+    f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group, bool fast=False) -> Tensor",
+    tags=TAGS,
 )
 torch.library.define(
     INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor", tags=TAGS
@@ -41,24 +44,24 @@ def linear(*inputs: Any) -> Tensor:
 
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
 def _linear(x: Tensor, *others: Any) -> Tensor:
-    *stored, bias, in_features, group = others
+    stored, bias, in_features, group, fast = _arguments(others)
     stored = as_stored(stored)
     _check(x, stored[0], in_features)
     if cpu.computes(x, stored[0], in_features, group):
-        return cpu.linear(x, stored, bias, in_features, group)
+        return cpu.linear(x, stored, bias, in_features, group, fast=fast)
     return reference.linear(x, named(stored), bias, in_features, group)
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
 def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
-    *stored, in_features, group = others
-    stored = as_stored(stored)
+    *parts, in_features, group = others
+    stored = as_stored(parts)
     if cpu.computes(gradient, stored[0], in_features, group):
         return cpu.input_gradient(gradient, stored, in_features, group)
     return reference.input_gradient(gradient, named(stored), in_features, group)
 
 
-def as_stored(stored: list[Any]) -> list[Any]:
+def as_stored(stored: Sequence[Any]) -> Sequence[Any]:
     """The stored arguments with FP32 salient values, which FSDP's mixed precision casts as any parameter.
 
     Not before the op: what it saves for backward is then FSDP's own, let go of and gathered again.
@@ -68,14 +71,21 @@ def as_stored(stored: list[Any]) -> list[Any]:
     return [*stored[:2], stored[2].float(), *stored[3:]]
 
 
+def _arguments(others: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None, int, int, bool]:
+    """Stored parts, bias, in_features, group, fast: which torch leaves out where it is the default."""
+    *rest, in_features, group, fast = others if len(others) == len(PARTS) + 4 else (*others, False)
+    return rest[:-1], rest[-1], in_features, group, fast
+
+
 def named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """The op's stored arguments by name, without those that are absent."""
     return {name: part for name, part in zip(PARTS, stored, strict=True) if part is not None}
 
 
 def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    _check(x, weight, others[-2])
-    together(x.device, others[:-3])
+    stored, _, in_features, _, _ = _arguments((weight, *others))
+    _check(x, weight, in_features)
+    together(x.device, stored)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -107,11 +117,12 @@ def together(device: torch.device, stored: Sequence[Tensor | None]) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *stored, bias, in_features, group = inputs
+    x, *others = inputs
+    stored, bias, in_features, group, _ = _arguments(others)
     for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[1 + len(PARTS)]
     ctx.save_for_backward(x if for_values else None, *stored)
-    ctx.bias_dtype = bias.dtype if for_bias else None
-    ctx.in_features, ctx.group = in_features, group
+    ctx.bias_dtype = bias.dtype if bias is not None and for_bias else None
+    ctx.in_features, ctx.group, ctx.inputs = in_features, group, len(inputs)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +135,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.bias_dtype is not None:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
     absent = [None] * (len(PARTS) - 3)  # of the parts only the salient values have a gradient
-    return for_x, None, None, for_values, *absent, for_bias, None, None
+    return for_x, None, None, for_values, *absent, for_bias, *[None] * (ctx.inputs - len(PARTS) - 2)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

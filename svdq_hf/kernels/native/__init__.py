@@ -7,7 +7,7 @@ in plain torch. Not here: which calls it computes (`cpu`), the sums themselves (
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,11 +20,11 @@ from svdq_hf.packing import HALF, packed_width
 
 logger = logging.getLogger(__name__)
 
-ABI: Final = 1
+ABI: Final = 2
 """What `svdq.c` says it is; another number is a library that was built from another source."""
 
 PLAIN, AVX2, AVX512 = range(3)
-"""Paths of the library, each better than the one before."""
+"""Paths of the library, each better than the one before; `fast_path` is a further one, which is not exact."""
 
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ERRORS: dict[int, tuple[type[Exception], str]] = {
@@ -32,6 +32,7 @@ _ERRORS: dict[int, tuple[type[Exception], str]] = {
     2: (ValueError, "a salient position is out of range or out of order"),
     3: (ValueError, "a stored tensor does not start at a multiple of its dtype's size: clone() it"),
 }
+_FOREIGN = 4
 
 
 class Layer(ctypes.Structure):
@@ -45,6 +46,17 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("values", "rows", "columns")),
         ("k", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
+    )
+
+
+class _Exchange(ctypes.Structure):
+    """`DLPackExchangeAPI`, of which the fourth function shows a tensor without owning it."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("functions", ctypes.c_void_p * 5),
     )
 
 
@@ -76,7 +88,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.svdq_linear.argtypes = [pointer, pointer, pointer, number, number, number]
     loaded.svdq_dequantize.argtypes = [pointer, pointer, number, number, number, number]
-    for name in ("svdq_linear", "svdq_dequantize", "svdq_cpu"):
+    for name in ("svdq_linear", "svdq_dequantize", "svdq_cpu", "svdq_fast"):
         getattr(loaded, name).restype = number
     loaded.svdq_use_openmp.argtypes = [pointer]
     loaded.svdq_use_openmp.restype = None
@@ -97,9 +109,50 @@ def _parallel_of_torch() -> int | None:
 
 @cache
 def best_path() -> int:
-    """The best path that this processor can run."""
+    """The best exact path that this processor can run."""
     loaded = library()
     return int(loaded.svdq_cpu()) if loaded is not None else PLAIN
+
+
+@cache
+def fast_path() -> int:
+    """The path that rounds the activations of a few tokens to 16 bits, where the processor can run it.
+
+    Relative to float64 it is off by some 5e-5. Elsewhere it is the best exact path.
+    """
+    loaded = library()
+    return int(loaded.svdq_fast()) if loaded is not None else PLAIN
+
+
+@cache
+def direct_call() -> Callable[..., int] | None:
+    """`svdq_call`, which takes tensors as they are; None where torch does not offer DLPack's C interface.
+
+    It is called with the interpreter's lock, and lets it go while it computes.
+    """
+    look = _dltensor_from_py_object()
+    if library() is None or look is None or not hasattr(ctypes, "pythonapi"):
+        return None
+    api = ctypes.pythonapi
+    functions = (api.PyTuple_GetItem, api.PyEval_SaveThread, api.PyEval_RestoreThread)
+    addresses = [id(None), look, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)]
+    loaded = ctypes.PyDLL(_loaded()._name)
+    loaded.svdq_use_python((ctypes.c_void_p * len(addresses))(*addresses))
+    tensor, number = ctypes.py_object, ctypes.c_int64
+    loaded.svdq_call.argtypes = [tensor, tensor, tensor, number, number, number, number]
+    loaded.svdq_call.restype = number
+    return loaded.svdq_call
+
+
+def _dltensor_from_py_object() -> int | None:
+    """Address of the function of torch that shows a tensor as a DLTensor, of DLPack 1."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.argtypes, get.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+    table = _Exchange.from_address(get(capsule, b"dlpack_exchange_api"))
+    return table.functions[3] if table.major == 1 else None
 
 
 def fits(group: int, in_features: int) -> bool:
@@ -151,6 +204,24 @@ def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor |
         k,
         None if bias is None else bias.data_ptr(),
     )
+
+
+def multiply_direct(
+    parts: tuple[Tensor | None, ...], x: Tensor, y: Tensor, in_features: int, group: int, path: int
+) -> bool:
+    """`multiply` of nine tensors, the parts and the bias; False: not what the library takes, nothing done.
+
+    Raises:
+        ValueError: see `multiply`.
+    """
+    call = direct_call()
+    if call is None:
+        return False
+    code = call(parts, x, y, in_features, group, torch.get_num_threads(), path)
+    if code == _FOREIGN:
+        return False
+    _raise(code)
+    return True
 
 
 def multiply(layer: Layer, x: Tensor, y: Tensor, tokens: int, path: int) -> None:
