@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from svdq_hf import SVDQConfig
+from svdq_hf import SVDQConfig, footprint
 from svdq_hf.convert import svdq_layers
 
 FOUND = Path(__file__).with_name("breadth.json")
@@ -164,7 +164,7 @@ def near(one: Tensor, other: Tensor, cosine: float) -> bool:
 
 
 def _check_dequantized(ours: nn.Module, quantized: nn.Module, dense: nn.Module) -> None:
-    assert not list(svdq_layers(ours))
+    assert not footprint(ours).layers
     for name, layer in svdq_layers(quantized):
         weight = ours.get_submodule(name).weight
         assert torch.equal(weight.T if layer.transposed else weight, layer.dequantize()), name
@@ -176,8 +176,7 @@ def _share(quantized: nn.Module, dense: nn.Module) -> int:
     others = (nn.Embedding, nn.modules.conv._ConvNd)
     tables = {id(p) for module in dense.modules() if isinstance(module, others) for p in module.parameters()}
     matrices = [p.numel() for p in dense.parameters() if p.ndim in (2, 3) and id(p) not in tables]
-    ours = sum(layer.in_features * layer.out_features for _, layer in svdq_layers(quantized))
-    return round(100 * ours / sum(matrices))
+    return round(100 * footprint(quantized).weights / sum(matrices))
 
 
 # What was found, in a file and as text.
