@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -83,8 +84,12 @@ def quantize_checkpoint(
     try:
         plan = make_plan(model_class(source), source, config, size)
     except Unstreamable as reason:
-        logger.warning("%s is quantized in memory, not streamed: %s", model, reason)
-        _in_memory(source, target, config, shard_size, reason.footprint, finish)
+        unused = "" if workers == 1 else "; workers are not used"
+        logger.warning("%s is quantized in memory, not streamed: %s%s", model, reason, unused)
+        state = PartialState()
+        if state.is_main_process:  # of `accelerate launch`
+            _in_memory(source, target, config, shard_size, reason.footprint, finish)
+        state.wait_for_everyone()
     else:
         stream(plan, unfinished_folder(out), finish, workers=workers, restart=restart)
     return read_footprint(target)
@@ -99,7 +104,7 @@ def _in_memory(
     finish: Callable[[Path], None],
 ) -> None:
     """Quantize a model as a whole. weighs: what will be written, where that is known."""
-    check_disk(target.parent, weighs.total_bytes if weighs is not None else 0)
+    check_disk(target.parent, weighs.total_bytes if weighs is not None else folder_bytes(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
         work = Path(hidden) / "model"

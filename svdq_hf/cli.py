@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, inspect, evaluate, export, push, demo. It parses, calls and prints.
+"""The command `svdq`: quantize, inspect, evaluate, lm-eval, export, push, demo. It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 """
@@ -34,7 +34,7 @@ HARNESS = "lm-eval"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == [HARNESS]:
+    if list(arguments[:1]) == [HARNESS]:
         return _harness(arguments[1:])
     options = _parser().parse_args(arguments)
     follows = os.environ.get("RANK", "0") != "0"  # of `accelerate launch`: the first process speaks
@@ -254,12 +254,13 @@ def _demo(options: argparse.Namespace) -> dict[str, object]:
     result = run_demo(config, options.out)
     if not options.json:
         screen = console()
+        dense = "" if config.embeddings else "; embeddings stay FP32"
         screen.print(_sentences(result))
         screen.print(
             f"embeddings, cosine to FP32: {result.embedding_cosine:.4f}; "
             f"reloaded model equal bit for bit: {'yes' if result.reload_equal else 'NO'}\n"
             f"{result.bytes_fp32 / MEGABYTE:.1f} MB -> {result.bytes_svdq / MEGABYTE:.1f} MB "
-            f"({result.bits_per_weight:.2f} bits per weight in the linear layers; embeddings stay FP32); "
+            f"({result.bits_per_weight:.2f} bits per weight in what is quantized{dense}); "
             f"loaded and quantized in {result.load_seconds:.1f} s"
         )
     if not result.reload_equal:

@@ -283,6 +283,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         allowed = f"False with saliency={self.saliency!r}: of the head's inputs no data is collected"
         _require(possible, "lm_head", self.lm_head, allowed)
         _require(type(self.embeddings) is bool, "embeddings", self.embeddings, "true or false")
+        possible = not (self.embeddings and self._score_needs)
+        allowed = f"False with saliency={self.saliency!r}: an embedding has no inputs to weigh"
+        _require(possible, "embeddings", self.embeddings, allowed)
         bits = self.target_bits
         number = type(bits) in (int, float) and 0 < bits < math.inf  # type: ignore[operator]
         _require(bits is None or number, "target_bits", bits, "None or a number of bits above 0")

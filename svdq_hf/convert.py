@@ -334,13 +334,15 @@ def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
 def set_compute(model: nn.Module, compute: str) -> nn.Module:
     """Let the quantized layers of a model compute "exact" or "fast" (see SVDQConfig); returns the model.
 
+    Experts stay exact.
+
     Raises:
         ValueError: it is neither, or the model has no quantized layer.
     """
     if compute not in COMPUTE:
         raise ValueError(f"compute={compute!r}: must be one of {COMPUTE}")
     layers = [layer for _, layer in svdq_layers(model)]
-    if not layers:
+    if not layers and not any(svdq_experts(model)):
         raise ValueError(f"{type(model).__name__} has no layer that svdq_hf quantized")
     for layer in layers:
         layer.fast = compute == "fast"

@@ -40,7 +40,10 @@ class SVDQEmbedding(nn.Module):
         return weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        head = self.head
+        return self.read(self.head, ids)
+
+    def read(self, head: SVDQLinear, ids: Tensor) -> Tensor:
+        """The embeddings of `ids` as rows of `head`."""
         if hasattr(head.weight, "full_tensor"):  # a DTensor, in an FSDP group of its own
             raise ValueError(
                 "the packed matrix, whose rows are the embeddings, is sharded by itself: leave it to the "
@@ -49,7 +52,8 @@ class SVDQEmbedding(nn.Module):
         if head.weight.device != ids.device:  # offloaded: only the head's own hook brings it back
             raise ValueError(
                 f"ids are on {ids.device} and the packed matrix, whose rows are the embeddings, on "
-                f"{head.weight.device}: keep the two on one device"
+                f"{head.weight.device}: keep the two on one device (of several GPUs DistributedDataParallel "
+                "does, DataParallel does not)"
             )
         stored = [None if (part := getattr(head, name)) is None else part.detach() for name in PARTS]
         rows: Tensor = torch.ops.svdq.embedding(ids, *stored, head.in_features, head.group, self.dtype)
@@ -95,7 +99,7 @@ class SVDQTable(SVDQLinear):
         return self._own[0]
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.reader(ids)  # type: ignore[no-any-return]
+        return self.reader.read(self, ids)  # of this module: DataParallel makes replicas of it
 
     def restored(self, weight: nn.Parameter) -> nn.Embedding:
         """The dense embedding again."""

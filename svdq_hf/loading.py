@@ -143,6 +143,22 @@ def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None
             check_source_dtype(stored.name, entry.dtype)
 
 
+def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice: str) -> None:
+    """Refuse to quantize a head, or an embedding, that the files have under none of the names `keys`.
+
+    Raises:
+        ValueError: no weight, or one that is no plain float.
+    """
+    found = [checkpoint.entries[key] for key in keys if key in checkpoint.entries]
+    if not found:
+        raise ValueError(
+            f"{name}: the checkpoint has no weights for it, and random ones cannot be trusted in few bits; "
+            f"leave {choice} out, and train it"
+        )
+    for entry in found:
+        check_source_dtype(name, entry.dtype)
+
+
 def stored_layers(
     checkpoint: Checkpoint, layers: Mapping[str, nn.Module], config: SVDQConfig
 ) -> dict[str, nn.Module]:
@@ -180,7 +196,8 @@ def _is_packed(stored: Stored, checkpoint: Checkpoint) -> bool:
 
 
 def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    specs = stored.specs(config.of_layer(stored.name).scheme)
+    linear = len(stored.shape) == 2  # experts have no k of their own
+    specs = stored.specs((config.of_layer(stored.name) if linear else config).scheme)
     for part, spec in specs.items():
         entry = checkpoint.entries.get(stored.key(part))
         if entry is None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import decompose
+from svdq_hf.experts import SVDQExperts
 from svdq_hf.linear import SVDQLinear
 
 try:
@@ -37,9 +38,14 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
     """PEFT's question: the LoRA layer for `target`; None where that is not a quantized layer.
 
     Raises:
-        ValueError: see `SVDQLoraLinear`.
+        ValueError: it is the packed experts; see also `SVDQLoraLinear`.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, SVDQExperts):  # PEFT's target_parameters: it would add to the codes
+        raise ValueError(
+            "target_parameters names packed experts, whose codes are no matrix to add to: keep the experts "
+            "dense with modules_to_not_convert=['experts'], or leave target_parameters out"
+        )
     if type(base) is not SVDQLinear:  # a packed embedding is one too, and does not multiply
         return None
     return SVDQLoraLinear(target, adapter_name, config=config, **kwargs)

@@ -50,9 +50,12 @@ def _answers_as_linear(module: nn.Linear) -> bool:
         return same and torch.allclose(answer, expected)
 
 
-def layers_read(model: nn.Module) -> list[str]:
-    """Names of the linear layers of `model` whose weight other code reads as a matrix, or for its dtype."""
-    names = [name for name, module in model.named_modules() if is_linear(module)]
+def layers_read(model: nn.Module, among: Callable[[nn.Module], bool] = is_linear) -> list[str]:
+    """Names of the linear layers of `model` whose weight other code reads as a matrix, or for its dtype.
+
+    among: which modules are meant, where not the linear layers.
+    """
+    names = [name for name, module in model.named_modules() if among(module)]
     found = set()
     for prefix, module in model.named_modules():
         inside = f"{prefix}." if prefix else ""

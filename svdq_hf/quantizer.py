@@ -46,6 +46,7 @@ from svdq_hf.loading import (
     REMEDY,
     Checkpoint,
     check_dense,
+    check_source,
     file_names,
     keep_own_names,
     name_k,
@@ -152,6 +153,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             if table is not None:
                 put_empty_table(model, table, config)
         else:
+            for one, choice in ((head, "lm_head"), (table, "embeddings")):
+                if one is not None and checkpoint.entries:
+                    check_source(checkpoint, one.name, dense_names(model, one), choice)
             linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
             check_layer_k([*linear, *others], config)
             config = spend(stored_weights(model, {**linear, **others}, checkpoint, config), config, {})

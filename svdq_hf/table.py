@@ -14,6 +14,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import kept_dense
 from svdq_hf.embedding import SVDQTable, can_be_read
 from svdq_hf.head import Head, put_head
+from svdq_hf.model_code import layers_read
 from svdq_hf.weight import check_weight, quantize_weight
 
 
@@ -57,7 +58,8 @@ def chosen_table(model: nn.Module, config: SVDQConfig, head: Head | None) -> Tab
     """`find_table` of a dense model, checked; None where it is not asked for, or is a quantized head's.
 
     Raises:
-        ValueError: see `find_table`; or modules_to_not_convert matches it, or its weight has a NaN.
+        ValueError: see `find_table`; or modules_to_not_convert matches it, the model's own code reads its
+            weight, or that has a NaN.
     """
     if not config.embeddings or is_of(model, head):
         return None
@@ -65,6 +67,11 @@ def chosen_table(model: nn.Module, config: SVDQConfig, head: Head | None) -> Tab
     for name in (table.name, *table.embeddings):
         if not should_convert_module(name, kept_dense(config)):
             raise ValueError(f"embeddings=True, and modules_to_not_convert keeps {name} dense: which is it?")
+    if table.name in layers_read(model, lambda module: module is table.module):
+        raise ValueError(
+            f"embeddings=True: the code of {type(model).__name__} reads the weight of {table.name} itself, "
+            "and a packed one is no matrix; leave embeddings out"
+        )
     if not table.module.weight.is_meta:
         check_weight(table.name, table.module.weight)
     return table

@@ -17,6 +17,9 @@ from svdq_hf.packed import packed_weights
 ADAMW_BYTES = 4 + 4 + 4
 """Per trained FP32 weight: its gradient and AdamW's two moments."""
 
+ROUTING = ("expert_bias", "e_score_correction_bias")
+"""Parameters called a bias that balance experts, and that no gradient moves."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -120,7 +123,7 @@ def _kind(name: str, norm: bool, *, outside: bool) -> str:
         return "salient"
     if outside:
         return "head"
-    if name == "bias" or name.endswith("_bias"):
+    if name == "bias" or (name.endswith("_bias") and name not in ROUTING):
         return "biases"
     return "norms" if norm else ""
 

@@ -249,3 +249,9 @@ def test_lm_head_is_true_or_false():
         SVDQConfig.calibrated(lm_head=True)
     assert SVDQConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert SVDQConfig.paper(lm_head=True).format_version == 2
+
+
+def test_a_head_that_the_files_do_not_have_is_refused(tmp_path):
+    hf.LlamaModel(tiny.llama().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head: the checkpoint has no weights for it.*leave lm_head out"):
+        hf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=SVDQConfig(k=4, lm_head=True))

@@ -418,3 +418,10 @@ def test_what_cannot_be_the_original_is_refused():
     assert_same([p for n, p in model.named_parameters() if "lora_" in n], fresh)
     with pytest.raises(ValueError, match="is not fresh"):
         init_adapters_from_error(adapted("llama"), dense("llama"))
+
+
+def test_packed_experts_take_no_adapter():
+    model = quantize_model(tiny.mixtral(), SVDQConfig(k=4))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(ValueError, match="target_parameters names packed experts"):
+        peft.get_peft_model(model, config)

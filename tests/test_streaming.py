@@ -201,6 +201,11 @@ def test_head_with_a_tied_bias_is_quantized_in_memory(tmp_path, caplog):
     memory_only(tmp_path, "which the files do not hold", caplog, SVDQConfig(k=4, lm_head=True))
 
 
+def test_budget_is_spent_in_memory(tmp_path, caplog):
+    llama().save_pretrained(tmp_path / "dense")
+    memory_only(tmp_path, "its budget is spent over all layers", caplog, SVDQConfig(target_bits=9, rank=2))
+
+
 def test_feedback_of_a_model_on_its_own_words_runs_in_memory(tmp_path, caplog):
     llama().save_pretrained(tmp_path / "dense")
     config = SVDQConfig(k=4, error_feedback="synthetic")

@@ -249,3 +249,24 @@ def test_a_nan_is_refused_before_anything_is_changed():
 def test_embeddings_is_true_or_false():
     with pytest.raises(ValueError, match=r"^embeddings='yes': must be true or false"):
         SVDQConfig(embeddings="yes")
+
+
+def test_a_score_that_needs_data_has_none_of_an_embedding():
+    with pytest.raises(ValueError, match="embeddings=True: must be False with saliency='awq'"):
+        SVDQConfig.calibrated(embeddings=True)
+
+
+def test_an_embedding_that_the_models_code_reads_is_refused():
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.up = torch.nn.Embedding(8, 64), torch.nn.Linear(64, 64)
+
+        def get_input_embeddings(self):
+            return self.words
+
+        def forward(self, ids):
+            return self.up(self.words(ids).to(self.words.weight.dtype))
+
+    with pytest.raises(ValueError, match="reads the weight of words itself"):
+        quantize_model(Reader(), SVDQConfig(k=4, embeddings=True))

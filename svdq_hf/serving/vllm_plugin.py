@@ -31,6 +31,12 @@ def register() -> None:
     register_quantization_config(QUANT_METHOD)(SVDQVllmConfig)
 
 
+REMEDY = (
+    "quantize without lm_head and embeddings, with modules_to_not_convert=['experts'], or `svdq export "
+    "FOLDER OUT` and serve that"
+)
+
+
 class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed where mypy runs
     """What vLLM asks of a quantization config, answered from config.json and the files' headers."""
 
@@ -69,9 +75,16 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
         """Read which layers are quantized from the files' headers: names in config.json cannot say it.
 
         Raises:
-            ValueError: none is.
+            ValueError: none is, or others than linear layers are. vLLM's models do not all ask for a head, an
+                embedding or experts by the names that files have, so what is there decides.
         """
         stored = get_safetensors_params_metadata(model_name, revision=revision)
+        experts = any(name.endswith("_salient_rows") for name in stored)
+        if self.choices.lm_head or self.choices.embeddings or experts:
+            raise ValueError(
+                f"{model_name}: its output head, embedding or experts are quantized, and in vLLM svdq serves "
+                f"linear layers only: {REMEDY}"
+            )
         found = {name.rpartition("salient_rows")[0].rstrip("._") for name in stored}
         self.layers = sorted(found - {""})
         if not self.layers:
@@ -92,8 +105,7 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
             within = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
             if within:
                 raise ValueError(
-                    f"{within[0]} is quantized, and in vLLM svdq serves linear layers only: quantize without "
-                    "lm_head and experts, or `svdq export FOLDER OUT --to dense` and serve that"
+                    f"{within[0]} is quantized, and in vLLM svdq serves linear layers only: {REMEDY}"
                 )
             return None
         there = {name: name in self.layers for name in self._joined(prefix)}
@@ -141,11 +153,12 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         parts[part] = loaded
         whole, total = layer.svdq_widths[1], len(part_specs(1, 1, self.scheme))
         if len(parts) == total:
+            stored = Stored(parts, whole, self.scheme.grid)
             try:
-                check_parts(parts, whole, self.scheme)
+                check_parts(parts, whole, stored.scheme)  # k may be the layer's own
             except ValueError as error:
                 raise ValueError(f"{layer.prefix} ({shard}): {error}") from error
-            layer.svdq_shards[shard] = self._share(layer, shard, Stored(parts, whole, self.scheme.grid))
+            layer.svdq_shards[shard] = self._share(layer, shard, stored)
 
     def _share(self, layer: Any, shard: Shard, stored: Stored) -> Stored:
         """A device's rows and columns of a matrix of the checkpoint."""

@@ -121,7 +121,7 @@ def read_pieces(place: Place, piece: int = PIECE) -> Iterator[Tensor]:
     """A tensor's bytes, uint8, in pieces; one empty piece of a tensor without entries.
 
     Raises:
-        ValueError: the file has become shorter since its header was read.
+        OSError: the file has become shorter since its header was read, or the disk fails.
     """
     with open(place.file, "rb", buffering=0) as file:
         file.seek(place.start)
@@ -132,7 +132,7 @@ def read_pieces(place: Place, piece: int = PIECE) -> Iterator[Tensor]:
             while done < len(view):
                 count = file.readinto(view[done:])  # a system reads no more than 2 GiB at once
                 if not count:
-                    raise ValueError(f"{place.file}: ends within {place.name}; {REMEDY}")
+                    raise OSError(f"{place.file}: ends within {place.name}; {REMEDY}")
                 done += count
             yield data
             left -= done

@@ -153,6 +153,8 @@ def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
     """What is not streamed whatever the files hold."""
     if config.synthetic:
         raise Unstreamable("its error feedback runs the dense model")
+    if config.target_bits is not None and config.layer_k is None:
+        raise Unstreamable("its budget is spent over all layers, which are measured first")
     if config.data_needs:
         raise config.no_data()
     model_config = model_class.config_class if hasattr(model_class, "config_class") else None

@@ -13,7 +13,7 @@ import pytest
 import torch
 import vllm_stand_in
 from safetensors.torch import load_file
-from tiny_models import llama
+from tiny_models import llama, mixtral
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.convert import svdq_layers
@@ -221,10 +221,26 @@ def test_half_quantized_fusion_is_refused(plugin, checkpoint):
         )
 
 
-def test_quantized_head_is_refused_with_the_remedy(plugin, tmp_path):
-    quantize_model(llama(), SVDQConfig(k=4, lm_head=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lm_head is quantized.*quantize without lm_head.*svdq export"):
-        config_of(plugin, tmp_path).get_quant_method(torch.nn.Module(), "lm_head")
+@pytest.mark.parametrize(
+    ("build", "choice"),
+    [(llama, {"lm_head": True}), (llama, {"embeddings": True}), (mixtral, {})],
+    ids=["head", "embedding", "experts"],
+)
+def test_what_is_no_linear_layer_is_refused_with_the_remedy(build, choice, plugin, tmp_path):
+    quantize_model(build(), SVDQConfig(k=4, **choice)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"linear layers only: quantize without lm_head.*svdq export"):
+        config_of(plugin, tmp_path)
+
+
+def test_a_layer_may_have_a_k_of_its_own(plugin, tmp_path):
+    model = quantize_model(llama(), SVDQConfig(k=4, target_bits=9))
+    model.save_pretrained(tmp_path)
+    name = f"{MLP}.down_proj"
+    layer = build(
+        "RowParallelLinear", 96, 64, config=config_of(plugin, tmp_path), prefix=name, rank=0, size=1
+    )
+    load(layer, tmp_path, {name: None})
+    assert layer.svdq_layers[0].salient_values.numel() == model.get_submodule(name).salient_values.numel()
 
 
 def test_dense_folder_is_refused(plugin, tmp_path):
