@@ -38,10 +38,11 @@ from transformers.utils import logging
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.config import VERSION_1
-from svdq_hf.convert import layers_to_convert, svdq_layers
+from svdq_hf.convert import svdq_layers
 from svdq_hf.evaluation.glue import task_of
 from svdq_hf.evaluation.tables import change, number, small
 from svdq_hf.evaluation.trainer import classifier
+from svdq_hf.selection import layers_to_convert
 
 OURS: dict[str, Callable[[], SVDQConfig]] = {
     "svdq default": SVDQConfig,

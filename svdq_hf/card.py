@@ -25,12 +25,12 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import layers_to_convert, weights_of
 from svdq_hf.experts import stacks_of
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.names import Stored
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 from svdq_hf.saliency import saliency_names, score_needs
+from svdq_hf.selection import layers_to_convert, weights_of
 
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",

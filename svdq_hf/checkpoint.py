@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from svdq_hf.card import write_card
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import all_names, linear_layers, unmatched
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.hub import explained
 from svdq_hf.inplace import quantize_model
 from svdq_hf.readme import README, read_text
+from svdq_hf.selection import all_names, linear_layers, unmatched
 from svdq_hf.streaming.plan import Unstreamable, make_plan
 from svdq_hf.streaming.run import check_disk, stream
 

@@ -13,10 +13,11 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import dense_layer, kept_dense, quantized_layer, svdq_layers
+from svdq_hf.convert import dense_layer, quantized_layer, svdq_layers
 from svdq_hf.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.model_code import layers_read
+from svdq_hf.selection import kept_dense
 from svdq_hf.weight import check_weight
 
 

@@ -31,11 +31,12 @@ from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.budget import Layer
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import shape_of, svdq_layers, weights_of
+from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PARTS
 from svdq_hf.footprint import stored_facts
 from svdq_hf.names import Stored, owner, part_key
 from svdq_hf.packed import packed_weights
+from svdq_hf.selection import shape_of, weights_of
 from svdq_hf.weight import check_source_dtype
 
 SALIENT = ".salient_rows"

@@ -6,13 +6,10 @@ are those of transformers 5.20 to 5.23.
 
 import copy
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -29,21 +26,15 @@ from svdq_hf.convert import (
     check_here,
     check_layer_k,
     empty_layer,
-    layers_to_convert,
-    linear_layers,
     replace_layers,
     restore_layers,
     svdq_layers,
-    weights_of,
 )
-from svdq_hf.decompose import Scheme, check_parts
 from svdq_hf.embedding import SVDQEmbedding, SVDQTable
-from svdq_hf.experts import SVDQExperts, layout_of, stacks_of, svdq_experts
+from svdq_hf.experts import layout_of, svdq_experts
 from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
-from svdq_hf.linear import SVDQLinear
 from svdq_hf.loading import (
-    REMEDY,
     Checkpoint,
     check_dense,
     check_source,
@@ -57,8 +48,9 @@ from svdq_hf.loading import (
     stored_weights,
     unconverted,
 )
-from svdq_hf.names import Stored
+from svdq_hf.on_load import SVDQQuantize, check_loaded, loaded_exactly, owner_of
 from svdq_hf.packed import packed_weights
+from svdq_hf.selection import layers_to_convert, linear_layers, weights_of
 from svdq_hf.table import (
     Table,
     chosen_table,
@@ -68,7 +60,6 @@ from svdq_hf.table import (
     put_empty_table,
     quantize_table,
 )
-from svdq_hf.weight import quantize_stack, quantize_weight
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
@@ -160,7 +151,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             check_layer_k([*linear, *others], config)
             config = spend(stored_weights(model, {**linear, **others}, checkpoint, config), config, {})
         self.config = config
-        exact = _loaded_exactly(chosen, checkpoint)
+        exact = loaded_exactly(chosen, checkpoint)
         replace_layers(model, chosen, config)
         for stored, parts, facts in packed_weights(model):
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
@@ -223,26 +214,22 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
         return not self.pre_quantized and (
-            _owner(model, param_name) is not None or param_name in self.partners
+            owner_of(model, param_name) is not None or param_name in self.partners
         )
 
-    def get_quantize_ops(self) -> "SVDQQuantize":
+    def get_quantize_ops(self) -> SVDQQuantize:
         """The load-time conversion from a dense weight to stored parts."""
-        return SVDQQuantize(self)
+        return SVDQQuantize(self.config, self.failures)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
-        for name, layer in svdq_layers(model):
-            if _is_here(name, layer, list(layer.parts())):
-                _check_values(name, layer.parts(), layer.in_features, layer.scheme)
+        check_loaded(model)
+        for _, layer in svdq_layers(model):
             if layer.salient_values.numel() == 0 and layer.salient_values.requires_grad:
                 layer.salient_values.requires_grad_(False)  # nothing to train, and FSDP stumbles over it
-        for name, experts in svdq_experts(model):
-            if _is_here(name, experts, [*experts.parts(), *dict(experts.named_parameters(recurse=False))]):
-                _check_experts(name, experts)
         if not self.pre_quantized:
             self._quantize_loaded(model)
         keep_own_names(model)
@@ -296,110 +283,6 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
         restore_names(model, weights)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
-
-
-class SVDQQuantize(ConversionOps):  # type: ignore[misc]
-    """A dense tensor, `layer.weight` or the experts' `gate_up_proj`, becomes the stored parts of it."""
-
-    def __init__(self, hf_quantizer: SVDQHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
-
-        An error raised here would be reduced to a line in transformers' log, so it is kept, and the
-        quantizer raises it when loading ends.
-        """
-        converted: dict[str, Tensor] = {}
-        for name in list(input_dict):
-            value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
-            dense = value[0] if isinstance(value, list) else value
-            layer = _owner(model, name)
-            converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
-        return converted
-
-    def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:
-        if isinstance(layer, SVDQLinear):
-            stored, transposed = Stored(key.removesuffix(".weight"), layer.shape), layer.transposed
-        else:
-            stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
-        config = self.hf_quantizer.config
-        try:
-            _check_shape(stored, dense, transposed=transposed)
-            if isinstance(layer, SVDQLinear):
-                weight = dense.T.contiguous() if transposed else dense
-                parts, layer.facts = quantize_weight(weight, config, stored.name)
-            else:
-                parts, layer.facts[_leaf(key)] = quantize_stack(
-                    dense, config, stored.name, transposed=transposed
-                )
-        except ValueError as error:
-            self.hf_quantizer.failures.append(error)
-            specs = stored.specs(layer.scheme)
-            parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
-        return {stored.key(part): tensor for part, tensor in parts.items()}
-
-
-def _check_shape(stored: Stored, dense: Tensor, *, transposed: bool) -> None:
-    expected = list(stored.dense_shape(transposed=transposed))
-    if list(dense.shape) != expected:
-        raise ValueError(
-            f"could not quantize {stored.name}: the checkpoint's weight is {list(dense.shape)}, "
-            f"the model's config says {expected}"
-        )
-
-
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _owner(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
-    """The quantized layer that the dense tensor `param_name` is a weight of, if there is one."""
-    path, _, leaf = param_name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, SVDQExperts):
-        return module if leaf in module.stacks else None
-    return module if isinstance(module, SVDQLinear) and leaf == "weight" else None
-
-
-def _loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
-    """Weights of experts that the loader does not round anyway: an FP32 copy of all of a layer is large."""
-    return {
-        stored.key("weight")
-        for name, module in chosen.items()
-        for stored in stacks_of(name, module)
-        if (entry := checkpoint.entries.get(stored.key("weight"))) is not None
-        and entry.dtype == getattr(module, _leaf(stored.name)).dtype
-    }
-
-
-def _is_here(name: str, layer: nn.Module, keys: list[str]) -> bool:
-    """Refuse a layer that was not filled (a state dict has no headers to check); False: it is on disk."""
-    stored = {key: getattr(layer, key) for key in keys}
-    if any(tensor.is_meta for tensor in stored.values()):
-        return False  # its tensors are read, one by one, when it runs
-    missing = [key for key, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
-    if missing:
-        raise ValueError(f"{name}: {', '.join(missing)} is missing. {REMEDY}")
-    return True
-
-
-def _check_values(name: str, parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
-    """Refuse a layer that was filled with nonsense."""
-    try:
-        check_parts(parts, in_features, scheme)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}. {REMEDY}") from error
-
-
-def _check_experts(name: str, experts: SVDQExperts) -> None:
-    for matrix, (count, _, in_features) in experts.stacks.items():
-        stack = experts.stack(matrix)
-        for one in range(count):
-            parts = {part: tensor[one] for part, tensor in stack.items()}
-            _check_values(f"{name}.{matrix}, expert {one}", parts, in_features, experts.scheme)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice

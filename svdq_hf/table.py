@@ -11,10 +11,10 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import kept_dense
 from svdq_hf.embedding import SVDQTable, can_be_read
 from svdq_hf.head import Head, put_head
 from svdq_hf.model_code import layers_read
+from svdq_hf.selection import kept_dense
 from svdq_hf.weight import check_weight, quantize_weight
 
 

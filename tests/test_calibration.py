@@ -6,8 +6,8 @@ from transformers import BertModel, T5Config, T5ForConditionalGeneration
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.convert import layers_to_convert
 from svdq_hf.saliency import data_needs, saliency_names, score
+from svdq_hf.selection import layers_to_convert
 from svdq_hf.sparse import top_positions
 
 FROM_DATA = [name for name in saliency_names() if data_needs(name)]

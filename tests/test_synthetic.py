@@ -8,8 +8,8 @@ from torch import nn
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration import collect_inputs
 from svdq_hf.card import model_card
-from svdq_hf.convert import layers_to_convert
 from svdq_hf.feedback import SYNTHETIC_DAMPING, trusted_less
+from svdq_hf.selection import layers_to_convert
 from svdq_hf.synthetic import synthetic_batches
 
 SYNTHETIC = SVDQConfig(k=9, error_feedback="synthetic")

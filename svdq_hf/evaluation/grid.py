@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import empty_layer, layers_to_convert, progress
+from svdq_hf.convert import empty_layer, progress
 from svdq_hf.evaluation.plan import BASELINES, Key, Plan
 from svdq_hf.footprint import footprint
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.saliency import data_needs, score
+from svdq_hf.selection import layers_to_convert
 from svdq_hf.sparse import salient_count, top_positions
 from svdq_hf.weight import as_scored, quantize_chosen, score_inputs
 
