@@ -23,13 +23,27 @@ from svdq_hf.pieces import Pieces, fit_together
 def one_by_one(conversion: WeightConverter) -> WeightConverter:
     """A conversion that makes dense experts -> one that does no more of it than quantizing needs."""
     operations = list(conversion.operations)
-    if [type(op) for op in operations] in ([MergeModulelist], [MergeModulelist, Concatenate]):
-        if all(op.dim == dim for op, dim in zip(operations, (0, 1), strict=False)):
-            operations = [MergeExperts(operations)]
+    if merges(conversion):
+        conversion.operations = [MergeExperts(operations)]
     else:
-        operations = [TransposeExperts(op) if _checks(op) else op for op in operations]
-    conversion.operations = operations
+        conversion.operations = [TransposeExperts(op) if _checks(op) else op for op in operations]
     return conversion
+
+
+def merges(conversion: WeightConverter) -> bool:
+    """Whether it stacks tensors of one expert each; of several patterns, one below the other."""
+    kinds = [type(op) for op in conversion.operations]
+    plain = kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
+    if not plain or len(conversion.target_patterns) > 1:
+        return False
+    return all(op.dim == dim for op, dim in zip(conversion.operations, (0, 1), strict=False))
+
+
+def turns(conversion: WeightConverter) -> bool:
+    """Whether it swaps the last two of three dimensions where the model's experts want that, and no more."""
+    operations = conversion.operations
+    plain = len(operations) == 1 and _checks(operations[0])
+    return plain and {operations[0].dim0, operations[0].dim1} == {1, 2}
 
 
 def _checks(op: ConversionOps) -> bool:

@@ -29,8 +29,9 @@ from svdq_hf.hub import explained
 from svdq_hf.inplace import quantize_model
 from svdq_hf.readme import README, read_text
 from svdq_hf.selection import all_names, linear_layers, unmatched
-from svdq_hf.streaming.plan import Unstreamable, make_plan
+from svdq_hf.streaming.plan import make_plan
 from svdq_hf.streaming.run import check_disk, stream
+from svdq_hf.streaming.units import Unstreamable
 
 REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"

@@ -4,6 +4,7 @@ Sizes are exact, for every shape is known beforehand. Time and memory are measur
 own layers, in this process, and multiplied.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -23,13 +24,13 @@ from svdq_hf.checkpoint import (
 )
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint
-from svdq_hf.streaming.files import as_tensor, read_bytes
-from svdq_hf.streaming.plan import Plan, Unit, Unstreamable, make_plan
+from svdq_hf.streaming.plan import Plan, make_plan
 from svdq_hf.streaming.run import bytes_needed
+from svdq_hf.streaming.units import Unit, Unstreamable
 from svdq_hf.weight import quantize_weight
 
 SAMPLES = 4
-"""Shapes of which one layer is quantized for the estimate."""
+"""Shapes of which one matrix is quantized for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -89,40 +90,43 @@ def estimate(
         return Estimate(before, after, None, None, disk, free, in_memory=str(reason))
     idle = peak_memory()
     seconds, sampled = _measured(plan)
-    memory = peak_memory() if workers == 1 else idle + workers * peak_memory()
+    peak = peak_memory() + _stack_bytes(plan)
+    memory = peak if workers == 1 else idle + workers * peak
     disk = bytes_needed(plan, unfinished_folder(out))
     return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
 
 
 def _measured(plan: Plan) -> tuple[float, list[str]]:
-    """Seconds that all layers will take, and the layers that were measured for it."""
-    units = [unit for shard in plan.shards for unit in shard.units if unit.layer is not None]
-    weights = Counter({shape: 0 for shape in (unit.place.shape for unit in units)})
-    for unit in units:
-        weights[unit.place.shape] += _weights(unit)
-    largest = max(units, key=_weights).place.shape
-    shapes = [largest, *(shape for shape, _ in weights.most_common() if shape != largest)][:SAMPLES]
+    """Seconds that all weights will take, and the names of those of which a matrix was measured for it."""
+    units = {unit.weight: unit for shard in plan.shards for unit in shard.units if unit.weight is not None}
+    count: Counter[tuple[int, ...]] = Counter()
+    for weight in units:
+        count[weight.shape[-2:]] += math.prod(weight.shape)
+    largest = max(count, key=math.prod)
+    shapes = [largest, *(shape for shape, _ in count.most_common() if shape != largest)][:SAMPLES]
     rates: dict[tuple[int, ...], float] = {}
     sampled = []
     for shape in shapes:
-        unit = next(unit for unit in units if unit.place.shape == shape)
-        rates[shape] = _seconds(unit, plan.config) / max(1, _weights(unit))
-        sampled.append(str(unit.layer))
+        weight = next(weight for weight in units if weight.shape[-2:] == shape)
+        rates[shape] = _seconds(units[weight], plan.config) / max(1, math.prod(shape))
+        sampled.append(weight.name)
     others = sum(rates.values()) / len(rates)
-    return sum(count * rates.get(shape, others) for shape, count in weights.items()), sampled
-
-
-def _weights(unit: Unit) -> int:
-    out, in_features = unit.place.shape
-    return out * in_features
+    return sum(weights * rates.get(shape, others) for shape, weights in count.items()), sampled
 
 
 def _seconds(unit: Unit, config: SVDQConfig) -> float:
-    """Time to read and quantize one layer."""
+    """Time to read and quantize one matrix."""
     started = time.perf_counter()
-    dense = as_tensor(read_bytes(unit.place), unit.place)
-    quantize_weight(dense.T.contiguous() if unit.transposed else dense, config, str(unit.layer))
+    dense = next(unit.matrices())
+    name = unit.weight.name if unit.weight is not None else ""
+    quantize_weight(dense.T.contiguous() if unit.transposed else dense, config, name)
     return time.perf_counter() - started
+
+
+def _stack_bytes(plan: Plan) -> int:
+    """Bytes of the largest packed stack of experts, which is in memory while it is made."""
+    units = [unit for shard in plan.shards for unit in shard.units]
+    return max((u.size for u in units if u.weight is not None and len(u.weight.shape) == 3), default=0)
 
 
 def peak_memory() -> int:

@@ -52,24 +52,32 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """One tensor of a file. whole: it is that tensor of the model, not a piece or a join of several."""
+    """One tensor of a file. conversion: what the loader does to it, and by which of its source patterns."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    whole: bool
     file: str
+    conversion: WeightConverter | None = None
+    pattern: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is that tensor of the model, not a piece or a join of several."""
+        return self.conversion is None
 
 
 @dataclass
 class Checkpoint:
     """The tensors of a checkpoint by the model's names, and what its headers say of the layers.
 
-    partners: tensors of the model that come out of one tensor of the files, in groups.
+    sources: of each of these tensors, all that become it. partners: tensors of the model that come out of one
+    tensor of the files, in groups.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, list[Entry]] = field(default_factory=dict)
     partners: list[list[str]] = field(default_factory=list)
 
 
@@ -85,9 +93,12 @@ def read_checkpoint(
             for name in opened.keys():  # noqa: SIM118  # not a dict
                 part = opened.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                targets, whole = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
-                entry = Entry(name, tuple(part.get_shape()), dtype, whole, str(file))
+                targets, pattern = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
+                conversion = rename.by_source[pattern] if pattern is not None else None
+                entry = Entry(name, tuple(part.get_shape()), dtype, str(file), conversion, pattern)
                 result.entries |= dict.fromkeys(targets, entry)
+                for target in targets:
+                    result.sources.setdefault(target, []).append(entry)
                 if len(targets) > 1:
                     result.partners.append(targets)
     for name, facts in stored_facts(files).items():
@@ -99,7 +110,10 @@ def read_checkpoint(
 
 
 class _Renaming:
-    """A file's name of a tensor -> the model's names of what it becomes, as the loader does it."""
+    """A file's name of a tensor -> the model's names of what it becomes, as the loader does it.
+
+    And the converter's source pattern that it fits, or None: it is that tensor as it is.
+    """
 
     def __init__(self, model: PreTrainedModel, weights: Iterable[Stored]) -> None:
         conversions = copy.deepcopy(get_model_conversion_mapping(model))  # they note their own use
@@ -110,15 +124,15 @@ class _Renaming:
         self.known = dict.fromkeys(model.state_dict(), True)
         self.known |= {key: True for one in weights for key in one.all_keys()}
 
-    def __call__(self, name: str, *, converted: bool = True) -> tuple[list[str], bool]:
+    def __call__(self, name: str, *, converted: bool = True) -> tuple[list[str], str | None]:
         rest, converters = (self.prefix, self.known), self.converters if converted else []
         renamed, source = rename_source_key(name, self.renamings, converters, *rest)
         if renamed not in self.known and name in self.known:
             renamed, source = rename_source_key(name, [], [], *rest)
         if source is None:
-            return [renamed], True
+            return [renamed], None
         targets = self.by_source[source].target_patterns
-        return [renamed.replace(targets[0], target) for target in targets], False
+        return [renamed.replace(targets[0], target) for target in targets], source
 
 
 def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None:

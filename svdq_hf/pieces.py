@@ -1,6 +1,8 @@
-"""The dense experts of a file, one at a time, where it has a tensor for each: never all of them in one."""
+"""The dense experts of a file, one at a time: never all of them in one tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,18 @@ class Pieces:
             for source in self._sources:
                 source[expert] = None
             yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+@dataclass(frozen=True)
+class LazyStack:
+    """Experts that are read when their turn comes, and once. shape: of all, as a tensor's."""
+
+    shape: tuple[int, ...]
+    weights: Iterable[Tensor]
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.weights)
 
 
 def fit_together(sources: Sequence[Sequence[Tensor]]) -> bool:

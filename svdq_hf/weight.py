@@ -16,7 +16,7 @@ from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import PartSpec, decompose, part_specs, relative_error, stack_specs
 from svdq_hf.feedback import trusted_less
-from svdq_hf.pieces import Pieces
+from svdq_hf.pieces import LazyStack, Pieces
 from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
 
@@ -165,7 +165,7 @@ def score_inputs(
 
 
 def quantize_stack(
-    weights: Tensor | Pieces, config: SVDQConfig, name: str, *, transposed: bool = False
+    weights: Tensor | Pieces | LazyStack, config: SVDQConfig, name: str, *, transposed: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weights` `[experts, out, in]`, one expert after the other: stacked parts, and the facts.
 

@@ -7,7 +7,7 @@ not follow from that tensor by tensor, there is an `Unstreamable`, and the model
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,9 @@ from svdq_hf.experts import svdq_experts
 from svdq_hf.footprint import Footprint, footprint
 from svdq_hf.loading import Checkpoint, read_checkpoint
 from svdq_hf.names import Stored
-from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, size_of, tensor_places
-
-
-class Unstreamable(Exception):
-    """Why a model must be quantized in memory. footprint: what it will weigh, where that is known."""
-
-    footprint: Footprint | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is made of one tensor of the input: its copy, cast where dtypes differ, or a layer's parts.
-
-    outputs: by name in files; of a layer, in the order of `parts`. layer: its name in the model, or None.
-    transposed: the input is `[in, out]`.
-    """
-
-    place: Place
-    outputs: Mapping[str, PartSpec]
-    layer: str | None = None
-    parts: tuple[str, ...] = ()
-    transposed: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of what is made."""
-        return sum(map(size_of, self.outputs.values()))
+from svdq_hf.packed import packed_weights
+from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, tensor_places
+from svdq_hf.streaming.units import Unit, Unstreamable, expert_places
 
 
 @dataclass(frozen=True)
@@ -73,7 +49,12 @@ class Shard:
     @property
     def input_size(self) -> int:
         """Bytes that are read for it."""
-        return sum(unit.place.size for unit in self.units)
+        return sum(unit.input_size for unit in self.units)
+
+    @property
+    def places(self) -> list[Place]:
+        """What is read for it, in order."""
+        return [place for unit in self.units for place in unit.places]
 
 
 @dataclass(frozen=True)
@@ -97,8 +78,9 @@ class Plan:
 
     def metadata(self, facts: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
         """What each file's header says, given what was measured of each layer."""
-        for name, layer in svdq_layers(self.model):
-            layer.facts = dict(facts[name])
+        for stored, _, measured in packed_weights(self.model):
+            measured.clear()
+            measured.update(facts[stored.name])
         _, metadata = self.model.hf_quantizer.get_state_dict_and_metadata(self.model)
         return {"format": "pt", **metadata}
 
@@ -137,9 +119,9 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
         )
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
-    layers = [Stored(name, layer.shape) for name, layer in svdq_layers(model)]
+    weights = [stored for stored, _, _ in packed_weights(model)]
     readers = [Stored(name, ()) for name in _readers(model)]
-    checkpoint = read_checkpoint(model, [*layers, *readers], files)
+    checkpoint = read_checkpoint(model, [*weights, *readers], files)
     try:
         units = _units(model, checkpoint, places)
     except Unstreamable as error:
@@ -172,26 +154,42 @@ def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, 
     """
     _check_sources(model, checkpoint, places)
     state = model.state_dict()
-    layers = dict(svdq_layers(model))
+    parts = {weight.key(part): (weight, part) for weight, found, _ in packed_weights(model) for part in found}
     units: dict[str, Unit] = {}
     for stored, name in saved_tensors(model).items():
-        owner, _, part = name.rpartition(".")
-        quantized = owner in layers and part in layers[owner].parts()
-        source = _source(model, checkpoint, f"{owner}.weight" if quantized else name)
-        entry = checkpoint.entries.get(source)
-        if entry is None or not entry.whole:
-            why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
-            raise Unstreamable(f"it has {name}, {why}")
-        place, spec = places[entry.name], PartSpec(tuple(state[name].shape), state[name].dtype)
-        if not quantized:
-            if spec.shape != place.shape:
-                raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
-            units[name] = Unit(place, {stored: spec})
+        spec = PartSpec(tuple(state[name].shape), state[name].dtype)
+        if name in parts:
+            weight, part = parts[name]
+            unit = units.get(weight.name) or _of_weight(weight, model, checkpoint, places)
+            outputs = {**unit.outputs, stored: spec}
+            units[weight.name] = replace(unit, outputs=outputs, parts=(*unit.parts, part))
             continue
-        old = units.get(owner, Unit(place, {}, owner, (), layers[owner].transposed))
-        outputs = {**old.outputs, stored: spec}
-        units[owner] = Unit(place, outputs, owner, (*old.parts, part), old.transposed)
+        place = _whole(name, model, checkpoint, places)
+        if spec.shape != place.shape:
+            raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
+        units[name] = Unit((place,), {stored: spec})
     return list(units.values())
+
+
+def _of_weight(
+    weight: Stored, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]
+) -> Unit:
+    """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
+    if len(weight.shape) == 3:
+        transposed = dict(svdq_experts(model))[weight.name.rpartition(".")[0]].layout.transposed
+        found, turned = expert_places(weight, checkpoint, places, transposed=transposed)
+        return Unit(found, {}, weight, transposed=transposed, turned=turned)
+    place = _whole(weight.key("weight"), model, checkpoint, places)
+    return Unit((place,), {}, weight, transposed=dict(svdq_layers(model))[weight.name].transposed)
+
+
+def _whole(name: str, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> Place:
+    """Where the one tensor is that is `name` in the model."""
+    entry = checkpoint.entries.get(_source(model, checkpoint, name))
+    if entry is None or not entry.whole:
+        why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
+        raise Unstreamable(f"it has {name}, {why}")
+    return places[entry.name]
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
@@ -216,12 +214,12 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
 
 def _check_sources(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
-    if any(svdq_experts(model)):
-        raise Unstreamable("it has fused experts")
-    used = {entry.name for entry in checkpoint.entries.values()}
-    doubled = next((name for name in places if name not in used), None)
-    if doubled is not None:
-        raise Unstreamable(f"several tensors of its files become one of the model ({doubled} is one)")
+    known = {*model.state_dict(), *(f"{name}.weight" for name in _readers(model))}
+    known -= {stored.name for stored, _, _ in packed_weights(model) if len(stored.shape) == 3}
+    for name, entries in checkpoint.sources.items():
+        if len(entries) > 1 and name in known:
+            one = entries[0].name
+            raise Unstreamable(f"several tensors of its files become one of the model ({one} is one)")
     for one, other in (model.all_tied_weights_keys or {}).items():
         if one in checkpoint.entries and other in checkpoint.entries:
             raise Unstreamable(f"{one} and {other} are tied and both in the files: they must be compared")

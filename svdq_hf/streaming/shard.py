@@ -17,20 +17,37 @@ from torch import Tensor
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.loading import DTYPES
-from svdq_hf.streaming.files import (
-    PIECE,
-    as_tensor,
-    header_bytes,
-    layout,
-    read_bytes,
-    read_pieces,
-    size_of,
-)
-from svdq_hf.streaming.plan import Shard, Unit
-from svdq_hf.weight import quantize_weight
+from svdq_hf.names import Stored
+from svdq_hf.pieces import LazyStack
+from svdq_hf.streaming.files import PIECE, Place, header_bytes, layout, read_pieces, size_of
+from svdq_hf.streaming.plan import Shard
+from svdq_hf.streaming.units import Unit
+from svdq_hf.weight import quantize_stack, quantize_weight
 
 Told = Callable[[int], None]
-"""Is told of bytes of the input that are done."""
+"""Is told of bytes of the input that were read."""
+
+
+class _Input:
+    """Reads places of the input; `digests` are the checksums of what was read, in order."""
+
+    def __init__(self, told: Told) -> None:
+        self.digests: list[str] = []
+        self.told = told
+
+    def pieces(self, place: Place, piece: int = PIECE) -> Iterator[Tensor]:
+        """`read_pieces`, to the end."""
+        read = hashlib.sha256()
+        for data in read_pieces(place, piece):
+            read.update(data.numpy().data)
+            yield data
+        self.digests.append(read.hexdigest())
+        self.told(place.size)
+
+    def whole(self, place: Place) -> Tensor:
+        """All bytes of a place, `[size]` uint8."""
+        (data,) = self.pieces(place, max(place.size, 1))
+        return data
 
 
 def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> None:
@@ -42,44 +59,47 @@ def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> No
     record_file(shard, folder).unlink(missing_ok=True)
     starts = layout(shard.outputs)
     made = hashlib.sha256()
-    inputs: list[str] = []
+    source = _Input(told)
     facts: dict[str, dict[str, float]] = {}
     with open(data_file(shard, folder), "wb") as file:
         file.truncate(shard.size)
         for unit in shard.units:
-            read = hashlib.sha256()
-            for name, data in _outputs(unit, config, read, facts):
+            for name, data in _outputs(unit, config, source, facts):
                 file.seek(starts[name])
                 starts[name] += data.numel()
                 file.write(data.numpy().data)
                 made.update(data.numpy().data)
-            inputs.append(read.hexdigest())
-            told(unit.place.size)
         _sync(file)
-    record = {"made": made.hexdigest(), "inputs": inputs, "facts": facts}
+    record = {"made": made.hexdigest(), "inputs": source.digests, "facts": facts}
     write_atomically(record_file(shard, folder), json.dumps(record))
 
 
 def _outputs(
-    unit: Unit, config: SVDQConfig, read: Any, facts: dict[str, dict[str, float]]
+    unit: Unit, config: SVDQConfig, source: _Input, facts: dict[str, dict[str, float]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and bytes of what a unit becomes, piece by piece in order; fills `read` and `facts`."""
-    if unit.layer is None:
-        ((name, spec),) = unit.outputs.items()
-        for data in read_pieces(unit.place):
-            read.update(data.numpy().data)
-            yield name, as_bytes(data.view(DTYPES[unit.place.dtype]).to(spec.dtype))
+    """Names and bytes of what a unit becomes, piece by piece in order; fills `facts`."""
+    if unit.weight is None:
+        ((name, spec),), (place,) = unit.outputs.items(), unit.places
+        for data in source.pieces(place):
+            yield name, as_bytes(data.view(DTYPES[place.dtype]).to(spec.dtype))
         return
-    data = read_bytes(unit.place)
-    read.update(data.numpy().data)
-    dense = as_tensor(data, unit.place)
-    parts, facts[unit.layer] = quantize_weight(
-        dense.T.contiguous() if unit.transposed else dense, config, unit.layer
-    )
+    parts, facts[unit.weight.name] = _quantized(unit, unit.weight, config, source)
     for part, (name, spec) in zip(unit.parts, unit.outputs.items(), strict=True):
         if (tuple(parts[part].shape), parts[part].dtype) != spec:
             raise ValueError(f"{name}: {list(parts[part].shape)} {parts[part].dtype}, planned was {spec}")
         yield name, as_bytes(parts[part])
+
+
+def _quantized(
+    unit: Unit, weight: Stored, config: SVDQConfig, source: _Input
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The parts of a weight and what was measured; of experts one is in memory at a time."""
+    matrices = unit.matrices(source.whole)
+    if len(weight.shape) == 3:
+        stack = LazyStack(weight.dense_shape(transposed=unit.transposed), matrices)
+        return quantize_stack(stack, config, weight.name, transposed=unit.transposed)
+    (dense,) = matrices
+    return quantize_weight(dense.T.contiguous() if unit.transposed else dense, config, weight.name)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -97,16 +117,15 @@ def finished(shard: Shard, folder: Path, told: Told) -> bool:
     place = _data_of(shard, folder)
     if record is None or place is None:
         return False
-    for unit, digest in zip(shard.units, record["inputs"], strict=True):
-        read = hashlib.sha256()
-        for data in read_pieces(unit.place):
-            read.update(data.numpy().data)
-        if read.hexdigest() != digest:
+    source = _Input(told)
+    for at, digest in zip(shard.places, record["inputs"], strict=True):
+        for _ in source.pieces(at):
+            pass
+        if source.digests[-1] != digest:
             raise ValueError(
-                f"{unit.place.file}: {unit.place.name} is not what it was when the first run read it; "
+                f"{at.file}: {at.name} is not what it was when the first run read it; "
                 "begin anew with --restart"
             )
-        told(unit.place.size)
     made: str = record["made"]
     return _digest(shard, *place) == made
 
