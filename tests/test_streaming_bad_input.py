@@ -241,7 +241,7 @@ def test_dry_run_says_why_a_model_is_not_streamed(tmp_path, capsys):
     assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--dry-run"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "the whole model is quantized in memory: its files join or cut tensors" in told
-    assert "encoder.layer.1.attention.output.dense" in told
+    assert "encoder.layer.1.attention.o_proj" in told
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
