@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig, read_footprint
+from svdq_hf.checks import check_parts
 from svdq_hf.column_scale import column_scale
-from svdq_hf.decompose import PartSpec, check_parts, decompose, relative_error
+from svdq_hf.decompose import PartSpec, decompose, relative_error
 from svdq_hf.saliency import score
 from svdq_hf.sparse import top_positions
 from svdq_hf.streaming.files import INDEX, header_bytes, layout, size_of

@@ -4,7 +4,7 @@ Each layer is quantized at a few numbers of salient weights, and the budget goes
 a salient weight lowers the sum of the layers' squared relative errors most. Errors of layers add up so:
 the exchange of one bit between two layers is judged by what it does to the sum alone. Rounding is
 measured without error feedback. Not here: what a layer's weight is (`weight`), which layers there are
-(`convert`).
+(`selection`).
 """
 
 import math

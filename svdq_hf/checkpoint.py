@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,7 @@ def quantize_checkpoint(
         (work / REPORT_FILE).write_text(json.dumps(read_footprint(work).to_dict(), indent=1) + "\n")
         name = None if Path(model).is_dir() else str(model)
         write_card(work, base_model=name, base_card=read_text(source / README, "replace"))
-        if target.exists():
-            target.rmdir()  # empty, or this fails and nothing is lost
-        os.rename(work, target)
+        put_in_place(work, target)
 
     try:
         plan = make_plan(model_class(source), source, config, size)
@@ -123,6 +121,13 @@ def check_target(out: str | Path) -> None:
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Give a folder that is whole its name; `target` is not there, or empty."""
+    if target.exists():
+        target.rmdir()  # empty, or this fails and nothing is lost
+    os.rename(work, target)
 
 
 def unfinished_folder(out: str | Path) -> Path:
@@ -208,7 +213,12 @@ def model_class(source: Path) -> Any:
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise ValueError(f"{source}: quantized already, by {method!r}; quantize the original model")
-    for name in config.architectures or []:
+    return named_class(config.architectures)
+
+
+def named_class(architectures: Iterable[str] | None) -> Any:
+    """The first transformers class of these names; AutoModel where none is one."""
+    for name in architectures or ():
         candidate = getattr(transformers, name, None)
         if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
             return candidate

@@ -167,6 +167,11 @@ def quantized_layer(
     return layer
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether a device_map has put a model on more than one device."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
 def check_here(model: nn.Module) -> None:
     """Refuse to dequantize a model of which a layer is on disk.
 

@@ -5,17 +5,22 @@ common format. Written like `quantize_checkpoint`: complete or not there at all.
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
 
-from svdq_hf.checkpoint import REPORT_FILE, copy_companions, folder_bytes, local_folder
+from svdq_hf.checkpoint import (
+    REPORT_FILE,
+    check_target,
+    copy_companions,
+    folder_bytes,
+    local_folder,
+    named_class,
+    put_in_place,
+)
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
 from svdq_hf.readme import README, base_metadata, merge, read_text
 
@@ -39,11 +44,10 @@ def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -
     target = Path(out).absolute()
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {DTYPES}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+    check_target(out)
     source = local_folder(folder)
     config = _stored_config(source)
-    model = _model_class(config).from_pretrained(source, local_files_only=True)
+    model = named_class(config.get("architectures")).from_pretrained(source, local_files_only=True)
     model.dequantize(getattr(torch, dtype))
     model.to(getattr(torch, dtype))
     _check_finite(model, dtype)
@@ -54,9 +58,7 @@ def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -
         copy_companions(source, work)
         (work / REPORT_FILE).unlink(missing_ok=True)
         (work / README).write_text(_card(source, config, dtype), encoding="utf-8")
-        if target.exists():
-            target.rmdir()  # empty, or this fails and nothing is lost
-        os.rename(work, target)
+        put_in_place(work, target)
     return folder_bytes(target)
 
 
@@ -72,15 +74,6 @@ def _stored_config(source: Path) -> dict[str, Any]:
         what = f"quantized by {method!r}, not by svdq" if method else "not quantized: it is dense already"
         raise ValueError(f"{source}: the model is {what}; export takes what `svdq quantize` wrote")
     return config
-
-
-def _model_class(config: dict[str, Any]) -> Any:
-    """The transformers class that config.json names."""
-    for name in config.get("architectures") or []:
-        candidate = getattr(transformers, name, None)
-        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
-            return candidate
-    return AutoModel
 
 
 def _check_finite(model: nn.Module, dtype: str) -> None:

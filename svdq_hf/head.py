@@ -132,11 +132,11 @@ def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
         model.tie_weights()  # type: ignore[operator]
 
 
-def dense_names(model: Any, head: Head) -> list[str]:
-    """Names of the tensors of a dense checkpoint that the head may be loaded from."""
-    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
-    name = f"{head.name}.weight"
-    return sorted({name}.union(*(pair for pair in tied if name in pair)))
+def dense_names(model: Any, name: str) -> list[str]:
+    """Names of the tensors of a dense checkpoint that the weight of the layer `name` may be loaded from."""
+    tied = [{target, source} for target, source in (model.all_tied_weights_keys or {}).items()]
+    weight = f"{name}.weight"
+    return sorted({weight}.union(*(pair for pair in tied if weight in pair)))
 
 
 def _untie(model: Any, modules: Container[str]) -> None:

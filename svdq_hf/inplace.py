@@ -11,11 +11,11 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.card import tags
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
-from svdq_hf.convert import convert_layers, restore_layers
+from svdq_hf.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.experts import svdq_experts
 from svdq_hf.head import chosen_head, quantize_head
-from svdq_hf.loading import keep_own_names, name_k
 from svdq_hf.quantizer import SVDQHfQuantizer
+from svdq_hf.renaming import keep_own_names, name_k
 from svdq_hf.table import chosen_table, quantize_table
 
 
@@ -49,7 +49,7 @@ def quantize_model(
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    if is_spread(model):
         raise ValueError(
             "the model is spread over devices by its device_map: load it without one to quantize it in "
             "memory, or with quantization_config, which quantizes it while loading"

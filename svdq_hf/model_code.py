@@ -44,7 +44,7 @@ def _answers_as_linear(module: nn.Linear) -> bool:
         try:
             answer = torch.func.functional_call(module, own, (x,))
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
+            return False  # it takes something else, so it is no linear layer: which error says so is its own
         expected = F.linear(x, **own)
         same = isinstance(answer, Tensor) and answer.shape == expected.shape
         return same and torch.allclose(answer, expected)

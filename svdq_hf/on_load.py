@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
-from svdq_hf.decompose import Scheme, check_parts
+from svdq_hf.decompose import Scheme
 from svdq_hf.experts import SVDQExperts, stacks_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.loading import REMEDY, Checkpoint

@@ -29,7 +29,12 @@ class Pieces:
             pieces = [piece for source in self._sources if (piece := source[expert]) is not None]
             for source in self._sources:
                 source[expert] = None
-            yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            yield joined(pieces)
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces `[rows, in]` one below the other; one piece as it is."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ are those of transformers 5.20 to 5.23.
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from svdq_hf.convert import (
     check_here,
     check_layer_k,
     empty_layer,
+    is_spread,
     replace_layers,
     restore_layers,
     svdq_layers,
@@ -38,18 +40,13 @@ from svdq_hf.loading import (
     Checkpoint,
     check_dense,
     check_source,
-    file_names,
-    keep_own_names,
-    name_k,
-    named_k,
     read_checkpoint,
-    restore_names,
     stored_layers,
     stored_weights,
-    unconverted,
 )
 from svdq_hf.on_load import SVDQQuantize, check_loaded, loaded_exactly, owner_of
 from svdq_hf.packed import packed_weights
+from svdq_hf.renaming import file_names, keep_own_names, name_k, named_k, restore_names, unconverted
 from svdq_hf.selection import layers_to_convert, linear_layers, weights_of
 from svdq_hf.table import (
     Table,
@@ -144,9 +141,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             if table is not None:
                 put_empty_table(model, table, config)
         else:
-            for one, choice in ((head, "lm_head"), (table, "embeddings")):
-                if one is not None and checkpoint.entries:
-                    check_source(checkpoint, one.name, dense_names(model, one), choice)
+            if checkpoint.entries:
+                for name, choice in _choices_of(head, table).items():
+                    check_source(checkpoint, name, dense_names(model, name), choice)
             linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
             check_layer_k([*linear, *others], config)
             config = spend(stored_weights(model, {**linear, **others}, checkpoint, config), config, {})
@@ -163,18 +160,18 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         weights = {stored.key("weight") for stored, _, _ in packed_weights(model)}
         self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
         if not self.pre_quantized:
-            # Salient weights are kept from the checkpoint's precision: with dtype=bfloat16 the loader
-            # would round an FP32 weight before it is quantized.
-            self.strict = model._keep_in_fp32_modules_strict
-            model._keep_in_fp32_modules_strict = set(self.strict or ()) | {
-                f"^{re.escape(name)}$"
-                for name in (
-                    *weights,
-                    *(name for one in (head, table) if one is not None for name in dense_names(model, one)),
-                )
-                if name not in exact
-            }
+            dense = {key for name in others for key in dense_names(model, name)}
+            self._keep_precision(model, (weights | dense) - exact)
         return model
+
+    def _keep_precision(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
+        """Have tensors loaded as they are: with dtype=bfloat16 an FP32 weight would be rounded beforehand.
+
+        Salient weights are the checkpoint's own.
+        """
+        self.strict = model._keep_in_fp32_modules_strict
+        exactly = {f"^{re.escape(key)}$" for key in keys}
+        model._keep_in_fp32_modules_strict = set(self.strict or ()) | exactly
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
@@ -244,8 +241,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         table = chosen_table(model, self.config, head)
         if head is None and table is None:
             return
-        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-            choice = "lm_head" if head is not None else "embeddings"
+        if is_spread(model):
+            choice = next(iter(_choices_of(head, table).values()))
             raise ValueError(
                 f"{choice}=True needs the model on one device while it is quantized: load it without "
                 "device_map, save_pretrained() it, and load that with one"
@@ -283,6 +280,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
         restore_names(model, weights)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
+
+
+def _choices_of(head: Head | None, table: Table | None) -> dict[str, str]:
+    """The choice that asks for each of the two that are there, by its name in the model."""
+    pairs = ((head, "lm_head"), (table, "embeddings"))
+    return {one.name: choice for one, choice in pairs if one is not None}
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice

@@ -1,6 +1,6 @@
 """What more than one test module needs: the devices present, a seed, and stored parts to look at."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from svdq_hf.decompose import Scheme, decompose
 from svdq_hf.grid import Grid
@@ -32,6 +33,13 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _progress_bar_as_before() -> Iterator[None]:
+    """The command line switches it off, for the whole process."""
+    yield
+    hf_logging.enable_progress_bar()
 
 
 class Split(NamedTuple):

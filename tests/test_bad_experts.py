@@ -1,14 +1,13 @@
 """Whatever is wrong with stored experts, or the file they are made from, ends in an error that says so."""
 
-import json
 import shutil
 
 import pytest
 import tiny_experts
 import torch
 import transformers as hf
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from damaged import Saved
+from safetensors.torch import save_file
 
 from svdq_hf import SVDQConfig, config, quantize_model, read_footprint
 from svdq_hf.decompose import EXPERTS_VERSION, FORMAT_VERSION
@@ -20,20 +19,11 @@ STACK = "model.layers.1.mlp.experts.down_proj"
 AGAIN = "quantize the original model again"
 
 
-class Folder:
+class Folder(Saved):
     """A copy of a saved Qwen3-MoE, to be damaged."""
 
-    def __init__(self, folder):
-        self.folder, self.file = folder, folder / "model.safetensors"
-        self.tensors = load_file(self.file)
-        with safe_open(self.file, "pt") as opened:
-            self.metadata = opened.metadata()
-        self.config = json.loads((folder / "config.json").read_text())
-
     def load(self, **choices):
-        save_file(self.tensors, self.file, self.metadata)
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        return hf.Qwen3MoeForCausalLM.from_pretrained(self.folder, **choices)
+        return hf.Qwen3MoeForCausalLM.from_pretrained(self.write(), **choices)
 
     def refused(self, *fragments, **choices):
         with pytest.raises(ValueError, match="experts") as error:

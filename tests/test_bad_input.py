@@ -7,8 +7,8 @@ import pytest
 import tiny_models as tiny
 import torch
 import transformers as hf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from damaged import Saved
+from safetensors import SafetensorError
 from torch import nn
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model, register_saliency, saliency
@@ -22,20 +22,8 @@ PARTS = ["weight", "weight_scale", "salient_values", "salient_rows", "salient_co
 AGAIN = "quantize the original model again"
 
 
-class Folder:
-    """A copy of a saved model, to be damaged."""
-
-    def __init__(self, folder):
-        self.folder, self.file = folder, folder / "model.safetensors"
-        self.tensors = load_file(self.file)
-        with safe_open(self.file, "pt") as opened:
-            self.metadata = opened.metadata()
-        self.config = json.loads((folder / "config.json").read_text())
-
-    def write(self):
-        save_file(self.tensors, self.file, self.metadata)
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        return self.folder
+class Folder(Saved):
+    """A copy of a saved model, one layer of which is to be damaged."""
 
     def part(self, name):
         return self.tensors[f"{LAYER}.{name}"]

@@ -9,19 +9,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import BertModel
-from transformers.utils import logging as hf_logging
 
 import svdq_hf.checkpoint
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli import main
 from svdq_hf.evaluation.command import EXAMPLE
 from svdq_hf.readme import metadata_of
-
-
-@pytest.fixture(autouse=True)
-def _progress_bar_as_before():
-    yield
-    hf_logging.enable_progress_bar()
 
 
 @pytest.fixture

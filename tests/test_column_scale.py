@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from svdq_hf.checks import check_parts
 from svdq_hf.column_scale import column_scale
-from svdq_hf.decompose import Scheme, check_parts, decompose, reconstruct, relative_error
+from svdq_hf.decompose import Scheme, decompose, reconstruct, relative_error
 from svdq_hf.grid import Grid
 from svdq_hf.sparse import top_positions
 

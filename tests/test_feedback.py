@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.decompose import Scheme, check_parts, decompose, reconstruct
+from svdq_hf.checks import check_parts
+from svdq_hf.decompose import Scheme, decompose, reconstruct
 from svdq_hf.feedback import quantize_with_feedback
 from svdq_hf.grid import Grid, quantize
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import FORMAT_VERSION, check_parts, decompose, reconstruct
+from svdq_hf.decompose import FORMAT_VERSION, decompose, reconstruct
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.sparse import top_positions
 

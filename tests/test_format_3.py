@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import check_parts, decompose, reconstruct
+from svdq_hf.decompose import decompose, reconstruct
 from svdq_hf.linear import SVDQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v3.safetensors"

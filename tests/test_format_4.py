@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import FORMAT_VERSION, check_parts, decompose, part_specs, reconstruct
+from svdq_hf.decompose import FORMAT_VERSION, decompose, part_specs, reconstruct
 from svdq_hf.embedding import SVDQTable
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.sparse import top_positions

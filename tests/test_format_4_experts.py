@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from test_format import CONFIGS, IN, OUT, weight
 from torch import nn
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import check_parts, reconstruct
+from svdq_hf.decompose import reconstruct
 from svdq_hf.experts import SVDQExperts
 from svdq_hf.names import Stored
 from svdq_hf.weight import quantize_stack

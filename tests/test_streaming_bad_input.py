@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import dinov2, llama
-from transformers.utils import logging as hf_logging
 
 import svdq_hf.streaming.run
 from svdq_hf import SVDQConfig, quantize_model
@@ -19,12 +18,6 @@ from svdq_hf.estimate import estimate
 CONFIG = SVDQConfig(k=4)
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def _progress_bar_as_before():
-    yield
-    hf_logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_streaming import contents
 from tiny_models import llama
-from transformers.utils import logging as hf_logging
 
 import svdq_hf.streaming.run
 import svdq_hf.streaming.shard
@@ -29,12 +28,6 @@ SIZE = "20KB"
 SHARDS = 5
 CUT = 8
 """The layer at which a run is cut off, in the middle of the fourth shard."""
-
-
-@pytest.fixture(autouse=True)
-def _progress_bar_as_before():
-    yield
-    hf_logging.enable_progress_bar()
 
 
 @pytest.fixture

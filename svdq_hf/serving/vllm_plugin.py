@@ -16,8 +16,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from svdq_hf.checks import check_parts
 from svdq_hf.config import QUANT_METHOD, SVDQConfig
-from svdq_hf.decompose import Scheme, check_parts, part_specs
+from svdq_hf.decompose import Scheme, part_specs
 from svdq_hf.serving.slices import Stored, join, layers_of, linear_of, slice_columns, slice_rows
 
 Shard = int | str | tuple[int, ...] | None

@@ -54,7 +54,8 @@ def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> No
     """Make the data and the record of a shard in `folder`; a kill leaves no record.
 
     Raises:
-        ValueError: see `quantize_weight`; the file of the input has become shorter.
+        ValueError: see `quantize_weight`.
+        OSError: the file of the input has become shorter; or of the disk.
     """
     record_file(shard, folder).unlink(missing_ok=True)
     starts = layout(shard.outputs)

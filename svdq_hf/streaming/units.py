@@ -8,7 +8,6 @@ else is `Unstreamable`.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.core_model_loading import dot_natural_key
 
@@ -17,6 +16,7 @@ from svdq_hf.decompose import PartSpec
 from svdq_hf.footprint import Footprint
 from svdq_hf.loading import Checkpoint, Entry
 from svdq_hf.names import Stored
+from svdq_hf.pieces import joined
 from svdq_hf.streaming.files import Place, as_tensor, read_bytes, size_of
 
 
@@ -57,12 +57,8 @@ class Unit:
         experts = self.weight.shape[:-2] if self.weight is not None else ()
         pieces = len(self.places) // (experts[0] if experts else 1)
         for first in range(0, len(self.places), pieces):
-            matrix = _joined([as_tensor(read(p), p) for p in self.places[first : first + pieces]])
+            matrix = joined([as_tensor(read(p), p) for p in self.places[first : first + pieces]])
             yield matrix.T if self.turned else matrix
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def expert_places(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_hf.decompose import Scheme, check_parts, decompose, part_specs
+from svdq_hf.checks import check_parts
+from svdq_hf.decompose import Scheme, decompose, part_specs
 from svdq_hf.grid import Grid
 from svdq_hf.serving.slices import (
     Stored,
