@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdq_hf import grid as grid_module
+from svdq_hf.checks import check_parts
 from svdq_hf.decompose import (
     PartSpec,
     Scheme,
-    check_parts,
     decompose,
     dense_blocks,
     part_specs,
