@@ -1,22 +1,28 @@
 """SVDQConfig: every choice of the user, validated, as transformers wants a quantization config.
 
-Not here: what the choices do (`saliency`, `grid`, `decompose`), registration (`quantizer`).
+Not here: what each may be (`validation`), what they do (`saliency`, `grid`, `decompose`), registration
+(`quantizer`).
 """
 
 import copy
-import difflib
-import math
 from typing import Any, Literal
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdq_hf.decompose import EXPERTS_VERSION, FORMAT_VERSION, Scheme
+from svdq_hf.decompose import EXPERTS_VERSION, Scheme
 from svdq_hf.grid import Grid, GroupSize, ScaleRule
 from svdq_hf.levels import Levels
 from svdq_hf.saliency import check_name, data_needs, no_data, saliency_names
+from svdq_hf.validation import (
+    QUANT_METHOD,
+    SYNTHETIC,
+    check_choices,
+    check_stored,
+    check_together,
+    dtype_name,
+)
 
-QUANT_METHOD = "svdq"
 REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
 """Stored in config.json, where a user looks whose transformers does not know the method."""
 
@@ -24,13 +30,9 @@ VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_b
 """What was no choice yet in files of format version 1."""
 
 ErrorFeedback = bool | Literal["synthetic"]
-SYNTHETIC = "synthetic"
 
-COMPUTE = ("exact", "fast")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
 _SINCE_4 = ("target_bits", "layer_k", "embeddings")
-_STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
 class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
@@ -97,7 +99,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         compute: Literal["exact", "fast"] = "exact",
         **stored: Any,
     ) -> None:
-        _check_stored(stored)
+        check_stored(stored, _choices())
         self.quant_method = QUANT_METHOD
         self.k = k
         self.rank = rank
@@ -117,10 +119,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.layer_k = layer_k
         names = modules_to_not_convert
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
-        self.compute_dtype = _dtype_name(compute_dtype)
+        self.compute_dtype: Any = compute_dtype
         self.seed = seed
         self.compute = compute
         self._check(from_file="format_version" in stored)
+        self.compute_dtype = dtype_name(compute_dtype)
         self.format_version = self._oldest_version()
         if stored.get("format_version", 0) >= EXPERTS_VERSION:
             self.say_experts()
@@ -272,84 +275,13 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     __hash__ = None  # type: ignore[assignment]  # mutable, as every transformers config is
 
     def _check(self, *, from_file: bool) -> None:
-        share = isinstance(self.k, float) and 0 < self.k < 1
-        _require(share or _is_count(self.k), "k", self.k, "an int from 0 on, or a float between 0 and 1")
-        _require(_is_count(self.rank) and self.rank > 0, "rank", self.rank, "an int from 1 on")
-        _require(_is_count(self.seed) and self.seed < 2**63, "seed", self.seed, "an int from 0 to 2**63 - 1")
-        known = type(self.error_feedback) is bool or self.error_feedback == SYNTHETIC
-        _require(known, "error_feedback", self.error_feedback, "true, false or 'synthetic'")
-        _require(type(self.lm_head) is bool, "lm_head", self.lm_head, "true or false")
-        possible = not (self.lm_head and self._score_needs)  # no inputs are collected for the head
-        allowed = f"False with saliency={self.saliency!r}: of the head's inputs no data is collected"
-        _require(possible, "lm_head", self.lm_head, allowed)
-        _require(type(self.embeddings) is bool, "embeddings", self.embeddings, "true or false")
-        possible = not (self.embeddings and self._score_needs)
-        allowed = f"False with saliency={self.saliency!r}: an embedding has no inputs to weigh"
-        _require(possible, "embeddings", self.embeddings, allowed)
-        bits = self.target_bits
-        number = type(bits) in (int, float) and 0 < bits < math.inf  # type: ignore[operator]
-        _require(bits is None or number, "target_bits", bits, "None or a number of bits above 0")
-        self._check_layer_k()
-        _require(isinstance(self.saliency, str), "saliency", self.saliency, "the name of a score")
-        names = self.modules_to_not_convert
-        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        _require(names is None or listed, "modules_to_not_convert", names, "None or a list of names")
-        _require(self.compute in COMPUTE, "compute", self.compute, f"one of {COMPUTE}")
+        check_choices(vars(self))
+        check_together(vars(self), self._score_needs)
         self._grid  # noqa: B018  # checks itself
-        grouped = isinstance(self.group_size, int) or not self.error_feedback
-        _require(grouped, "group_size", self.group_size, "a number of columns where error_feedback is on")
         if not from_file:  # a stored model loads where its author's own score is not known
             check_name(self.saliency)
-
-    def _check_layer_k(self) -> None:
-        given = {} if self.layer_k is None else self.layer_k
-        _require(isinstance(given, dict), "layer_k", given, "None or k by the layer's name")
-        for name, k in given.items():
-            fits = isinstance(name, str) and _is_count(k) and k < 2**63
-            _require(fits, "layer_k", {name: k}, "the layer's name and an int from 0 on")
-
-
-def _check_stored(stored: dict[str, Any]) -> None:
-    """Refuse a format this release cannot read, and keys that mean nothing."""
-    version = stored.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version < 1:
-        raise ValueError(f"format_version={version!r}: must be an int from 1 on")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version={version}: this release of svdq_hf reads up to {FORMAT_VERSION}; "
-            "`pip install --upgrade svdq_hf` for one that reads it"
-        )
-    method = stored.get("quant_method", QUANT_METHOD)
-    if method != QUANT_METHOD:
-        raise ValueError(f"quant_method={method!r}: must be {QUANT_METHOD!r}")
-    known = _choices()
-    for key, value in stored.items():
-        if key not in _STORED_ONLY:
-            close = difflib.get_close_matches(key.lower(), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")
 
 
 def _choices() -> list[str]:
     """The names of what a user can choose."""
     return [name for name in SVDQConfig.__init__.__annotations__ if name not in ("stored", "return")]
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    name = str(dtype).removeprefix("torch.") if dtype is not None else None
-    _require(
-        name is None or name in COMPUTE_DTYPES,
-        "compute_dtype",
-        dtype,
-        f"None or one of {COMPUTE_DTYPES}",
-    )
-    return name
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _require(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{key}={value!r}: must be {allowed}")

@@ -14,13 +14,14 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.budget import Layer, spend
 from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.config import COMPUTE, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.embedding import SVDQTable
 from svdq_hf.experts import SVDQExperts, dense_experts, layout_of, svdq_experts
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.selection import dense_weight, layers_to_convert, shape_of
 from svdq_hf.stacks import check_experts, empty_experts, quantized_experts
 from svdq_hf.synthetic import synthetic_batches
+from svdq_hf.validation import COMPUTE, require
 from svdq_hf.weight import check_weight, quantize_weight
 
 Item = TypeVar("Item")
@@ -215,8 +216,7 @@ def set_compute(model: nn.Module, compute: str) -> nn.Module:
     Raises:
         ValueError: it is neither, or the model has no quantized layer.
     """
-    if compute not in COMPUTE:
-        raise ValueError(f"compute={compute!r}: must be one of {COMPUTE}")
+    require(compute in COMPUTE, "compute", compute, f"one of {COMPUTE}")
     layers = [layer for _, layer in svdq_layers(model)]
     if not layers and not any(svdq_experts(model)):
         raise ValueError(f"{type(model).__name__} has no layer that svdq_hf quantized")

@@ -21,8 +21,9 @@ from svdq_hf.checkpoint import (
     named_class,
     put_in_place,
 )
-from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.readme import README, base_metadata, merge, read_text
+from svdq_hf.validation import QUANT_METHOD
 
 DTYPES = ("bfloat16", "float16", "float32")
 

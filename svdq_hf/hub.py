@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 of release 2, httpx of 1
 
 from svdq_hf.card import CardResult, write_card
-from svdq_hf.config import QUANT_METHOD
 from svdq_hf.footprint import footprint, read_footprint
 from svdq_hf.readme import README, merge, metadata_of, own_text, read_text, section_of
+from svdq_hf.validation import QUANT_METHOD
 
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 """Files of a push before this one that must not stay beside the new ones."""

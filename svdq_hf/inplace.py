@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.card import tags
-from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.experts import svdq_experts
 from svdq_hf.head import chosen_head, quantize_head
 from svdq_hf.quantizer import SVDQHfQuantizer
 from svdq_hf.renaming import keep_own_names, name_k
 from svdq_hf.table import chosen_table, quantize_table
+from svdq_hf.validation import QUANT_METHOD
 
 
 def quantize_model(

@@ -6,10 +6,11 @@ are those of transformers 5.20 to 5.23.
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from svdq_hf.arrival import one_by_one
 from svdq_hf.budget import spend
 from svdq_hf.card import tags
-from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import (
     check_here,
     check_layer_k,
@@ -57,6 +58,7 @@ from svdq_hf.table import (
     put_empty_table,
     quantize_table,
 )
+from svdq_hf.validation import QUANT_METHOD
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
@@ -115,54 +117,78 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "a quantized model is not sharded while it loads (distributed_config, tp_plan): a slice of a "
-                "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
-                "FSDP2 and DistributedDataParallel wrap it as it is"
-            )
+        _refuse_sharded(model)
         layers = linear_layers(model) | input_table(model, self.quantization_config)
         known = [stored for name, layer in layers.items() for stored in weights_of(name, layer)]
         checkpoint = read_checkpoint(model, known, checkpoint_files or [])
-        config = named_k(checkpoint, self.quantization_config)
-        if self.pre_quantized and checkpoint.entries:  # what a file holds is not for names to decide
-            chosen = stored_layers(checkpoint, layers, config)
-        else:
-            chosen = layers_to_convert(model, config)
-        if not self.pre_quantized and checkpoint.entries:
-            check_dense(checkpoint, chosen)
+        self.config = named_k(checkpoint, self.quantization_config)
+        chosen = self._chosen(model, checkpoint, layers)
         head = self._head(model, checkpoint)
         table = self._table(model, checkpoint, head)
-        others = {one.name: one.module for one in (head, table) if one is not None}
         if self.pre_quantized:
-            chosen = {name: module for name, module in chosen.items() if name not in others}
-            if head is not None:
-                put_head(model, head, empty_layer(head.module, config.of_layer(head.name)))
-            if table is not None:
-                put_empty_table(model, table, config)
+            chosen = self._put_stored(model, chosen, head, table)
         else:
-            if checkpoint.entries:
-                for name, choice in _choices_of(head, table).items():
-                    check_source(checkpoint, name, dense_names(model, name), choice)
-            linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
-            check_layer_k([*linear, *others], config)
-            config = spend(stored_weights(model, {**linear, **others}, checkpoint, config), config, {})
-        self.config = config
+            self.config = self._planned(model, checkpoint, chosen, head, table)
         exact = loaded_exactly(chosen, checkpoint)
-        replace_layers(model, chosen, config)
+        replace_layers(model, chosen, self.config)
+        weights = self._note_packed(model, checkpoint)
+        if not self.pre_quantized:
+            dense = {key for name in _choices_of(head, table) for key in dense_names(model, name)}
+            self._keep_precision(model, (weights | dense) - exact)
+        return model
+
+    def _chosen(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, layers: Mapping[str, nn.Module]
+    ) -> dict[str, nn.Module]:
+        """The modules that the files hold packed; of dense files, those that the config quantizes."""
+        if self.pre_quantized and checkpoint.entries:  # what a file holds is not for names to decide
+            return stored_layers(checkpoint, layers, self.config)
+        chosen = layers_to_convert(model, self.config)
+        if checkpoint.entries:
+            check_dense(checkpoint, chosen)
+        return chosen
+
+    def _put_stored(
+        self, model: PreTrainedModel, chosen: dict[str, nn.Module], head: Head | None, table: Table | None
+    ) -> dict[str, nn.Module]:
+        """Make room for a packed head and a packed embedding; the modules that are left to replace."""
+        if head is not None:
+            put_head(model, head, empty_layer(head.module, self.config.of_layer(head.name)))
+        if table is not None:
+            put_empty_table(model, table, self.config)
+        others = _choices_of(head, table)
+        return {name: module for name, module in chosen.items() if name not in others}
+
+    def _planned(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        chosen: dict[str, nn.Module],
+        head: Head | None,
+        table: Table | None,
+    ) -> SVDQConfig:
+        """The config with its budget spent, after a look at whether all that it asks for is in the files."""
+        if checkpoint.entries:
+            for name, choice in _choices_of(head, table).items():
+                check_source(checkpoint, name, dense_names(model, name), choice)
+        modules = {name: module for name, module in chosen.items() if layout_of(module) is None}
+        modules |= {one.name: one.module for one in (head, table) if one is not None}
+        check_layer_k(modules, self.config)
+        return spend(stored_weights(model, modules, checkpoint, self.config), self.config, {})
+
+    def _note_packed(self, model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
+        """Tell packed weights what the files say of them; their names in the model."""
+        weights = set()
         for stored, parts, facts in packed_weights(model):
+            weights.add(stored.key("weight"))
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
             for tensor in parts.values():
                 # A family's own initialisation may reach for weights by name, and not know packed ones.
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         if any(svdq_experts(model)):
             self.quantization_config.say_experts()
-        weights = {stored.key("weight") for stored, _, _ in packed_weights(model)}
         self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
-        if not self.pre_quantized:
-            dense = {key for name in others for key in dense_names(model, name)}
-            self._keep_precision(model, (weights | dense) - exact)
-        return model
+        return weights
 
     def _keep_precision(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
         """Have tensors loaded as they are: with dtype=bfloat16 an FP32 weight would be rounded beforehand.
@@ -280,6 +306,15 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         model.model_tags = [tag for tag in model.model_tags or [] if tag not in ours]
         restore_names(model, weights)
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
+
+
+def _refuse_sharded(model: PreTrainedModel) -> None:
+    if getattr(model.config, "distributed_config", None) is not None:
+        raise ValueError(
+            "a quantized model is not sharded while it loads (distributed_config, tp_plan): a slice of a "
+            "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
+            "FSDP2 and DistributedDataParallel wrap it as it is"
+        )
 
 
 def _choices_of(head: Head | None, table: Table | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ import transformers as hf
 from damaged import Saved
 from safetensors.torch import save_file
 
-from svdq_hf import SVDQConfig, config, quantize_model, read_footprint
+from svdq_hf import SVDQConfig, quantize_model, read_footprint, validation
 from svdq_hf.decompose import EXPERTS_VERSION, FORMAT_VERSION
 from svdq_hf.experts import svdq_experts
 from svdq_hf.quantizer import SVDQHfQuantizer
@@ -205,7 +205,7 @@ def test_only_models_with_quantized_experts_are_of_the_new_version(stored, dense
 
 
 def test_a_release_that_knows_no_experts_refuses_them(stored, monkeypatch):
-    monkeypatch.setattr(config, "FORMAT_VERSION", EXPERTS_VERSION - 1)
+    monkeypatch.setattr(validation, "FORMAT_VERSION", EXPERTS_VERSION - 1)
     with pytest.raises(ValueError, match="this release of svdq_hf reads up to 3"):
         stored.load()
 

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import FORMAT_VERSION, Scheme
 from svdq_hf.grid import Grid
 from svdq_hf.saliency import saliency_names
+from svdq_hf.validation import QUANT_METHOD
 
 CONFIGS = {
     "default": {},

@@ -17,9 +17,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from svdq_hf.checks import check_parts
-from svdq_hf.config import QUANT_METHOD, SVDQConfig
+from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import Scheme, part_specs
 from svdq_hf.serving.slices import Stored, join, layers_of, linear_of, slice_columns, slice_rows
+from svdq_hf.validation import QUANT_METHOD
 
 Shard = int | str | tuple[int, ...] | None
 """Which of a fused layer's matrices a tensor is of; a tuple: several in a row; None: all, or the only one."""
