@@ -120,7 +120,9 @@ def main() -> None:
         for name, (package, *choice) in METHODS.items():
             if importlib.util.find_spec(package.partition(".")[0]) is None:
                 continue
-            first = attempt(on_the_fly, options.model or llama, *choice)
+            first = attempt(on_the_fly, llama, *choice)
+            if options.model is not None:  # now that the method's package is imported
+                first = attempt(on_the_fly, options.model, *choice)
             rest = [attempt(test, llama, *choice) for test in (save, dequantize, lora)]
             print(f"| {' | '.join([name, first, *rest, attempt(experts, mixtral, *choice)])} |", flush=True)
 

@@ -62,3 +62,12 @@ def owner(key: str) -> tuple[str, bool] | None:
         if key.endswith(mark):
             return key.removesuffix(mark), mark[0] == "_"
     return None
+
+
+def is_salient_values(key: str) -> bool:
+    """Whether a tensor of this name holds salient weights.
+
+    >>> is_salient_values("fc.salient_values"), is_salient_values("experts.up_proj_salient_values")
+    (True, True)
+    """
+    return key.endswith((".salient_values", "_salient_values")) or key == "salient_values"

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from svdq_hf import main_dtype
 from svdq_hf.arrival import one_by_one
 from svdq_hf.budget import spend
 from svdq_hf.card import tags
@@ -323,6 +324,7 @@ def _choices_of(head: Head | None, table: Table | None) -> dict[str, str]:
     return {one.name: choice for one, choice in pairs if one is not None}
 
 
+main_dtype.install()
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice
     register_quantizer(QUANT_METHOD)(SVDQHfQuantizer)
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

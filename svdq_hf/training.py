@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from svdq_hf.names import is_salient_values
 from svdq_hf.packed import packed_weights
 
 ADAMW_BYTES = 4 + 4 + 4
@@ -119,7 +120,7 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _kind(name: str, norm: bool, *, outside: bool) -> str:
-    if name == "salient_values" or name.endswith("_salient_values"):
+    if is_salient_values(name):
         return "salient"
     if outside:
         return "head"
