@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from svdq_hf.calibration import call, evaluating
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.lora import PeftModel, SVDQLoraLinear, adapted_layers
 from svdq_hf.svd import principal
@@ -39,35 +40,42 @@ class Merged:
 
 
 @torch.no_grad()
-def merge_adapters(model: Any, batch: Mapping[str, Any] | None = None) -> Merged:
+def merge_adapters(model: Any, batch: Any = None) -> Merged:
     """Add the active adapters to a quantized base and quantize the sums; the model is used up, as in PEFT.
 
-    The salient weights take up the adapter exactly, the rest is rounded anew. batch: what the model takes,
-    to say how much its outputs change. Layers that are dense are merged by PEFT.
+    The salient weights take up the adapter exactly, the rest is rounded anew. batch: what the model takes (a
+    mapping of keyword arguments, a tuple, or one tensor), to say how much its outputs change. Layers that
+    are dense are merged by PEFT.
 
     Raises:
-        ValueError: no quantized layer has an adapter, or one has a NaN or an infinity; nothing is changed.
+        ValueError: no quantized layer has an adapter, the model is not PEFT's, or a layer's adapter cannot be
+            merged (it has a NaN, or a bias that the layer lacks, or is switched off); nothing is changed.
     """
     layers = dict(adapted_layers(model))
-    if not isinstance(model, PeftModel) or not layers:
+    if not layers:
         raise ValueError("no quantized layer of this model has an adapter: get_peft_model(model, ...) first")
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"these adapters were put on a {type(model).__name__} by itself, as add_adapter does; "
+            "save_pretrained(FOLDER) them, and merge PeftModel.from_pretrained(base, FOLDER)"
+        )
     adapters = list(model.active_adapters)
     for name, layer in layers.items():
-        if not torch.isfinite(layer.delta(adapters)).all():
-            raise ValueError(f"{name}: the adapter has a NaN or an infinity; it cannot be merged")
+        trouble = layer.why_not_merge(adapters)
+        if trouble is not None:
+            raise ValueError(f"{name}: {trouble}; it cannot be merged")
     before = None if batch is None else _output(model, batch)
     lost = {name: layer.requantize(adapters) for name, layer in layers.items()}
     merged = model.merge_and_unload()
     change = None
-    if before is not None and batch is not None:
+    if before is not None:
         change = float((_output(merged, batch) - before).norm() / before.norm())
     return Merged(merged, lost, change)
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    training = model.training
-    found = model.eval()(**batch)
-    model.train(training)
+def _output(model: nn.Module, batch: Any) -> Tensor:
+    with evaluating(model):
+        found = call(model, batch)
     first = found[0] if not isinstance(found, Tensor) else found
     return first.float()
 
@@ -85,12 +93,16 @@ def init_adapters_from_error(
     Returns: for each layer, `|W - Q| / |W|` and what of it is left with the adapter.
 
     Raises:
-        ValueError: no quantized layer has this adapter, it has been trained already, or `dense` lacks a
-            layer's weight or has another shape or values that were not quantized to these.
+        ValueError: no quantized layer has this adapter, it has been trained already or its lora_alpha is not
+            above 0, or `dense` lacks a layer's weight, or has another shape or values that were not
+            quantized to these.
     """
     layers = {name: layer for name, layer in adapted_layers(model) if adapter in layer.lora_A}
     if not layers:
         raise ValueError(f"no quantized layer of this model has an adapter {adapter!r}")
+    unscaled = [name for name, layer in layers.items() if layer.scaling[adapter] <= 0]
+    if unscaled:
+        raise ValueError(f"adapter {adapter!r}: lora_alpha must be above 0 for a start (at {unscaled[0]})")
     trained = [name for name, layer in layers.items() if layer.lora_B[adapter].weight.any()]
     if trained:
         raise ValueError(

@@ -75,7 +75,7 @@ def collect_inputs(
         with evaluating(model):
             for batch in batches:
                 masks[:] = _masks(batch)
-                _call(model, batch)
+                call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,15 +129,15 @@ def _reads_encoder(name: str) -> bool:
     return ("enc" in path or "cross" in path) and leaf in ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call(model: nn.Module, batch: Any) -> Any:
+    """What the model answers to a batch: a mapping of keyword arguments, a tuple or list, or one tensor."""
     if isinstance(batch, str):
         raise ValueError(f"batch {batch[:20]!r} is a text; give what the model takes: tokenizer(text, ...)")
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
 
 
 @contextmanager

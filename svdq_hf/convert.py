@@ -145,10 +145,19 @@ def _spent(
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every SVDQLinear and SVDQExperts by the dense layer that it stands for, in `dtype`."""
     check_here(model)
+    trains = _trains(model)
     for name, experts in progress(dict(svdq_experts(model)).items(), "Dequantizing"):
         model.set_submodule(name, dense_experts(experts, dtype))
     for name, layer in progress(dict(svdq_layers(model)).items(), "Dequantizing"):
-        model.set_submodule(name, dense_layer(layer, dtype))
+        model.set_submodule(name, dense_layer(layer, dtype, trains=trains))
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether layers that have no salient weights trained: as the others did."""
+    values = [layer.salient_values for _, layer in svdq_layers(model)]
+    flags = [value.requires_grad for value in values if value.numel() and isinstance(value, nn.Parameter)]
+    others = (one for name, one in model.named_parameters() if "lora_" not in name)
+    return any(flags) if flags else any(one.requires_grad for one in others)
 
 
 def quantized_layer(
@@ -185,10 +194,15 @@ def check_here(model: nn.Module) -> None:
             raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
 
 
-def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:
-    """The `nn.Linear` (or `Conv1D`, or embedding) that an SVDQLinear stands for."""
+def dense_layer(layer: SVDQLinear, dtype: torch.dtype, *, trains: bool = True) -> nn.Module:
+    """The `nn.Linear` (or `Conv1D`, or embedding) that an SVDQLinear stands for.
+
+    Its weight trains if the salient weights did; trains: where there are none that could.
+    """
     if isinstance(layer, SVDQTable):
-        return layer.restored(nn.Parameter(layer.dequantize().to(dtype)))
+        return layer.restored(nn.Parameter(layer.dequantize().to(dtype), trains))
+    if layer.salient_values.numel():
+        trains = layer.salient_values.requires_grad
     out, in_features = layer.out_features, layer.in_features
     with torch.device("meta"):
         dense: nn.Module
@@ -197,9 +211,9 @@ def dense_layer(layer: SVDQLinear, dtype: torch.dtype) -> nn.Module:
         else:
             dense = nn.Linear(in_features, out, bias=layer.bias is not None)
     weight = layer.dequantize().to(dtype)
-    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight)
+    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight, trains)
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype), layer.bias.requires_grad)
     return dense.train(layer.training)
 
 

@@ -35,6 +35,12 @@ def install() -> None:
             setattr(sys.modules[module], name, wrapper)
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT has put adapters into a model; where PEFT was never imported there are none."""
+    layer = getattr(sys.modules.get(TUNERS), "BaseTunerLayer", None)
+    return layer is not None and any(isinstance(module, layer) for module in model.modules())
+
+
 def _dispatch(default: Callable[..., Any]) -> Callable[..., Any]:
     """The LoRA layer for a layer: ours first."""
 
@@ -51,8 +57,9 @@ def _all_linear(default: Callable[..., Any]) -> Callable[..., Any]:
     """target_modules="all-linear" made a set of names: with the quantized layers, as for a dense model."""
 
     def include(peft_config: Any, model: Any) -> Any:
-        from svdq_hf.lora import linear_names
+        from svdq_hf.lora import check_whole, linear_names
 
+        check_whole(model, peft_config)
         asked = getattr(peft_config, "target_modules", None)
         result = default(peft_config, model)
         if isinstance(asked, str) and isinstance(result.target_modules, set):

@@ -233,8 +233,10 @@ def dense_experts(layer: SVDQExperts, dtype: torch.dtype) -> nn.Module:
     """The module of the family's own class that packed experts stand for."""
     dense: nn.Module = layer.family.__new__(layer.family)
     nn.Module.__init__(dense)
-    for matrix in layer.stacks:
-        dense.register_parameter(matrix, nn.Parameter(layer.dequantize(matrix, dtype)))
+    for matrix, shape in layer.stacks.items():
+        values = getattr(layer, Stored(matrix, shape).key("salient_values"))
+        trains = values.requires_grad or values.numel() == 0
+        dense.register_parameter(matrix, nn.Parameter(layer.dequantize(matrix, dtype), trains))
     take_over(dense, layer, without=[key for stored in layer.stored() for key in stored.all_keys()])
     for name, parameter in list(dense.named_parameters(recurse=False)):
         if name not in layer.stacks and parameter.is_floating_point():

@@ -42,9 +42,10 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is None and stored is not None:
+        classes = getattr(getattr(model, "config", None), "architectures", None)
         raise ValueError(
             f"{type(model).__name__} has no output head, and this checkpoint keeps its embedding in the "
-            "packed one: load the model with its head (AutoModelForCausalLM)"
+            f"packed one: load the model with its head ({' or '.join(classes or ['AutoModelForCausalLM'])})"
         )
     if type(output) is not nn.Linear:
         found = "" if output is None else f": its output layer is a {type(output).__name__}"

@@ -12,6 +12,7 @@ from transformers.quantizers.base import _assign_is_quantized
 from svdq_hf.card import tags
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import convert_layers, is_spread, restore_layers
+from svdq_hf.dispatch import has_adapters
 from svdq_hf.experts import svdq_experts
 from svdq_hf.head import chosen_head, quantize_head
 from svdq_hf.quantizer import SVDQHfQuantizer
@@ -47,6 +48,11 @@ def quantize_model(
     )
     if not isinstance(config, SVDQConfig):
         raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
+    if has_adapters(model):
+        raise ValueError(
+            "the model has adapters, which would be quantized as its layers are: merge_and_unload() them "
+            "first, or quantize the model without them and put them on that"
+        )
     method = getattr(model, "quantization_method", None)
     if method is not None:
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
@@ -83,7 +89,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
     """
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
-        return model.dequantize(dtype)  # type: ignore[no-any-return]
+    for module in list(model.modules()):  # a PeftModel, for one, has the model inside
+        if isinstance(module, PreTrainedModel) and isinstance(
+            getattr(module, "hf_quantizer", None), SVDQHfQuantizer
+        ):
+            module.dequantize(dtype)
     restore_layers(model, dtype or torch.float32)
     return model

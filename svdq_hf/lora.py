@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import decompose
+from svdq_hf.embedding import SVDQEmbedding, SVDQTable
 from svdq_hf.experts import SVDQExperts
 from svdq_hf.linear import SVDQLinear
 
@@ -43,8 +44,10 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, SVDQExperts):  # PEFT's target_parameters: it would add to the codes
         raise ValueError(
-            "target_parameters names packed experts, whose codes are no matrix to add to: keep the experts "
-            "dense with modules_to_not_convert=['experts'], or leave target_parameters out"
+            "adapters on packed experts, whose codes are no matrix to add to (PEFT asks for them by "
+            "target_parameters, which it fills in itself where target_modules is 'all-linear'): name the "
+            "other layers, target_modules=['q_proj', 'v_proj'] for instance, or keep the experts dense with "
+            "modules_to_not_convert=['experts']"
         )
     if type(base) is not SVDQLinear:  # a packed embedding is one too, and does not multiply
         return None
@@ -60,6 +63,27 @@ def linear_names(model: nn.Module) -> set[str]:
         for name, layer in svdq_layers(model)
         if layer is not head and type(layer) is SVDQLinear and not (inside and name.startswith(inside))
     }
+
+
+def check_whole(model: nn.Module, config: Any) -> None:
+    """Refuse to train modules whole, or rows of an embedding, that are packed.
+
+    Raises:
+        ValueError: modules_to_save or trainable_token_indices of the PEFT config means a quantized module.
+    """
+    whole = getattr(config, "modules_to_save", None) or []
+    whole = [whole] if isinstance(whole, str) else whole
+    rows = getattr(config, "trainable_token_indices", None)
+    for name, module in model.named_modules():
+        saved = any(name == one or name.endswith(f".{one}") for one in whole)
+        packed = isinstance(module, SVDQLinear | SVDQExperts | SVDQEmbedding)
+        embedding = rows is not None and isinstance(module, SVDQTable | SVDQEmbedding)
+        if (saved and packed) or embedding:
+            choice = "modules_to_save" if saved else "trainable_token_indices"
+            raise ValueError(
+                f"{choice}: {name} is quantized and cannot be trained whole; keep it dense "
+                "(modules_to_not_convert; lm_head or embeddings left out)"
+            )
 
 
 class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
@@ -108,10 +132,10 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         if not isinstance(base, SVDQLinear):
             self.fan_in_fan_out = isinstance(base, Conv1D)
             super().merge(safe_merge, adapter_names)
-        elif set(self.active_adapters if adapter_names is None else adapter_names) - set(
-            self.merged_adapters
-        ):
-            raise ValueError(MERGING)
+        else:
+            asked = set(self.active_adapters if adapter_names is None else adapter_names)
+            if asked & set(self.lora_A.keys()) - set(self.merged_adapters):
+                raise ValueError(MERGING)
 
     def unmerge(self) -> None:
         """Unmerge where the base has been dequantized; what was rounded cannot be had back."""
@@ -128,16 +152,28 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
             total += self.scaling[name] * (up.float() @ down.float())
         return total
 
+    def why_not_merge(self, adapters: list[str]) -> str | None:
+        """What stands in the way of `requantize`, if anything does."""
+        mine = [name for name in adapters if name in self.lora_A]
+        if self.disable_adapters:
+            return "its adapters are switched off; merge outside of disable_adapter()"
+        if self.get_base_layer().bias is None and any(self.lora_bias[name] for name in mine):
+            return "the adapter has a bias (lora_bias=True) and the layer has none to add it to"
+        if not torch.isfinite(self.delta(mine)).all():
+            return "the adapter has a NaN or an infinity"
+        return None
+
     def requantize(self, adapters: list[str]) -> float:
         """Add adapters to the base's weight and quantize the sum, with the same entries salient.
 
         Returns: the rounding's error over the size of what was added (0 where nothing was).
         """
         base, delta = self.get_base_layer(), self.delta(adapters)
-        self.merged_adapters.extend(name for name in adapters if name in self.lora_A)
-        for name in set(adapters) & set(self.lora_A.keys()):
+        mine = [name for name in adapters if name in self.lora_A]
+        for name in mine:
             if self.lora_bias[name]:
                 base.bias.data += self.scaling[name] * self.lora_B[name].bias.detach().to(base.bias.dtype)
+        self.merged_adapters.extend(mine)
         if not delta.any():
             return 0.0
         weight = base.dequantize() + delta

@@ -98,28 +98,33 @@ def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> s
     }
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_loaded(model: nn.Module, remedy: str = REMEDY) -> None:
     """Refuse a model of which a quantized layer was not filled, or with nonsense.
+
+    A bias counts: transformers, which would start a dense layer's at zero, leaves that of a class which it
+    does not know as memory happens to be.
 
     Raises:
         ValueError: it names the layer.
     """
     for name, layer in svdq_layers(model):
-        if _is_here(name, layer, list(layer.parts())):
+        bias = [] if layer.bias is None else ["bias"]
+        if _is_here(name, layer, [*layer.parts(), *bias], remedy):
             _check_values(name, layer.parts(), layer.in_features, layer.scheme)
     for name, experts in svdq_experts(model):
-        if _is_here(name, experts, [*experts.parts(), *dict(experts.named_parameters(recurse=False))]):
+        keys = [*experts.parts(), *dict(experts.named_parameters(recurse=False))]
+        if _is_here(name, experts, keys, remedy):
             _check_experts(name, experts)
 
 
-def _is_here(name: str, layer: nn.Module, keys: list[str]) -> bool:
+def _is_here(name: str, layer: nn.Module, keys: list[str], remedy: str) -> bool:
     """Refuse a layer that was not filled (a state dict has no headers to check); False: it is on disk."""
     stored = {key: getattr(layer, key) for key in keys}
     if any(tensor.is_meta for tensor in stored.values()):
         return False  # its tensors are read, one by one, when it runs
     missing = [key for key, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
     if missing:
-        raise ValueError(f"{name}: {', '.join(missing)} is missing. {REMEDY}")
+        raise ValueError(f"{name}: {', '.join(missing)} is missing. {remedy}")
     return True
 
 

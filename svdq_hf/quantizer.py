@@ -35,6 +35,7 @@ from svdq_hf.convert import (
     svdq_layers,
 )
 from svdq_hf.embedding import SVDQEmbedding, SVDQTable
+from svdq_hf.ends import choices_of, stored_head, stored_table
 from svdq_hf.experts import layout_of, svdq_experts
 from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
@@ -53,9 +54,7 @@ from svdq_hf.selection import layers_to_convert, linear_layers, weights_of
 from svdq_hf.table import (
     Table,
     chosen_table,
-    find_table,
     input_table,
-    is_of,
     put_empty_table,
     quantize_table,
 )
@@ -124,8 +123,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         checkpoint = read_checkpoint(model, known, checkpoint_files or [])
         self.config = named_k(checkpoint, self.quantization_config)
         chosen = self._chosen(model, checkpoint, layers)
-        head = self._head(model, checkpoint)
-        table = self._table(model, checkpoint, head)
+        if self.pre_quantized:
+            head = stored_head(model, checkpoint, self.config)
+            table = stored_table(model, checkpoint, self.config, head)
+        else:
+            head = chosen_head(model, self.config) if self.config.lm_head else None
+            table = chosen_table(model, self.config, head)
         if self.pre_quantized:
             chosen = self._put_stored(model, chosen, head, table)
         else:
@@ -134,7 +137,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         replace_layers(model, chosen, self.config)
         weights = self._note_packed(model, checkpoint)
         if not self.pre_quantized:
-            dense = {key for name in _choices_of(head, table) for key in dense_names(model, name)}
+            dense = {key for name in choices_of(head, table) for key in dense_names(model, name)}
             self._keep_precision(model, (weights | dense) - exact)
         return model
 
@@ -157,7 +160,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             put_head(model, head, empty_layer(head.module, self.config.of_layer(head.name)))
         if table is not None:
             put_empty_table(model, table, self.config)
-        others = _choices_of(head, table)
+        others = choices_of(head, table)
         return {name: module for name, module in chosen.items() if name not in others}
 
     def _planned(
@@ -170,7 +173,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     ) -> SVDQConfig:
         """The config with its budget spent, after a look at whether all that it asks for is in the files."""
         if checkpoint.entries:
-            for name, choice in _choices_of(head, table).items():
+            for name, choice in choices_of(head, table).items():
                 check_source(checkpoint, name, dense_names(model, name), choice)
         modules = {name: module for name, module in chosen.items() if layout_of(module) is None}
         modules |= {one.name: one.module for one in (head, table) if one is not None}
@@ -208,33 +211,6 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             return plain
         return [c if c in plain else one_by_one(c) for c in conversions]
 
-    def _head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Head | None:
-        """The output head, where it is quantized."""
-        if not self.quantization_config.lm_head:
-            return None
-        if not self.pre_quantized:
-            return chosen_head(model, self.quantization_config)
-        if not checkpoint.entries:
-            raise ValueError(
-                "a model of which lm_head is quantized loads from a folder, not from a state dict"
-            )
-        embedding = model.get_input_embeddings()
-        whole = any(
-            f"{name}.weight" in checkpoint.entries for name, m in model.named_modules() if m is embedding
-        )
-        if whole and getattr(model, "get_output_embeddings", lambda: None)() is None:
-            return None  # loaded for something else, with an embedding of its own
-        return find_head(model, checkpoint.entries)
-
-    def _table(self, model: PreTrainedModel, checkpoint: Checkpoint, head: Head | None) -> Table | None:
-        """The input embedding, where it is quantized and not the head's."""
-        if not self.pre_quantized:
-            return chosen_table(model, self.quantization_config, head)
-        packed = input_table(model, self.quantization_config)
-        if checkpoint.entries:
-            packed = {name: m for name, m in packed.items() if f"{name}.salient_rows" in checkpoint.entries}
-        return find_table(model, checkpoint.entries) if packed and not is_of(model, head) else None
-
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
         return not self.pre_quantized and (
@@ -250,7 +226,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
-        check_loaded(model)
+        check_loaded(model, *([] if self.pre_quantized else [DENSE_REMEDY]))
         for _, layer in svdq_layers(model):
             if layer.salient_values.numel() == 0 and layer.salient_values.requires_grad:
                 layer.salient_values.requires_grad_(False)  # nothing to train, and FSDP stumbles over it
@@ -269,7 +245,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if head is None and table is None:
             return
         if is_spread(model):
-            choice = next(iter(_choices_of(head, table).values()))
+            choice = next(iter(choices_of(head, table).values()))
             raise ValueError(
                 f"{choice}=True needs the model on one device while it is quantized: load it without "
                 "device_map, save_pretrained() it, and load that with one"
@@ -293,6 +269,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 "options=StateDictOptions(full_state_dict=True)), load_state_dict() that into the model as "
                 "it was loaded, and save_pretrained() this one"
             )
+        within = next((name for name, _ in svdq_layers(model) if ".base_layer" in name), None)
+        if within is not None and not model._hf_peft_config_loaded:  # else it is the adapters that are saved
+            raise ValueError(
+                f"{within} is inside of a LoRA layer, and saved so could not be loaded: unload() the "
+                "PeftModel and save what it returns, or save the PeftModel itself, which saves the adapter"
+            )
         name_k(model, self.quantization_config)  # config.json is written after this
         return None, file_metadata(model, file_names(model))
 
@@ -309,6 +291,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         return model if target == model.dtype else model.to(target)  # what a family keeps in FP32 stays
 
 
+DENSE_REMEDY = (
+    "The checkpoint is damaged or does not fit its config.json; where a layer is to start anew, "
+    "modules_to_not_convert keeps it dense"
+)
+
+
 def _refuse_sharded(model: PreTrainedModel) -> None:
     if getattr(model.config, "distributed_config", None) is not None:
         raise ValueError(
@@ -316,12 +304,6 @@ def _refuse_sharded(model: PreTrainedModel) -> None:
             "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
             "FSDP2 and DistributedDataParallel wrap it as it is"
         )
-
-
-def _choices_of(head: Head | None, table: Table | None) -> dict[str, str]:
-    """The choice that asks for each of the two that are there, by its name in the model."""
-    pairs = ((head, "lm_head"), (table, "embeddings"))
-    return {one.name: choice for one, choice in pairs if one is not None}
 
 
 main_dtype.install()

@@ -14,7 +14,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, rever
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PARTS
-from svdq_hf.loading import Checkpoint
+from svdq_hf.loading import REMEDY, Checkpoint
 from svdq_hf.names import Stored, owner, part_key
 from svdq_hf.packed import packed_weights
 
@@ -83,7 +83,11 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
-    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files."""
+    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files.
+
+    Raises:
+        ValueError: it names a layer that quantized files do not hold.
+    """
     if config.layer_k is None:
         return config
     names = {
@@ -91,6 +95,9 @@ def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
         for name, entry in checkpoint.entries.items()
         if name.endswith(SALIENT)
     }
+    strange = sorted(set(config.layer_k) - set(names)) if names else []
+    if strange:
+        raise ValueError(f"layer_k names {strange[0]!r}, which is no quantized layer of the files. {REMEDY}")
     return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -122,9 +123,7 @@ def default_skips(model: nn.Module) -> list[str]:
     skips = _shared_weights(model) + layers_read(model)
     fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
     skips += [name for name, module in model.named_modules() if isinstance(module, fused)]
-    base = getattr(model, "base_model", model)
-    if base is not model:
-        skips += [name for name, child in model.named_children() if child is not base]
+    skips += heads(model)
     embeddings = getattr(model, "get_output_embeddings", None)
     output = embeddings() if callable(embeddings) else None
     skips += [name for name, module in model.named_modules() if output is not None and module is output]
@@ -136,6 +135,19 @@ def default_skips(model: nn.Module) -> list[str]:
             within = re.compile(rf"(^|\.){key}($|\.)")
             skips += [name for name in linear_layers(model) if within.search(f"{name}.weight")]
     return sorted(set(skips))
+
+
+_HEADS = ("classifier", "score", "qa_outputs", "ctc_head")
+"""What transformers calls a task's head in models that are their own base model (CLIP's, Siglip's, T5's)."""
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The modules outside the base model; where a transformers model is its own, those named as heads are."""
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        return [name for name, child in model.named_children() if child is not base]
+    ours = isinstance(model, PreTrainedModel)
+    return [name for name, _ in model.named_children() if ours and name in _HEADS]
 
 
 def _shared_weights(model: nn.Module) -> list[str]:

@@ -33,7 +33,7 @@ def find_table(model: nn.Module, stored: Container[str] = ()) -> Table:
     Raises:
         ValueError: there is none, it does more than look rows up, or it is tied to the output head.
     """
-    table = _input_embedding(model)
+    table = input_embedding(model)
     if table is None or not can_be_read(table):
         found = "missing" if table is None else f"a {type(table).__name__}, which cannot be packed"
         raise ValueError(
@@ -79,7 +79,7 @@ def chosen_table(model: nn.Module, config: SVDQConfig, head: Head | None) -> Tab
 
 def input_table(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
     """The input embedding by name, where `config` asks for it and there is one that can be packed."""
-    table = _input_embedding(model) if config.embeddings else None
+    table = input_embedding(model) if config.embeddings else None
     if table is None or not can_be_read(table):
         return {}
     return {name: module for name, module in model.named_modules() if module is table}
@@ -89,7 +89,7 @@ def is_of(model: nn.Module, head: Head | None) -> bool:
     """Whether the input embedding reads the rows of a quantized output head."""
     if head is None:
         return False
-    table = _input_embedding(model)
+    table = input_embedding(model)
     names = [name for name, module in model.named_modules() if module is table]
     return any(name in head.embeddings or _is_tied(model, name, head.name) for name in names)
 
@@ -101,7 +101,8 @@ def _is_tied(model: nn.Module, one: str, other: str) -> bool:
     return bool(first == second)
 
 
-def _input_embedding(model: nn.Module) -> nn.Module | None:
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The input embedding, where the model has one."""
     try:
         return getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # of models with several, such as CLIP

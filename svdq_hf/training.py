@@ -14,6 +14,7 @@ from torch import nn
 
 from svdq_hf.names import is_salient_values
 from svdq_hf.packed import packed_weights
+from svdq_hf.selection import heads
 
 ADAMW_BYTES = 4 + 4 + 4
 """Per trained FP32 weight: its gradient and AdamW's two moments."""
@@ -106,6 +107,7 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter once, with its kind; "" for the rest."""
     base = getattr(model, "base_model", model)
     inside = {id(parameter) for parameter in base.parameters()}
+    inside -= {id(parameter) for name in heads(model) for parameter in model.get_submodule(name).parameters()}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     vocabulary = {id(parameter) for parameter in output.parameters()} if output is not None else set()
     seen: set[int] = set()

@@ -11,7 +11,15 @@ from damaged import Saved
 from safetensors import SafetensorError
 from torch import nn
 
-from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model, register_saliency, saliency
+from svdq_hf import (
+    SVDQConfig,
+    SVDQLinear,
+    dequantize_model,
+    mark_trainable,
+    quantize_model,
+    register_saliency,
+    saliency,
+)
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import part_specs
 from svdq_hf.footprint import METADATA_KEY
@@ -100,6 +108,20 @@ def test_a_missing_part_of_a_layer_on_disk_is_named(part, stored, tmp_path):
     with pytest.raises(ValueError, match="missing") as error:
         load(stored.write(), device_map=places, offload_folder=tmp_path / "offload")
     assert_says(error, LAYER, part)
+
+
+def test_a_missing_bias_is_named(stored):
+    del stored.tensors[f"{LAYER}.bias"]
+    with pytest.raises(ValueError, match="bias is missing") as error:
+        load(stored.write())
+    assert_says(error, LAYER, AGAIN)
+
+
+def test_a_missing_bias_of_a_dense_layer_is_named(dense):
+    del dense.tensors[f"{LAYER}.bias"]
+    with pytest.raises(ValueError, match="bias is missing") as error:
+        on_the_fly(dense.write())
+    assert_says(error, LAYER, "modules_to_not_convert keeps it dense")
 
 
 def test_a_layer_that_is_missing_as_a_whole_is_named(stored):
@@ -442,14 +464,14 @@ def test_a_weight_that_the_checkpoint_lacks_is_named_in_clip(clip):
     assert_says(error, CLIP_LAYER)
 
 
-def test_a_new_head_that_its_model_does_not_set_apart_is_named(clip):
-    """CLIP's classes have no base model, so its classifier is a layer like any other."""
+def test_a_new_head_of_a_model_that_is_its_own_base_stays_dense(clip):
+    """CLIP's classes have no base model; their classifier is known by its name."""
     choices = {"model_class": hf.CLIPForImageClassification, "num_labels": 12}
-    with pytest.raises(ValueError, match="the checkpoint has no weights for this layer") as error:
-        on_the_fly(clip.write(), **choices)
-    assert_says(error, "classifier", "modules_to_not_convert=['classifier']")
-    model = on_the_fly(clip.folder, SVDQConfig(k=32, modules_to_not_convert=["classifier"]), **choices)
+    model = on_the_fly(clip.write(), **choices)
     assert type(model.classifier) is nn.Linear
+    assert mark_trainable(model, show=False).counts["head"] == sum(
+        p.numel() for p in model.classifier.parameters()
+    )
 
 
 def test_a_part_that_the_checkpoint_lacks_is_named_in_clip(tmp_path):

@@ -218,6 +218,18 @@ def test_a_file_that_disagrees_with_layer_k_is_refused_by_name(change, tmp_path)
         hf.BertModel.from_pretrained(tmp_path)
 
 
+def test_a_name_in_layer_k_that_the_files_do_not_hold_is_refused(tmp_path):
+    model = quantize_model(tiny.llama(), SVDQConfig(k=9, layer_k={"model.layers.0.self_attn.q_proj": 3}))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layer_k"]["model.layers.7.self_attn.q_proj"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"layer_k names 'model.layers.7.self_attn.q_proj', which is no quant"
+    ):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_budgeted_model_goes_back_to_dense():
     model = quantize_model(tiny.bert(), CONFIG)
     rows = model.pooler.dense.dequantize()

@@ -1,5 +1,6 @@
 """PEFT's LoRA on quantized models: found unasked, saved, loaded, merged or refused, begun from the error."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -82,6 +83,10 @@ def logits(model):
 def stored(model):
     """What every quantized layer stores, as copies."""
     return [part.clone() for _, layer in svdq_layers(model) for part in layer.parts().values()]
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def assert_same(found, wanted):
@@ -342,6 +347,90 @@ def test_merging_what_has_no_adapters_is_an_error():
         merge_adapters(quantized("llama"))
 
 
+def test_an_adapter_that_not_every_layer_has_is_merged():
+    model = adapted("llama")
+    model.add_adapter("few", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("few")
+    others = {name: stored(layer) for name, layer in adapted_layers(model) if "few" not in layer.lora_A}
+    merged = merge_adapters(model).model
+    for name, before in others.items():
+        assert_same(stored(merged.get_submodule(name)), before)
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [({"lora_bias": True}, "has a bias .lora_bias=True. and the layer has none"), ({}, "switched off")],
+    ids=["bias", "disabled"],
+)
+def test_what_cannot_be_merged_is_named_before_anything_changes(choices, told):
+    with pytest.warns() if choices else contextlib.nullcontext():  # PEFT's own, of the bias
+        model = adapted("llama", **choices)
+    before, answers = stored(model), logits(model)
+    with (
+        pytest.raises(ValueError, match=told),
+        contextlib.nullcontext() if choices else model.disable_adapter(),
+    ):
+        merge_adapters(model)
+    assert_same(stored(model), before)
+    assert torch.equal(logits(model), answers)
+
+
+def test_merging_adapters_of_transformers_own_integration_says_the_way():
+    model = quantized("llama")
+    model.add_adapter(lora_config("llama"))
+    with pytest.raises(ValueError, match=r"merge PeftModel\.from_pretrained"):
+        merge_adapters(model)
+
+
+def test_the_change_of_outputs_is_told_for_one_tensor_too():
+    changed = [
+        merge_adapters(adapted("llama"), batch).output_change for batch in (ids(), {"input_ids": ids()})
+    ]
+    assert changed[0] == changed[1] > 0
+
+
+def test_adapters_are_not_quantized():
+    model = peft.get_peft_model(dense("llama"), lora_config("llama", r=8))
+    with pytest.raises(ValueError, match="the model has adapters"):
+        quantize_model(model, CONFIG)
+    assert not list(svdq_layers(model))
+    assert list(svdq_layers(quantize_model(model.merge_and_unload(), CONFIG)))
+
+
+def test_inside_of_peft_a_model_is_made_dense_and_saved(tmp_path):
+    model = adapted("llama")
+    before, trains = logits(model), trainable(model)
+    dequantize_model(model)
+    assert trainable(model) == trains  # the base stays frozen
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path)), before)
+
+
+def test_a_base_that_is_still_inside_of_peft_is_not_saved(tmp_path):
+    model = adapted("llama")
+    with pytest.raises(ValueError, match=r"inside of a LoRA layer.*unload\(\)"):
+        model.get_base_model().save_pretrained(tmp_path)
+    base = model.unload()
+    base.save_pretrained(tmp_path)
+    assert torch.equal(logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(base))
+
+
+@pytest.mark.parametrize(
+    "choices", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=["head", "tokens"]
+)
+def test_what_is_packed_is_not_trained_whole(choices):
+    model = quantized("llama", SVDQConfig(k=8, lm_head=True, embeddings=True))
+    with pytest.raises(ValueError, match=f"{next(iter(choices))}: .* is quantized"):
+        peft.get_peft_model(model, lora_config("llama", **choices))
+
+
+def test_a_start_needs_a_scaling():
+    model = adapted("llama", trained=False, lora_alpha=0)
+    with pytest.raises(ValueError, match="lora_alpha must be above 0"):
+        init_adapters_from_error(model, dense("llama"))
+
+
 def test_dequantized_first_peft_merges_exactly(family):
     model = adapted(family)
     before = logits(model)
@@ -423,5 +512,5 @@ def test_what_cannot_be_the_original_is_refused():
 def test_packed_experts_take_no_adapter():
     model = quantize_model(tiny.mixtral(), SVDQConfig(k=4))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(ValueError, match="target_parameters names packed experts"):
+    with pytest.raises(ValueError, match="adapters on packed experts"):
         peft.get_peft_model(model, config)
