@@ -134,7 +134,7 @@ def _folders(options: argparse.Namespace) -> dict[str, Path]:
         name = Path(os.path.abspath(model)).name
         if name in given:
             raise ValueError(
-                f"--model {given[name]} and {model}: both are called {name}, the name that cells are kept by; "
+                f"--model {given[name]} and {model}: both are called {name}, and cells go by that name; "
                 "rename one of the folders"
             )
         given[name] = model

@@ -28,7 +28,11 @@ def test_same_inputs_go_on(tmp_path):
         ({**DATA, "text": "01"}, MODELS, r"perplexity are of other data \(different: text\)"),
         ({**DATA, "tokens": 50}, MODELS, r"other data \(different: tokens 100, now 50\)"),
         ({"text": "01", "tokens": 50}, MODELS, r"\(different: text; tokens 100, now 50\)"),
-        (DATA, {"run": {**MODELS["run"], "config.json": "01"}}, r"run are of another model \(.*: config.json\)"),
+        (
+            DATA,
+            {"run": {**MODELS["run"], "config.json": "01"}},
+            r"run are of another model \(.*: config.json\)",
+        ),
         (DATA, {"run": {"list of files": []}}, r"another model \(different: list of files\)"),
     ],
     ids=["text", "tokens", "both", "model", "files"],
