@@ -47,7 +47,10 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, SVDQLinear | SVDQExperts) for module in modules.values()):
-        raise ValueError("the model is quantized already, by svdq; call dequantize_model(model) first")
+        raise ValueError(
+            "the model is quantized already, by svdq; take the dense model, or make it dense again with "
+            "dequantize_model(model), on the command line with `svdq export`"
+        )
     if modules.keys() == {""}:
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
     asked = kept_dense(config)

@@ -5,6 +5,7 @@ works without them.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder of the cells and the report; a run that stopped goes on there")
     add("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet) (the Hub)")
     add("--text", help="perplexity: a text file")
-    add("--context", type=int, default=1024, help="perplexity: tokens the model sees at once (1024)")
+    add("--context", type=int, help="perplexity: tokens the model sees at once (1024), or all that it can")
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
     add("--k", nargs="+", type=number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
     add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """
     from datasets import disable_progress_bars
 
-    from svdq_hf.evaluation.grid import GridRun
+    from svdq_hf.evaluation.kept import check_inputs, model_facts
     from svdq_hf.evaluation.plan import Plan, with_bits
     from svdq_hf.evaluation.report import write_report
 
@@ -73,15 +74,53 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         ranks=options.rank,
     )
     out, started, cells = Path(options.out), time.perf_counter(), 0
-    for name, folder in folders:
-        model, evaluator = _load(options, folder)
-        cells += GridRun(model, name, evaluator, plan, out).run()
+    models = {name: model_facts(folder) for name, folder in folders.items()}
+    check_inputs(out, options.task, _data_facts(options, plan), models)
+    for name, folder in folders.items():
+        cells += _run_model(options, name, folder, plan, out)
     seconds = time.perf_counter() - started
     written = [str(file) for file in write_report(out)]
     return {"cells": cells, "seconds": seconds, "report": written}
 
 
-def _folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
+def _run_model(options: argparse.Namespace, name: str, folder: Path, plan: Any, out: Path) -> int:
+    from svdq_hf.evaluation.grid import GridRun
+
+    model, evaluator = _load(options, folder)
+    try:
+        return GridRun(model, name, evaluator, plan, out).run()
+    except ValueError as error:
+        if "padding token" not in str(error):  # transformers' words, of a model that finds a text's end by it
+            raise
+        remedy = (
+            f"set pad_token_id in its config.json, to {evaluator.tokenizer.pad_token_id}, the tokenizer's"
+        )
+        raise ValueError(f"{folder}: {str(error).rstrip('.')}; {remedy}") from error
+
+
+def _data_facts(options: argparse.Namespace, plan: Any) -> dict[str, Any]:
+    """What the text or the examples are known by; those of calibration only where a score asks for them."""
+    from svdq_hf.evaluation.kept import digest
+    from svdq_hf.saliency import data_needs
+
+    if options.task == "perplexity":
+        return {"text": digest([_text(options)]), "tokens": options.tokens}
+    from svdq_hf.evaluation.glue import load_split
+    from svdq_hf.evaluation.trainer import CALIBRATION_TEXTS
+
+    facts = {"dev examples": digest(map(str, load_split(options.task, "dev", options.data)))}
+    if any(data_needs(method) for method in plan.methods):
+        train = load_split(options.task, "train", options.data)
+        seen = train.select(range(min(CALIBRATION_TEXTS, len(train))))
+        facts["train examples"] = digest(map(str, seen))
+    return facts
+
+
+def _text(options: argparse.Namespace) -> str:
+    return Path(options.text).read_text(encoding="utf-8")
+
+
+def _folders(options: argparse.Namespace) -> dict[str, Path]:
     """Name and folder of each model: a wrong task, text or model is told before anything is loaded."""
     if options.task != "perplexity":
         from svdq_hf.evaluation.glue import task_of
@@ -90,7 +129,16 @@ def _folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
     elif options.text is None or not Path(options.text).is_file():
         found = "" if options.text is None else f" {options.text}: no such file"
         raise ValueError(f"--text{found}: perplexity needs a text file")
-    return [(Path(model).name, local_folder(model)) for model in options.model]
+    given: dict[str, str] = {}
+    for model in options.model:
+        name = Path(os.path.abspath(model)).name
+        if name in given:
+            raise ValueError(
+                f"--model {given[name]} and {model}: both are called {name}, and cells go by that name; "
+                "rename one of the folders"
+            )
+        given[name] = model
+    return {name: local_folder(model) for name, model in given.items()}
 
 
 def _load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
@@ -109,21 +157,26 @@ def _load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
 def _load_language_model(options: argparse.Namespace, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from svdq_hf.evaluation.perplexity import PerplexityEvaluator
+    from svdq_hf.evaluation.perplexity import PerplexityEvaluator, context_of
 
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
-    text = Path(options.text).read_text(encoding="utf-8")
-    evaluator = PerplexityEvaluator(text, tokenizer, context=options.context, limit=options.tokens)
-    return kind.from_pretrained(folder), evaluator
+    model = kind.from_pretrained(folder)
+    context = context_of(model, options.context)
+    return model, PerplexityEvaluator(_text(options), tokenizer, context=context, limit=options.tokens)
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:
-    """The model's tokenizer, if it fits the model's vocabulary."""
+    """The model's tokenizer, if it fits the model's vocabulary and can fill a batch."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {known}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{folder}: the tokenizer has no padding token, which a batch of texts needs; set pad_token in "
+            "its tokenizer_config.json, and pad_token_id in config.json"
+        )
     return tokenizer

@@ -6,8 +6,7 @@ whatever the number of k's. The models that are evaluated are real quantized one
 is (`glue`, `perplexity`), what is made of the cells (`report`).
 """
 
-import json
-import os
+import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,20 +16,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.calibration import InputStatistics, collect_inputs
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import empty_layer, progress
+from svdq_hf.evaluation.kept import CELLS, OVERLAPS, append, finished, whole_lines
 from svdq_hf.evaluation.plan import BASELINES, Key, Plan
+from svdq_hf.experts import layout_of
 from svdq_hf.footprint import footprint
 from svdq_hf.linear import SVDQLinear
 from svdq_hf.saliency import data_needs, score
-from svdq_hf.selection import layers_to_convert
+from svdq_hf.selection import dense_weight, layers_to_convert
 from svdq_hf.sparse import salient_count, top_positions
 from svdq_hf.weight import as_scored, quantize_chosen, score_inputs
 
-CELLS, OVERLAPS = "cells.jsonl", "overlap.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class Evaluator(Protocol):
@@ -64,7 +66,7 @@ class GridRun:
     svd_choice: dict[int | None, Positions] = field(default_factory=dict)  # by rank
 
     def __post_init__(self) -> None:
-        self.layers = layers_to_convert(self.model, SVDQConfig())
+        self.layers = _evaluated(self.model)
         self.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> int:
@@ -113,8 +115,8 @@ class GridRun:
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.layers.items():
-            weight: Tensor = module.weight.detach()  # type: ignore[operator]
-            yield name, (weight if type(module) is nn.Linear else weight.T).float().contiguous()
+            weight = dense_weight(module)
+            yield name, (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()
 
     def _run_cell(self, key: Key, scores: Mapping[str, Tensor]) -> None:
         started = time.perf_counter()
@@ -200,9 +202,23 @@ class GridRun:
         about = {"task": self.evaluate.task, "model": self.name, "rank": rank, "other": other}
         for k, layers in theirs.items():
             for name, positions in layers.items():
-                ours, numel = self.svd_choice[rank][k][name], self.layers[name].weight.numel()  # type: ignore[operator]
+                ours, numel = self.svd_choice[rank][k][name], dense_weight(self.layers[name]).numel()
                 if ours.numel():
                     yield {**about, "layer": name, "k": k, **overlap(ours, positions, numel)}
+
+
+def _evaluated(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are quantized here: those of the default config, without fused experts."""
+    layers = layers_to_convert(model, SVDQConfig())
+    experts = [name for name, module in layers.items() if layout_of(module) is not None]
+    if experts:
+        logger.warning(
+            "fused experts stay dense in this evaluation: %d modules, %s%s",
+            len(experts),
+            ", ".join(experts[:3]),
+            ", ..." if len(experts) > 3 else "",
+        )
+    return {name: module for name, module in layers.items() if name not in experts}
 
 
 def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
@@ -214,33 +230,6 @@ def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
     common = int(torch.isin(a, b).sum())
     union = a.numel() + b.numel() - common
     return {"iou": common / union, "share": common / a.numel(), "chance": b.numel() / numel}
-
-
-def finished(out: Path, task: str, model: str) -> set[Key]:
-    """Keys of the cells that are in OUT already; lines that a kill cut off are taken away."""
-    cells, _ = (whole_lines(out / name) for name in (CELLS, OVERLAPS))
-    return {
-        Key(cell["method"], cell["grid"], cell["k"], cell["score_seed"], cell["rank"])
-        for cell in cells
-        if (cell["task"], cell["model"]) == (task, model)
-    }
-
-
-def whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; what follows the last line break was cut off, and is taken away."""
-    text = file.read_text() if file.is_file() else ""
-    whole, end, rest = text.rpartition("\n")
-    if rest:
-        file.write_text(whole + end)
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
-
-
-def append(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines to a file, on disk when this returns."""
-    with file.open("a") as opened:
-        opened.writelines(json.dumps(line) + "\n" for line in lines)
-        opened.flush()
-        os.fsync(opened.fileno())
 
 
 def model_seed(name: str) -> int | None:

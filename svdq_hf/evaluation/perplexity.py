@@ -8,6 +8,7 @@ model sees each window with every seventh token masked, and is scored on those (
 compared with itself only).
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from torch.nn import functional as F
 
 EVERY = 7
 """One token in so many is masked: 14 %, about what masked models are trained with."""
+
+CONTEXT = 1024
+"""Tokens that a model sees at once, where it can and nothing else is asked."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,41 @@ def _finite(total: float, count: int) -> TextScore:
     if count == 0:
         raise ValueError("no token was scored: the text is too short for this context")
     return TextScore(total / count, count)
+
+
+def longest_context(model: Any) -> int | None:
+    """The longest context that a model's positions allow; None where its config sets no limit.
+
+    Of a masked model two places are the window's ends, and RoBERTa's count from the padding token's on.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if padding is not None and getattr(module, "num_embeddings", None) == length:
+            length -= padding + 1
+            break
+    return length if model.can_generate() else length - 2
+
+
+def context_of(model: Any, asked: int | None = None) -> int:
+    """The context to score a model with: as asked, or 1024, or less where the model takes less.
+
+    Raises:
+        ValueError: more was asked than the model takes, or less than 2.
+    """
+    longest = longest_context(model)
+    if asked is not None and not 2 <= asked <= (longest or asked):
+        allowed = (
+            "2 or more" if longest is None else f"from 2 to {longest}, which the model's positions allow"
+        )
+        raise ValueError(f"{model.name_or_path}: context {asked}: must be {allowed}")
+    if asked is None and longest is not None and longest < CONTEXT:
+        logger.warning("%s: context %d, the longest that its positions allow", model.name_or_path, longest)
+        return longest
+    return asked or CONTEXT
 
 
 class PerplexityEvaluator:

@@ -22,6 +22,9 @@ from transformers import (
 
 from svdq_hf.evaluation.glue import load_split, measure, task_of, tokenize
 
+CALIBRATION_TEXTS = 128
+"""Texts of the training split, from its start, for the scores that need data."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -81,6 +84,7 @@ def score_model(model: Any, encoded: Any, tokenizer: Any, batch_size: int = 32) 
             model=model,
             args=_arguments(folder, per_device_eval_batch_size=batch_size),
             data_collator=DataCollatorWithPadding(tokenizer),
+            preprocess_logits_for_metrics=_logits,
         )
         found = trainer.predict(encoded.remove_columns(["position", "label"]))
     logits = torch.from_numpy(np.asarray(found.predictions, dtype=np.float32))
@@ -90,6 +94,11 @@ def score_model(model: Any, encoded: Any, tokenizer: Any, batch_size: int = 32) 
     labels = torch.tensor(encoded["label"])
     back = torch.argsort(order)
     return Score(logits[back], labels[back])
+
+
+def _logits(outputs: Any, labels: Any) -> Any:
+    """What a model returns first; BART's classifier returns its encoder's states as well."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def finetune(
@@ -161,7 +170,7 @@ class GlueEvaluator:
         name: str,
         tokenizer: Any,
         data: str | Path | None = None,
-        calibration_texts: int = 128,
+        calibration_texts: int = CALIBRATION_TEXTS,
         script: str | Path | None = None,
     ) -> None:
         self.task = name

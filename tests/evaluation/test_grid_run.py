@@ -4,7 +4,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, FalconConfig, FalconForCausalLM
 
 from svdq_hf import SVDQConfig, SVDQLinear, footprint, quantize_model
 from svdq_hf.evaluation import grid as grid_module
@@ -219,3 +219,36 @@ def test_grids_of_other_bits(bits, tmp_path):
 def test_model_without_linear_layers_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no linear layer to quantize"):
         GridRun(nn.Sequential(nn.ReLU()), "none", Outputs(), PLAN, tmp_path)
+
+
+class Logits(Outputs):
+    """The same of a language model."""
+
+    def __call__(self, model):
+        self.calls += 1
+        with torch.no_grad():
+            found = model(input_ids=X).logits
+        self.reference = found if self.reference is None else self.reference
+        loss = float((found - self.reference).square().mean())
+        return {"n": 4, "right": None, "correct": None, "metrics": {"loss": loss}, "loss": loss}
+
+
+def falcon():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def test_subclass_of_linear_is_quantized_as_it_is(tmp_path):
+    evaluate, plan = Logits(), Plan(ks=(30,), methods=("svd",), grids=(OURS,))
+    GridRun(falcon(), "falcon", evaluate, plan, tmp_path).run()
+    expected = quantize_model(falcon(), SVDQConfig(k=30, **GRIDS[OURS]))
+    assert lines(tmp_path)[-1]["loss"] == evaluate(expected)["loss"] > 0
+
+
+def test_fused_experts_stay_dense_and_it_is_said(tmp_path, caplog):
+    evaluate, plan = Logits(), Plan(ks=(30,), methods=("magnitude",), grids=(OURS,))
+    GridRun(tiny.mixtral(), "mixtral", evaluate, plan, tmp_path).run()
+    assert "fused experts stay dense in this evaluation: 2 modules, model.layers.0.mlp.experts" in caplog.text
+    config = SVDQConfig(k=30, saliency="magnitude", modules_to_not_convert=["experts"], **GRIDS[OURS])
+    assert lines(tmp_path)[-1]["loss"] == evaluate(quantize_model(tiny.mixtral(), config))["loss"] > 0
