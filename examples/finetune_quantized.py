@@ -130,6 +130,8 @@ def sorted_labels(dev) -> list[int]:
 
 def run(options) -> None:
     """Train one way and add a line of results to OUT."""
+    if options.base == "nf4" and options.way in ("salient", "full"):
+        raise SystemExit(f"--base nf4 --way {options.way}: bitsandbytes' weights do not train; take lora")
     out, new = Path(options.out), options.folder == "new"
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(default_model())
