@@ -18,7 +18,6 @@ import torch
 import transformers
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -28,6 +27,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.experts import stacks_of
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.names import Stored
+from svdq_hf.opening import open_tensors
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 from svdq_hf.saliency import saliency_names, score_needs
 from svdq_hf.selection import layers_to_convert, weights_of
@@ -233,7 +233,7 @@ def _parameters(folder: str | Path, weights: Footprint) -> int:
     packed = {key for layer in weights.layers for key in Stored(layer.name, layer.shape).all_keys()}
     count = weights.weights
     for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             names = set(opened.keys()) - packed
             count += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
     return count

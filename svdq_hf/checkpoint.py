@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from svdq_hf.card import write_card
+from svdq_hf.complete import listed, load_complete
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.hub import explained
@@ -228,7 +229,11 @@ def named_class(architectures: Iterable[str] | None) -> Any:
 def _quantized(kind: Any, source: Path, config: SVDQConfig) -> Any:
     """The quantized model; one that makes its own batches runs dense first, so it is loaded whole."""
     choices = {} if config.synthetic else {"quantization_config": config}
-    model = kind.from_pretrained(source, use_safetensors=True, local_files_only=True, **choices)
+    model, new = load_complete(kind, source, named=config.modules_to_not_convert or (), **choices)
+    if new:
+        logger.warning(
+            "%s: %s not in its files, and random in the quantized model: train it", source, listed(new)
+        )
     return quantize_model(model, config) if config.synthetic else model
 
 

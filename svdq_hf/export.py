@@ -21,8 +21,10 @@ from svdq_hf.checkpoint import (
     named_class,
     put_in_place,
 )
+from svdq_hf.complete import load_complete
 from svdq_hf.config import SVDQConfig
 from svdq_hf.readme import README, base_metadata, merge, read_text
+from svdq_hf.streaming.files import tensor_places
 from svdq_hf.validation import QUANT_METHOD
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,8 +41,9 @@ def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -
     """Write the quantized model in `folder`, or on the Hub, into the folder `out`, dense; returns its bytes.
 
     Raises:
-        ValueError: the folder holds no model that svdq has quantized, `out` is there and not empty, the dtype
-            is none of `DTYPES`, or a weight is more than float16 can hold.
+        ValueError: the folder holds no model that svdq has quantized, or not all of its tensors; a file is
+            damaged; `out` is there and not empty; the dtype is none of `DTYPES`; or a weight is more than
+            float16 can hold.
     """
     target = Path(out).absolute()
     if dtype not in DTYPES:
@@ -48,7 +51,8 @@ def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -
     check_target(out)
     source = local_folder(folder)
     config = _stored_config(source)
-    model = named_class(config.get("architectures")).from_pretrained(source, local_files_only=True)
+    tensor_places(source)  # all files are there and whole, or the one that is not is named
+    model, _ = load_complete(named_class(config.get("architectures")), source, heads=False)
     model.dequantize(getattr(torch, dtype))
     model.to(getattr(torch, dtype))
     _check_finite(model, dtype)

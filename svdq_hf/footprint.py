@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from svdq_hf.decompose import OPTIONAL, PARTS
 from svdq_hf.names import owner, part_key
+from svdq_hf.opening import open_tensors
 from svdq_hf.packed import packed_weights
 from svdq_hf.packing import BLOCK
 
@@ -153,7 +153,7 @@ def file_metadata(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
 def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     """Shape and facts by layer name, as `file_metadata` left them; empty where it did not."""
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             text = (opened.metadata() or {}).get(METADATA_KEY)
         try:
             layers = json.loads(text) if text is not None else None
@@ -185,7 +185,7 @@ def read_footprint(folder: str | Path) -> Footprint:
     try:
         tensors = {name: entry for file in files for name, entry in _header(file).items()}
         facts = stored_facts(files)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"{folder}: a safetensors file cannot be read: {error}") from error
     names = dict(found for name in tensors if (found := owner(name)) is not None)
     if not names:
@@ -227,7 +227,7 @@ def _stored_layer(
 
 def _header(file: Path) -> dict[str, tuple[list[int], int]]:
     """Shape and bytes of each tensor of a file."""
-    with safe_open(file, framework="pt") as opened:
+    with open_tensors(file) as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
         return {
             name: (part.get_shape(), math.prod(part.get_shape()) * _ITEM_BYTES.get(part.get_dtype(), 1))

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdq_hf.decompose import PartSpec
 from svdq_hf.loading import DTYPES
+from svdq_hf.opening import REMEDY, open_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REMEDY = "download or copy the model again"
 
 PIECE = 1 << 24
 """Bytes read at a time where a tensor need not be there as a whole; a multiple of every item's size."""
@@ -90,11 +89,8 @@ def _check_index(folder: Path, index: Mapping[str, str], places: Mapping[str, Pl
 
 def _header(file: Path) -> dict[str, Place]:
     """The tensors of one file; the library checks that they fill it, without holes or overlaps."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or damaged ({error}); {REMEDY}") from error
+    with open_tensors(file):
+        pass
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(length))

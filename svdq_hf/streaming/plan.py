@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from svdq_hf.complete import load_complete
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PartSpec
@@ -104,17 +105,17 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
 
     Raises:
         Unstreamable: it must be quantized in memory.
-        ValueError: it cannot be quantized at all: see `tensor_places` and `from_pretrained`.
+        ValueError: it cannot be quantized at all: see `tensor_places` and `load_complete`.
     """
     _check_usual(model_class, source, config)
     places = tensor_places(source)
     files = tuple(sorted({place.file for place in places.values()}))
     try:
-        model = model_class.from_pretrained(
+        model, _ = load_complete(
+            model_class,
             source,
+            named=config.modules_to_not_convert or (),
             quantization_config=config,
-            use_safetensors=True,
-            local_files_only=True,
             device_map={"": "meta"},
         )
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
