@@ -27,7 +27,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.experts import stacks_of
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.names import Stored
-from svdq_hf.opening import open_tensors
+from svdq_hf.opening import open_tensors, weight_files
 from svdq_hf.readme import README, RESULTS, base_metadata, merge, read_text
 from svdq_hf.saliency import saliency_names, score_needs
 from svdq_hf.selection import layers_to_convert, weights_of
@@ -232,7 +232,7 @@ def _parameters(folder: str | Path, weights: Footprint) -> int:
     """Numbers that the model has, a quantized weight counted as one."""
     packed = {key for layer in weights.layers for key in Stored(layer.name, layer.shape).all_keys()}
     count = weights.weights
-    for file in Path(folder).glob("*.safetensors"):
+    for file in weight_files(folder):
         with open_tensors(file) as opened:
             names = set(opened.keys()) - packed
             count += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)

@@ -10,26 +10,26 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from svdq_hf.card import write_card
-from svdq_hf.complete import listed, load_complete
+from svdq_hf.companions import COMPANIONS, copy_companions
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint, read_footprint
 from svdq_hf.hub import explained
 from svdq_hf.inplace import quantize_model
+from svdq_hf.opening import check_is_folder, weight_files
 from svdq_hf.readme import README, read_text
 from svdq_hf.selection import all_names, linear_layers, unmatched
+from svdq_hf.source import listed, load_complete, model_class
 from svdq_hf.streaming.plan import make_plan
 from svdq_hf.streaming.run import check_disk, stream
 from svdq_hf.streaming.units import Unstreamable
@@ -39,8 +39,8 @@ SHARD_SIZE = "1GB"
 """A run that is cut off loses what it has done of one file."""
 
 NAMES_SHOWN = 6
-COMPANIONS = (".json", ".txt", ".model", ".jinja")
-"""Tokenizers, processors, pooling and prompts: copied beside the quantized weights."""
+OTHER_WEIGHTS = ["consolidated*"]
+"""Of Mistral's repositories: the same weights again, for another library."""
 
 logger = logging.getLogger(__name__)
 
@@ -161,13 +161,13 @@ def local_folder(model: str | Path) -> Path:
         return Path(model)
     name = str(model)
     if Path(model).is_file():
-        raise ValueError(f"{name}: is a file; name the folder of a model, with safetensors and config.json")
+        check_is_folder(model)
     if name.count("/") > 1 or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"{name}: no such folder (and not a Hub name, which is user/model)")
     told = name if "/" in name else f"{name} (no such folder is here)"
     patterns = ["*.safetensors", README, *(f"*{suffix}" for suffix in COMPANIONS)]
     with explained(told):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS))
 
 
 def check_names(folder: str | Path, config: SVDQConfig) -> None:
@@ -194,36 +194,12 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
 
 
 def folder_bytes(folder: str | Path) -> int:
-    """Bytes of the safetensors files in a folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def model_class(source: Path) -> Any:
-    """The transformers class that the folder's config.json names.
+    """Bytes of the safetensors files that are read from a folder, as far as they are there.
 
     Raises:
-        ValueError: no config.json or no safetensors file is there, or the model is quantized already.
+        ValueError: see `weight_files`.
     """
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
-    if not any(source.glob("*.safetensors")):
-        kind = "GGUF files" if any(source.glob("*.gguf")) else "pickled weights"
-        raise ValueError(f"{source}: no *.safetensors file is there; {kind} are not read")
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise ValueError(f"{source}: quantized already, by {method!r}; quantize the original model")
-    return named_class(config.architectures)
-
-
-def named_class(architectures: Iterable[str] | None) -> Any:
-    """The first transformers class of these names; AutoModel where none is one."""
-    for name in architectures or ():
-        candidate = getattr(transformers, name, None)
-        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
-            return candidate
-    return AutoModel
+    return sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
 
 
 def _quantized(kind: Any, source: Path, config: SVDQConfig) -> Any:
@@ -244,14 +220,3 @@ def _empty_model(source: Path) -> Any:
     build = kind.from_config if kind is AutoModel else kind
     with torch.device("meta"):
         return build(config)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy small files that are not weights, and that saving has not written itself."""
-    for file in source.rglob("*"):
-        place = target / file.relative_to(source)
-        wanted = file.suffix in COMPANIONS and not file.name.endswith(".index.json")
-        hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
-        if wanted and not hidden and file.is_file() and not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -29,6 +30,8 @@ from svdq_hf.tables import console, estimate_table, layer_table, totals_table
 
 MEGABYTE = 10**6
 HARNESS = "lm-eval"
+TRACEBACK = "SVDQ_TRACEBACK"
+"""The environment variable that asks for one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,26 +42,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     follows = os.environ.get("RANK", "0") != "0"  # of `accelerate launch`: the first process speaks
     options.quiet = options.json or follows
-    if options.quiet or not sys.stderr.isatty():
+    if options.quiet or sys.stderr is None or not sys.stderr.isatty():  # None: closed by `2>&-`
         hf_logging.disable_progress_bar()
     try:
         result: dict[str, object] = options.run(options)
     except KeyboardInterrupt:
         print(f"svdq {options.command}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
-        extra = isinstance(error, ModuleNotFoundError) and options.command == "evaluate"
-        remedy = "; evaluating needs more packages: pip install 'svdq_hf[evaluate]'" if extra else ""
-        print(f"svdq {options.command}: {error}{remedy}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        print(f"svdq {options.command}: {_explained(error, options)}", file=sys.stderr)
+        _print(None)
         return 1
+    failure = _print(result if options.json and not follows else None)
+    if failure is None:
+        return 0
+    if not isinstance(failure, BrokenPipeError):  # of `svdq ... | head`, which has seen enough
+        print(f"svdq {options.command}: {failure}", file=sys.stderr)
+    return 1
+
+
+def _explained(error: Exception, options: argparse.Namespace) -> str:
+    """The line that says what went wrong, and the remedy where the error does not."""
+    if isinstance(error, ModuleNotFoundError) and options.command == "evaluate":
+        return f"{error}; evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
+    told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
+    if isinstance(error, told) and not isinstance(error, RecursionError):
+        return str(error)
+    # Nobody has foreseen this one: mostly it is transformers, of a config.json that says nonsense.
+    folder = getattr(options, "model", None) or getattr(options, "folder", None)
+    cause = f"{folder}'s config.json or files may be damaged; " if folder else ""
+    return f"{type(error).__name__}: {error} ({cause}{TRACEBACK}=1 shows where)"
+
+
+def _print(result: dict[str, object] | None) -> OSError | None:
+    """Print a result as JSON, and all that was printed before; returns why that cannot be written."""
+    if sys.stdout is None:  # closed by `>&-`
+        return None
     try:
-        if options.json and not follows:
+        if result is not None:
             print(json.dumps(result, indent=1))
         sys.stdout.flush()
-    except BrokenPipeError:  # of `svdq ... | head`; the null device takes what is left when Python ends
+    except OSError as error:  # the null device takes what is left when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        return error
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,10 +204,10 @@ def _quantize(options: argparse.Namespace) -> dict[str, object]:
     check_names(source, config)
     if options.dry_run:
         return _estimate(options, config)
-    before = folder_bytes(source)
     work = {"shard_size": options.shard_size, "workers": options.workers, "restart": options.restart}
     result = quantize_checkpoint(options.model, options.out, config, **work)
-    seconds, after = time.perf_counter() - started, folder_bytes(options.out)
+    seconds = time.perf_counter() - started
+    before, after = folder_bytes(source), folder_bytes(options.out)
     if not options.quiet:
         screen = console()
         screen.print(totals_table(result))

@@ -18,12 +18,12 @@ from svdq_hf.checkpoint import (
     check_target,
     folder_bytes,
     local_folder,
-    model_class,
     parse_size,
     unfinished_folder,
 )
 from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import Footprint
+from svdq_hf.source import model_class
 from svdq_hf.streaming.plan import Plan, make_plan
 from svdq_hf.streaming.run import bytes_needed
 from svdq_hf.streaming.units import Unit, Unstreamable
@@ -81,9 +81,10 @@ def estimate(
     size, source = parse_size(shard_size), local_folder(model)
     target = Path(out).absolute()
     there = next(parent for parent in target.parents if parent.exists())
+    kind = model_class(source)
     before, free = folder_bytes(source), shutil.disk_usage(there).free
     try:
-        plan = make_plan(model_class(source), source, config, size)
+        plan = make_plan(kind, source, config, size)
     except Unstreamable as reason:
         after = reason.footprint
         disk = after.total_bytes if after is not None else before

@@ -15,15 +15,15 @@ from torch import nn
 from svdq_hf.checkpoint import (
     REPORT_FILE,
     check_target,
-    copy_companions,
     folder_bytes,
     local_folder,
-    named_class,
     put_in_place,
 )
-from svdq_hf.complete import load_complete
+from svdq_hf.companions import copy_companions
 from svdq_hf.config import SVDQConfig
+from svdq_hf.opening import REMEDY
 from svdq_hf.readme import README, base_metadata, merge, read_text
+from svdq_hf.source import check_no_adapter, load_complete, named_class
 from svdq_hf.streaming.files import tensor_places
 from svdq_hf.validation import QUANT_METHOD
 
@@ -69,10 +69,14 @@ def export_dense(folder: str | Path, out: str | Path, dtype: str = "bfloat16") -
 
 def _stored_config(source: Path) -> dict[str, Any]:
     """The config.json of a folder that svdq has quantized."""
+    check_no_adapter(source)
     file = source / "config.json"
     if not file.is_file():
         raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
-    config: dict[str, Any] = json.loads(file.read_text())
+    try:
+        config: dict[str, Any] = dict(json.loads(file.read_text()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); {REMEDY}") from error
     stored = config.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method != QUANT_METHOD:

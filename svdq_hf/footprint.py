@@ -16,7 +16,7 @@ from torch import nn
 
 from svdq_hf.decompose import OPTIONAL, PARTS
 from svdq_hf.names import owner, part_key
-from svdq_hf.opening import open_tensors
+from svdq_hf.opening import open_tensors, weight_files
 from svdq_hf.packed import packed_weights
 from svdq_hf.packing import BLOCK
 
@@ -177,11 +177,10 @@ def read_footprint(folder: str | Path) -> Footprint:
     """The footprint of a saved model, from the headers of its files alone.
 
     Raises:
-        ValueError: no safetensors file is there, one cannot be read, or none holds a quantized layer.
+        ValueError: it is no folder, has no safetensors file, one cannot be read, or none holds a quantized
+            layer.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no *.safetensors file is there")
+    files = weight_files(folder)
     try:
         tensors = {name: entry for file in files for name, entry in _header(file).items()}
         facts = stored_facts(files)

@@ -1,10 +1,17 @@
-"""A safetensors file, opened; one that is truncated or damaged is named, for the library does not name it."""
+"""Which safetensors files does a folder have? Opened, or named where one is missing, truncated or damaged.
 
+The library does not name the file that it cannot read. Not here: what files hold (`loading`,
+`streaming.files`).
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 REMEDY = "download or copy the model again"
 
 
@@ -19,3 +26,50 @@ def open_tensors(file: str | Path) -> Any:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or damaged ({error}); {REMEDY}") from error
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that `from_pretrained` reads from a folder; where their names are others, all that are there.
+
+    Raises:
+        ValueError: it is no folder, none is there, or the index is damaged.
+    """
+    check_is_folder(folder)
+    told, folder = folder, Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{told}: no *.safetensors file is there")
+    return files
+
+
+def check_is_folder(folder: str | Path) -> None:
+    """Refuse what is a file, or is not there.
+
+    Raises:
+        ValueError: it says which.
+    """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder}: is a file; name the folder of a model, with safetensors and config.json")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor -> name of its file, as an index says.
+
+    Raises:
+        ValueError: it is no such index, or names files elsewhere.
+    """
+    try:
+        weights = json.loads(file.read_text())["weight_map"]
+        found = {str(tensor): str(name) for tensor, name in weights.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: not an index of safetensors files ({error!r}); {REMEDY}") from error
+    for name in found.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{file}: names {name!r}, which is no safetensors file beside it; {REMEDY}")
+    return found

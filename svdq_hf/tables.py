@@ -17,7 +17,8 @@ from svdq_hf.streaming.files import readable
 
 def console() -> Console:
     """A terminal as wide as it is; 120 columns in a pipe or a file, so that no name is folded."""
-    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by `>&-`
+    return Console(width=None if terminal else 120, soft_wrap=not terminal)
 
 
 def layer_table(result: Footprint) -> Table:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
-from transformers import BertModel
+from transformers import AutoModel, BertModel
 
 import svdq_hf.checkpoint
+import svdq_hf_command
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli import main
 from svdq_hf.evaluation.command import EXAMPLE
 from svdq_hf.readme import metadata_of
+from svdq_hf.source import named_class
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["quantize", "./nowhere", "out"], "./nowhere: no such folder"),
-        (["inspect", "./nowhere"], "no *.safetensors file is there"),
+        (["inspect", "./nowhere"], "./nowhere: no such folder"),
         (["evaluate", "--task", "rte", "--model", "./nowhere", "--out", "o"], "./nowhere: no such folder"),
         (["evaluate", "--task", "rt", "--model", "./nowhere", "--out", "o"], "must be one of"),
         (["evaluate", "--task", "perplexity", "--model", "./nowhere", "--out", "o"], "needs a text file"),
@@ -246,3 +249,87 @@ def test_reader_that_is_gone_ends_it_quietly(source, tmp_path):
         child.stdout = None
         assert child.communicate()[1] == b""
         assert child.returncode == 1
+
+
+def change_config(folder: str, **entries: object) -> None:
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_what_nobody_has_foreseen_is_one_line_and_a_traceback_on_request(
+    dry, source, tmp_path, capsys, monkeypatch
+):
+    change_config(source, hidden_act="nope")
+    monkeypatch.delenv("SVDQ_TRACEBACK", raising=False)
+    command = ["quantize", source, str(tmp_path / "out"), *dry]
+    assert main(command) == 1
+    line = (
+        f"svdq quantize: KeyError: 'nope' ({source}'s config.json or files may be damaged; "
+        "SVDQ_TRACEBACK=1 shows where)\n"
+    )
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("SVDQ_TRACEBACK", "1")
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback (most recent call last):")
+    assert told.endswith(line)
+
+
+@pytest.mark.parametrize("architectures", [7, "BertModel", [7, "BertModel"], {"a": 1}, None, ["Nope"]])
+def test_architectures_that_are_no_names(architectures, source, tmp_path, capsys):
+    change_config(source, architectures=architectures)
+    main(["quantize", source, str(tmp_path / "out"), "--dry-run"])
+    assert "Traceback" not in capsys.readouterr().err
+    assert named_class(architectures) is (BertModel if architectures == [7, "BertModel"] else AutoModel)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "{", '{"weight_map": []}', "[" * 10**5])
+def test_export_of_damaged_json_names_the_file(text, source, tmp_path, capsys):
+    out = tmp_path / "quantized"
+    assert main(["quantize", source, str(out), "--shard-size", "20KB"]) == 0
+    index, config = out / "model.safetensors.index.json", out / "config.json"
+    before = index.read_text()
+    index.write_text(text)
+    assert main(["export", str(out), str(tmp_path / "dense-again")]) == 1
+    assert f"{index}: not an index of safetensors files" in capsys.readouterr().err
+    index.write_text(before)
+    config.write_text(text)
+    assert main(["export", str(out), str(tmp_path / "dense-again")]) == 1
+    told = capsys.readouterr().err
+    assert f"{config}: damaged" in told or f"{out}: the model is not quantized" in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+@pytest.mark.slow
+def test_output_that_cannot_be_written_is_one_line(source, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["quantize", source, out]) == 0
+    inspect = f"{sys.executable} -m svdq_hf inspect {out}"
+    for more, ends in (("--json", ">/dev/full"), ("", ">/dev/full"), ("--json", ">&-"), ("", ">&-")):
+        done = subprocess.run(["sh", "-c", f"{inspect} {more} {ends}"], capture_output=True, text=True)
+        line = "svdq inspect: [Errno 28] No space left on device\n"
+        assert (done.returncode, done.stderr) == ((1, line) if "full" in ends else (0, "")), ends
+
+
+def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "svdq_hf.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "svdq_hf.cli")
+    monkeypatch.delattr(svdq_hf, "cli")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+        assert svdq_hf_command.main() == 130
+    assert capsys.readouterr().err == "svdq: interrupted\n"
+
+
+def test_console_script_is_the_module_beside_the_package(monkeypatch, capsys):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"svdq": "svdq_hf_command:main"}
+    assert "svdq_hf_command" in project["tool"]["setuptools"]["py-modules"]
+    monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
+    assert svdq_hf_command.main() == 1
+    assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"

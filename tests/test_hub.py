@@ -342,7 +342,7 @@ def test_svdq_push_says_in_one_line_what_is_wrong(server, folder, capsys, monkey
     assert main(["quantize", "alice/nowhere", str(folder / "out")]) == 1
     first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("svdq push: alice/model: the token has no right to this")
-    assert second.startswith("svdq push: ./nowhere: no *.safetensors file is there")
+    assert second.startswith("svdq push: ./nowhere: no such folder")
     assert third.startswith(
         "svdq quantize: alice/nowhere: the Hub has no such model, or it is private or gated"
     )

@@ -29,8 +29,9 @@ from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 
 import svdq_hf.streaming.shard
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint import model_class, quantize_checkpoint
+from svdq_hf.checkpoint import quantize_checkpoint
 from svdq_hf.decompose import PartSpec
+from svdq_hf.source import model_class
 from svdq_hf.streaming.files import DTYPE_NAMES, header_bytes, layout, read_bytes, size_of, tensor_places
 from svdq_hf.streaming.plan import make_plan
 from svdq_hf.streaming.units import Unstreamable

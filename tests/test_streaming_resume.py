@@ -128,6 +128,37 @@ def test_damaged_data_of_the_first_run_are_made_again(whole, source, tmp_path, m
     assert files(out) == expected
 
 
+@pytest.mark.parametrize("text", ["", "x", "{", "{}", "[]", "null", "[" * 10**5])
+def test_damaged_records_of_the_first_run_are_made_again(text, source, tmp_path):
+    expected = in_one_run(source)
+    cut_off(source, tmp_path / "out")
+    (unfinished_folder(tmp_path / "out") / "00001.json").write_text(text)
+    quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
+    assert files(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("key", ["made", "inputs", "facts"])
+@pytest.mark.parametrize("value", [None, [], {}, 7, {"a": 1}])
+def test_record_without_what_it_must_have_counts_for_nothing(key, value, source, tmp_path):
+    expected = in_one_run(source)
+    cut_off(source, tmp_path / "out")
+    record = unfinished_folder(tmp_path / "out") / "00002.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {key: value}))
+    quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
+    assert files(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"input": 7}'])
+def test_damaged_plan_of_the_first_run_is_refused_with_the_remedy(text, source, tmp_path):
+    out = tmp_path / "out"
+    cut_off(source, out)
+    (unfinished_folder(out) / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match="--restart"):
+        quantize_checkpoint(source, out, CONFIG, shard_size=SIZE)
+    quantize_checkpoint(source, out, CONFIG, shard_size=SIZE, restart=True)
+    assert files(out) == in_one_run(source)
+
+
 def change_a_weight(source: Path) -> None:
     file = source / "model-00001-of-00003.safetensors"
     tensors = load_file(file)

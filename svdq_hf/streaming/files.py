@@ -15,10 +15,7 @@ from torch import Tensor
 
 from svdq_hf.decompose import PartSpec
 from svdq_hf.loading import DTYPES
-from svdq_hf.opening import REMEDY, open_tensors
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from svdq_hf.opening import INDEX, REMEDY, WEIGHTS, open_tensors, read_index
 
 PIECE = 1 << 24
 """Bytes read at a time where a tensor need not be there as a whole; a multiple of every item's size."""
@@ -51,7 +48,7 @@ def tensor_places(folder: str | Path) -> dict[str, Place]:
         there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3])
         raise ValueError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there, but {there or 'no weights'}")
     places: dict[str, Place] = {}
-    index = _index(folder / INDEX)
+    index = read_index(folder / INDEX)
     for name in sorted(set(index.values())):
         if not (folder / name).is_file():
             count = list(index.values()).count(name)
@@ -63,19 +60,6 @@ def tensor_places(folder: str | Path) -> dict[str, Place]:
             places[tensor] = place
     _check_index(folder, index, places)
     return places
-
-
-def _index(file: Path) -> dict[str, str]:
-    """Tensor -> file, as the index says."""
-    try:
-        weights = json.loads(file.read_text())["weight_map"]
-        found = {str(tensor): str(name) for tensor, name in weights.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not an index of safetensors files ({error!r}); {REMEDY}") from error
-    for name in found.values():
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{file}: names {name!r}, which is no safetensors file beside it; {REMEDY}")
-    return found
 
 
 def _check_index(folder: Path, index: Mapping[str, str], places: Mapping[str, Place]) -> None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from svdq_hf.complete import load_complete
 from svdq_hf.config import SVDQConfig
 from svdq_hf.convert import svdq_layers
 from svdq_hf.decompose import PartSpec
@@ -24,8 +23,10 @@ from svdq_hf.experts import svdq_experts
 from svdq_hf.footprint import Footprint, footprint
 from svdq_hf.loading import Checkpoint, read_checkpoint
 from svdq_hf.names import Stored
+from svdq_hf.opening import INDEX, WEIGHTS
 from svdq_hf.packed import packed_weights
-from svdq_hf.streaming.files import DTYPE_NAMES, INDEX, WEIGHTS, Place, tensor_places
+from svdq_hf.source import load_complete
+from svdq_hf.streaming.files import DTYPE_NAMES, Place, tensor_places
 from svdq_hf.streaming.units import Unit, Unstreamable, expert_places
 
 

@@ -140,7 +140,7 @@ def _prepare(plan: Plan, folder: Path, restart: bool) -> None:
     if not noted.exists():
         write_atomically(noted, json.dumps(facts, indent=1))
         return
-    before = json.loads(noted.read_text())
+    before = _noted(noted)
     for what, now in facts.items():
         if before.get(what) != now:
             told = ", ".join(_different(before.get(what), now))
@@ -148,6 +148,15 @@ def _prepare(plan: Plan, folder: Path, restart: bool) -> None:
                 f"{folder} was begun with another {what} ({told}): repeat that command to go on with it, "
                 "or begin anew with --restart"
             )
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    """What the first run has noted of its plan."""
+    try:
+        before: dict[str, Any] = dict(json.loads(file.read_text()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); begin anew with --restart") from error
+    return before
 
 
 def _plan_facts(plan: Plan) -> dict[str, dict[str, Any]]:

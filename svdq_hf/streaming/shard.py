@@ -170,12 +170,26 @@ def seal(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
 
 
 def read_record(shard: Shard, folder: Path) -> dict[str, Any] | None:
-    """What was noted of a shard; None where it is not finished."""
+    """What was noted of a shard; None where it is not finished, or the note is damaged."""
     try:
-        record: dict[str, Any] = json.loads(record_file(shard, folder).read_text())
-    except FileNotFoundError:
+        record = json.loads(record_file(shard, folder).read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return record
+    return record if _is_record(record, shard) else None
+
+
+def _is_record(record: Any, shard: Shard) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("made"), str):
+        return False
+    inputs, facts = record.get("inputs"), record.get("facts")
+    weights = {unit.weight.name for unit in shard.units if unit.weight is not None}
+    return (
+        isinstance(inputs, list)
+        and len(inputs) == len(shard.places)
+        and isinstance(facts, dict)
+        and facts.keys() == weights
+        and all(isinstance(measured, dict) for measured in facts.values())
+    )
 
 
 def record_file(shard: Shard, folder: Path) -> Path:

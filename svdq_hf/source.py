@@ -1,4 +1,4 @@
-"""A model as its files have it, and nothing made up: what transformers fills in is told or refused here.
+"""The model in a folder: of which class it is, and loaded with nothing made up.
 
 `from_pretrained` makes a tensor that no file holds at random, and says so in its log. Who goes on to train
 wants that of a new head. A command that writes a checkpoint wants it of nothing else.
@@ -8,12 +8,55 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.opening import REMEDY
 
 NAMES_SHOWN = 3
+
+
+def model_class(source: Path) -> Any:
+    """The transformers class that the folder's config.json names.
+
+    Raises:
+        ValueError: it holds an adapter, has no config.json or no safetensors file, or is quantized already.
+    """
+    check_no_adapter(source)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
+    if not any(source.glob("*.safetensors")):
+        kind = "GGUF files" if any(source.glob("*.gguf")) else "pickled weights"
+        raise ValueError(f"{source}: no *.safetensors file is there; {kind} are not read")
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ValueError(f"{source}: quantized already, by {method!r}; quantize the original model")
+    return named_class(config.architectures)
+
+
+def check_no_adapter(source: Path) -> None:
+    """Refuse the folder of an adapter, which `from_pretrained` would put on top of the model.
+
+    Raises:
+        ValueError: adapter_config.json is there.
+    """
+    if (source / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source}: holds a LoRA adapter (adapter_config.json); merge it (merge_and_unload()), save "
+            "the model into a folder of its own, and quantize that"
+        )
+
+
+def named_class(architectures: object) -> Any:
+    """The first transformers class of a list of names; AutoModel where none is one, or it is no list."""
+    for name in architectures if isinstance(architectures, list) else ():
+        candidate = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
+            return candidate
+    return AutoModel
 
 
 def load_complete(

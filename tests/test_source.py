@@ -12,9 +12,9 @@ from transformers import AutoModel, BertForSequenceClassification, LlamaForCausa
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint import quantize_checkpoint
 from svdq_hf.cli import main
-from svdq_hf.complete import load_complete
 from svdq_hf.estimate import estimate
 from svdq_hf.export import export_dense
+from svdq_hf.source import load_complete
 
 CONFIG = SVDQConfig(k=4)
 AGAIN = "download or copy the model again"
