@@ -1,6 +1,7 @@
 """The command `svdq`: quantize, inspect, evaluate, lm-eval, export, push, demo. It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
+SVDQ_TRACEBACK=1 in the environment shows where an error comes from as well.
 """
 
 import argparse
@@ -64,16 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> str:
-    """The line that says what went wrong, and the remedy where the error does not."""
+    """What went wrong in one line, and the remedy where the error does not say it."""
+    text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and options.command == "evaluate":
-        return f"{error}; evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
+        return f"{text}; evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
     told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
     if isinstance(error, told) and not isinstance(error, RecursionError):
-        return str(error)
+        return text
     # Nobody has foreseen this one: mostly it is transformers, of a config.json that says nonsense.
     folder = getattr(options, "model", None) or getattr(options, "folder", None)
     cause = f"{folder}'s config.json or files may be damaged; " if folder else ""
-    return f"{type(error).__name__}: {error} ({cause}{TRACEBACK}=1 shows where)"
+    return f"{type(error).__name__}: {text} ({cause}{TRACEBACK}=1 shows where)"
 
 
 def _print(result: dict[str, object] | None) -> OSError | None:
