@@ -194,12 +194,12 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
 
 
 def folder_bytes(folder: str | Path) -> int:
-    """Bytes of the safetensors files that are read from a folder, as far as they are there.
+    """Bytes of the safetensors files that are read from a folder.
 
     Raises:
         ValueError: see `weight_files`.
     """
-    return sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _quantized(kind: Any, source: Path, config: SVDQConfig) -> Any:

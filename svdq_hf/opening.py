@@ -5,6 +5,7 @@ The library does not name the file that it cannot read. Not here: what files hol
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,18 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The files that `from_pretrained` reads from a folder; where their names are others, all that are there.
 
     Raises:
-        ValueError: it is no folder, none is there, or the index is damaged.
+        ValueError: it is no folder, none is there, one that the index names is not, or the index is damaged.
     """
     check_is_folder(folder)
     told, folder = folder, Path(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
+        counts = Counter(read_index(folder / INDEX).values())
+        for name, count in counts.items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{told}: {name} is missing, {count} tensors are in it; {REMEDY}")
+        return [folder / name for name in sorted(counts)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{told}: no *.safetensors file is there")

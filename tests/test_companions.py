@@ -112,7 +112,9 @@ def test_file_that_the_index_names_and_is_not_there(tmp_path, capsys):
     gone = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     gone.unlink()
     assert main(["inspect", str(tmp_path / "out")]) == 1
-    assert gone.name in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: {gone.name} is missing, " in told
+    assert "tensors are in it; download or copy the model again" in told
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["push", "me/model"]], ids=["inspect", "push"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svdq_hf.decompose import PartSpec
 from svdq_hf.loading import DTYPES
-from svdq_hf.opening import INDEX, REMEDY, WEIGHTS, open_tensors, read_index
+from svdq_hf.opening import INDEX, REMEDY, WEIGHTS, open_tensors, read_index, weight_files
 
 PIECE = 1 << 24
 """Bytes read at a time where a tensor need not be there as a whole; a multiple of every item's size."""
@@ -49,13 +49,10 @@ def tensor_places(folder: str | Path) -> dict[str, Place]:
         raise ValueError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there, but {there or 'no weights'}")
     places: dict[str, Place] = {}
     index = read_index(folder / INDEX)
-    for name in sorted(set(index.values())):
-        if not (folder / name).is_file():
-            count = list(index.values()).count(name)
-            raise ValueError(f"{folder}: {name} is missing, {count} tensors are in it; {REMEDY}")
-        for tensor, place in _header(folder / name).items():
+    for file in weight_files(folder):
+        for tensor, place in _header(file).items():
             if tensor in places:
-                both = f"{Path(places[tensor].file).name} and {name}"
+                both = f"{Path(places[tensor].file).name} and {file.name}"
                 raise ValueError(f"{folder}: {tensor} is in two files, {both}: which one is meant? {REMEDY}")
             places[tensor] = place
     _check_index(folder, index, places)
