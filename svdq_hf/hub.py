@@ -99,6 +99,11 @@ def push_model(
     """
     if not footprint(model).layers:
         raise ValueError(f"{type(model).__name__} is not quantized by svdq; push it with its own push_to_hub")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has adapters, which are pushed by themselves: model.push_to_hub(repo_id) sends the "
+            "adapter; to push all in one, merge_adapters(model) first"
+        )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,6 +30,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.footprint import stored_facts
 from svdq_hf.head import dense_names
 from svdq_hf.names import Stored, owner, part_key
+from svdq_hf.opening import open_tensors
 from svdq_hf.selection import shape_of, weights_of
 from svdq_hf.weight import check_source_dtype
 
@@ -81,7 +81,7 @@ def read_checkpoint(
     rename = _Renaming(model, weights)
     result = Checkpoint()
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dict
                 part = opened.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
@@ -243,6 +243,6 @@ def stored_weights(
 
 
 def _read(entry: Entry, transposed: bool) -> Tensor:
-    with safe_open(entry.file, framework="pt") as opened:
+    with open_tensors(entry.file) as opened:
         weight: Tensor = opened.get_tensor(entry.name)
     return weight.T if transposed else weight

@@ -8,7 +8,6 @@ import tiny_models as tiny
 import torch
 import transformers as hf
 from damaged import Saved
-from safetensors import SafetensorError
 from torch import nn
 
 from svdq_hf import (
@@ -285,7 +284,7 @@ def test_packed_rows_of_other_bits_are_no_dense_weight(other_bits, caplog):
 def test_a_truncated_file_is_refused(size, stored):
     content = stored.file.read_bytes()
     stored.file.write_bytes(content[:size])
-    with pytest.raises(SafetensorError, match="header"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or damaged"):
         load(stored.folder)
 
 
@@ -537,7 +536,7 @@ def test_a_checkpoint_of_another_head_names_the_pooler(tmp_path):
 @pytest.mark.parametrize("size", [0, 4, 100, -1], ids=["empty", "no-length", "half-a-header", "last-byte"])
 def test_a_truncated_dense_file_is_refused(size, dense):
     dense.file.write_bytes(dense.file.read_bytes()[:size])
-    with pytest.raises(SafetensorError, match="header"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or damaged"):
         on_the_fly(dense.folder)
 
 

@@ -425,6 +425,13 @@ def test_what_is_packed_is_not_trained_whole(choices):
         peft.get_peft_model(model, lora_config("llama", **choices))
 
 
+def test_adapters_are_not_pushed_as_a_quantized_model():
+    from svdq_hf.hub import push_model
+
+    with pytest.raises(ValueError, match=r"the model has adapters.*merge_adapters"):
+        push_model(adapted("llama"), "alice/adapter")
+
+
 def test_a_start_needs_a_scaling():
     model = adapted("llama", trained=False, lora_alpha=0)
     with pytest.raises(ValueError, match="lora_alpha must be above 0"):
