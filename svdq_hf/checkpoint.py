@@ -189,7 +189,8 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
         shown = list(kinds.values())[:NAMES_SHOWN]
         raise ValueError(
             f"{', '.join(map(repr, unknown))} matches no linear layer of {folder}; there are "
-            f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''}"
+            f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''} (a name matches from the start, "
+            "as a regular expression like '.*attention.*', or as an end)"
         )
 
 

@@ -94,11 +94,13 @@ def _print(result: dict[str, object] | None) -> OSError | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="svdq", description="Data-free low-bit quantization for Transformers."
+        prog="svdq", description="Data-free low-bit quantization for Transformers.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"svdq_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    quantize = commands.add_parser("quantize", help="a model -> a folder with the quantized model")
+    quantize = commands.add_parser(
+        "quantize", allow_abbrev=False, help="a model -> a folder with the quantized model"
+    )
     quantize.add_argument("model", help="a folder, or the Hub's user/model")
     quantize.add_argument("out", help="folder to write; must not be there, or be empty")
     _add_config(quantize)
@@ -110,10 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_work(quantize)
     quantize.set_defaults(run=_quantize)
-    inspect = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
+    inspect = commands.add_parser(
+        "inspect", allow_abbrev=False, help="what a quantized folder holds, layer by layer"
+    )
     inspect.add_argument("folder")
     inspect.set_defaults(run=_inspect)
-    export = commands.add_parser("export", help="a quantized folder -> a plain checkpoint for other engines")
+    export = commands.add_parser(
+        "export", allow_abbrev=False, help="a quantized folder -> a plain checkpoint for other engines"
+    )
     export.add_argument("folder", help="a quantized folder, or the Hub's user/model")
     export.add_argument("out", help="folder to write; must not be there, or be empty")
     help_to = "a Hugging Face checkpoint of dense weights; llama.cpp's converter to GGUF reads it as it is"
@@ -121,20 +127,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
     export.set_defaults(run=_export)
     help_harness = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
-    commands.add_parser(HARNESS, help=help_harness)
-    push = commands.add_parser("push", help="a quantized folder -> the Hub")
+    commands.add_parser(HARNESS, allow_abbrev=False, help=help_harness)
+    push = commands.add_parser("push", allow_abbrev=False, help="a quantized folder -> the Hub")
     push.add_argument("folder")
     push.add_argument("repo_id", metavar="user/model")
     push.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     push.add_argument("--replace", action="store_true", help="give up another model that is there")
     push.add_argument("--revision", help="branch to push to")
     push.set_defaults(run=_push)
-    demo = commands.add_parser("demo", help="the whole round on the embedded all-MiniLM-L6-v2")
+    demo = commands.add_parser(
+        "demo", allow_abbrev=False, help="the whole round on the embedded all-MiniLM-L6-v2"
+    )
     demo.add_argument("--out", help="folder to keep the quantized model in")
     _add_config(demo)
     demo.set_defaults(run=_demo)
     evaluate = commands.add_parser(
         "evaluate",
+        allow_abbrev=False,
         help="what quantizing costs: GLUE or perplexity, a report",
         epilog=f"example: {command_line.EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -218,6 +227,8 @@ def _quantize(options: argparse.Namespace) -> dict[str, object]:
             f"see its layers with: svdq inspect {options.out}",
             markup=False,
         )
+        if after > before:
+            screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
 
 

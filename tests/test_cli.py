@@ -198,7 +198,8 @@ def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp
     assert error.endswith(
         "encoder.layer.0.attention.self.query, encoder.layer.0.attention.self.key, "
         "encoder.layer.0.attention.self.value, encoder.layer.0.attention.output.dense, "
-        "encoder.layer.0.intermediate.dense, encoder.layer.0.output.dense, ...\n"
+        "encoder.layer.0.intermediate.dense, encoder.layer.0.output.dense, ... (a name matches from the "
+        "start, as a regular expression like '.*attention.*', or as an end)\n"
     )
     assert not out.exists()
 
@@ -333,3 +334,14 @@ def test_console_script_is_the_module_beside_the_package(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
     assert svdq_hf_command.main() == 1
     assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"
+
+
+def test_a_result_that_is_larger_is_said(source, tmp_path, capsys):
+    assert main(["quantize", source, str(tmp_path / "out"), "--k", "100000"]) == 0
+    assert "larger than it was: k = 100000" in capsys.readouterr().out
+
+
+def test_an_option_is_not_taken_for_another_that_begins_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "model", "out", "--compute", "fast"])
+    assert "unrecognized arguments: --compute fast" in capsys.readouterr().err
