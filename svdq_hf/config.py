@@ -32,6 +32,7 @@ VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_b
 ErrorFeedback = bool | Literal["synthetic"]
 
 _SINCE_2 = (*VERSION_1, "error_feedback", "lm_head")
+_NOT_STORED = ("damping", "compute")
 _SINCE_4 = ("target_bits", "layer_k", "embeddings")
 
 
@@ -64,6 +65,9 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         start, as a regular expression, or as a suffix.
     compute_dtype: dtype the layers compute in ("float32", ...); None: that of their input.
     seed: of anything random.
+    damping: of error feedback: the share of the inputs' mean square that is added to their Gram matrix beside
+        GPTQ's 0.01, the larger the less it is trusted. None: 0, of synthetic batches 1. For texts of
+        another kind than the model will read 1 is better. No file holds it.
     compute: "exact", or "fast": CPU kernels may round the activations of a few tokens to 16 bits. A choice of
         who runs the model, so no file holds it; of a loaded model `set_compute` changes it.
 
@@ -96,6 +100,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
+        damping: float | None = None,
         compute: Literal["exact", "fast"] = "exact",
         **stored: Any,
     ) -> None:
@@ -121,6 +126,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.modules_to_not_convert = list(names) if isinstance(names, tuple) else names
         self.compute_dtype: Any = compute_dtype
         self.seed = seed
+        self.damping = damping
         self.compute = compute
         self._check(from_file="format_version" in stored)
         self.compute_dtype = dtype_name(compute_dtype)
@@ -169,6 +175,11 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     def synthetic(self) -> bool:
         """Whether the batches that are needed are made, not given."""
         return self.error_feedback == SYNTHETIC
+
+    @property
+    def extra_damping(self) -> float:
+        """`damping`; where nobody chose, synthetic batches are trusted less than real ones."""
+        return float(self.synthetic) if self.damping is None else float(self.damping)
 
     @property
     def data_needs(self) -> list[str]:
@@ -255,22 +266,22 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in _choices()}
         if "target_bits" in choices:
             choices.setdefault("layer_k", None)  # what is there was another budget's
-        self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), "compute": self.compute, **choices}).__dict__
+        unsaid = {name: getattr(self, name) for name in _NOT_STORED}
+        self.__dict__ = SVDQConfig.from_dict({**self.to_dict(), **unsaid, **choices}).__dict__
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
         """All choices that a file holds, and the format's version, as JSON can hold them."""
         choices = super().to_dict()
-        choices.pop("compute", None)
         later = [] if self.format_version >= 4 else [*_SINCE_4]  # older releases refuse keys they do not know
         if self.format_version == 1:
             later += _SINCE_2
-        choices = {name: value for name, value in choices.items() if name not in later}
+        choices = {name: value for name, value in choices.items() if name not in (*later, *_NOT_STORED)}
         return {**choices, "requires": REQUIRES}
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, SVDQConfig) and self.to_dict() == other.to_dict()
-        return same and self.compute == other.compute  # type: ignore[attr-defined]
+        return same and all(getattr(self, name) == getattr(other, name) for name in _NOT_STORED)
 
     __hash__ = None  # type: ignore[assignment]  # mutable, as every transformers config is
 

@@ -14,12 +14,8 @@ from svdq_hf.grid import LARGEST, Grid, Quantized, fit, whole_numbers
 from svdq_hf.levels import codes
 from svdq_hf.packing import RANGES
 
-DAMPING = 0.1
-"""Share of H's mean diagonal that is added to it.
-
-GPTQ's 0.01 is best for an encoder that reads texts of its training set; on a decoder, and still more on
-texts of another kind, it trusts a few texts too much (README, Quality).
-"""
+DAMPING = 0.01
+"""Share of H's mean diagonal that is always added to it: GPTQ's."""
 
 
 def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tensor) -> Quantized:
@@ -53,22 +49,15 @@ def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tenso
     return Quantized(found, scale, unit)
 
 
-SYNTHETIC_DAMPING = 0.85
-"""What of a Gram matrix of synthetic batches is added before that, which makes it 1 in all.
+def damped(gram: Tensor, per_column: Tensor | None, share: float) -> Tensor:
+    """`gram` `[in, in]` with `share` of its mean diagonal added, as the grid sees its columns.
 
-With 0.01 in all, random tokens made Gemma 3 worse (README, Quality).
-"""
-
-
-def trusted_less(gram: Tensor, per_column: Tensor | None) -> Tensor:
-    """`gram` `[in, in]` with `SYNTHETIC_DAMPING` of its mean diagonal added, as the grid sees its columns.
-
-    >>> trusted_less(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), None).tolist()
+    >>> damped(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), None, 1.0).tolist()
     [[5.0, 1.0], [1.0, 7.0]]
     """
     square = gram.new_ones(gram.shape[0]) if per_column is None else per_column.float().square()
     mean = (gram.diagonal() * square).mean()
-    return gram + torch.diag(SYNTHETIC_DAMPING * mean / square)
+    return gram + torch.diag(share * mean / square)
 
 
 def _round_group(

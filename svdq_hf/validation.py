@@ -39,7 +39,7 @@ def _is_flag(value: object) -> bool:
     return type(value) is bool
 
 
-def _is_bits(value: Any) -> bool:
+def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -56,10 +56,11 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "error_feedback": (lambda on: _is_flag(on) or on == SYNTHETIC, "true, false or 'synthetic'"),
     "lm_head": _FLAG,
     "embeddings": _FLAG,
-    "target_bits": (lambda bits: bits is None or _is_bits(bits), "None or a number of bits above 0"),
+    "target_bits": (lambda bits: bits is None or _is_amount(bits), "None or a number of bits above 0"),
     "layer_k": (lambda of: of is None or isinstance(of, dict), "None or k by the layer's name"),
     "saliency": (lambda name: isinstance(name, str), "the name of a score"),
     "modules_to_not_convert": (lambda of: of is None or _are_names(of), "None or a list of names"),
+    "damping": (lambda share: share is None or share == 0 or _is_amount(share), "None or a number from 0 on"),
     "compute": (lambda compute: compute in COMPUTE, f"one of {COMPUTE}"),
     "compute_dtype": (
         lambda of: dtype_name(of) in (None, *COMPUTE_DTYPES),

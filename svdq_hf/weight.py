@@ -15,7 +15,7 @@ from svdq_hf.calibration import InputStatistics
 from svdq_hf.column_scale import column_scale
 from svdq_hf.config import SVDQConfig
 from svdq_hf.decompose import PartSpec, decompose, part_specs, relative_error, stack_specs
-from svdq_hf.feedback import trusted_less
+from svdq_hf.feedback import damped
 from svdq_hf.pieces import LazyStack, Pieces
 from svdq_hf.saliency import data_needs, score
 from svdq_hf.sparse import salient_count, top_positions
@@ -85,8 +85,8 @@ def _quantize(
     per_column = column_scale(dense) if config.scheme.grid.column_scale else None
     rows, columns, facts = _choose(dense, config, inputs, per_column)
     gram = inputs.gram if inputs is not None and config.error_feedback else None
-    if gram is not None and config.synthetic:
-        gram = trusted_less(gram, per_column)
+    if gram is not None and config.extra_damping:
+        gram = damped(gram, per_column, config.extra_damping)
     parts, errors = quantize_chosen(dense, config, rows, columns, per_column, gram)
     return parts, errors | facts
 

@@ -180,6 +180,10 @@ BAD = [
     ("rank", None, "an int from 1 on"),
     ("seed", -1, "an int from 0 to"),
     ("seed", 0.5, "an int from 0 to"),
+    ("damping", -0.1, "a number from 0 on"),
+    ("damping", float("nan"), "a number from 0 on"),
+    ("damping", True, "a number from 0 on"),
+    ("damping", "1", "a number from 0 on"),
     ("seed", None, "an int from 0 to"),
     ("bits", 2, "one of [3, 4, 8]"),
     ("bits", 4.0, "one of [3, 4, 8]"),
@@ -299,3 +303,11 @@ def test_choices_that_come_beside_a_dict_or_later_are_checked_too():
 def test_true_is_no_number():
     with pytest.raises(ValueError, match="clip_sigma=True"):
         SVDQConfig(clip_sigma=True)
+
+
+def test_damping_is_no_part_of_a_file_and_survives_an_update():
+    config = SVDQConfig.calibrated(damping=0.5)
+    assert "damping" not in config.to_dict()
+    assert config != SVDQConfig.calibrated()
+    config.update(k=3)
+    assert (config.k, config.damping) == (3, 0.5)

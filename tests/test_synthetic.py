@@ -8,7 +8,7 @@ from torch import nn
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration import collect_inputs
 from svdq_hf.card import model_card
-from svdq_hf.feedback import SYNTHETIC_DAMPING, trusted_less
+from svdq_hf.feedback import damped
 from svdq_hf.selection import layers_to_convert
 from svdq_hf.synthetic import synthetic_batches
 
@@ -108,11 +108,26 @@ def test_what_is_added_is_even_as_the_grid_sees_the_columns():
     gram, per_column = torch.randn(50, 6), torch.rand(6) + 0.5
     gram = gram.T @ gram
     seen = gram * per_column * per_column[:, None]
-    added = trusted_less(gram, per_column) * per_column * per_column[:, None] - seen
+    added = damped(gram, per_column, 0.5) * per_column * per_column[:, None] - seen
     # float32 sums of 50 squares
-    torch.testing.assert_close(
-        added, SYNTHETIC_DAMPING * seen.diagonal().mean() * torch.eye(6), atol=1e-4, rtol=1e-5
-    )
+    torch.testing.assert_close(added, 0.5 * seen.diagonal().mean() * torch.eye(6), atol=1e-4, rtol=1e-5)
+
+
+def test_damping_is_chosen_or_one_of_synthetic_batches():
+    assert SYNTHETIC.extra_damping == 1.0
+    assert SVDQConfig.calibrated().extra_damping == 0.0
+    assert SVDQConfig.calibrated(damping=0.3).extra_damping == 0.3
+
+
+def test_the_more_damping_the_nearer_to_plain_rounding():
+    found = {}
+    for damping in (0, 1e6, None):
+        feedback = damping is not None
+        config = SVDQConfig(k=9, error_feedback=feedback, damping=damping)
+        found[damping] = quantize_model(tiny.bert(), config, [tiny.text()] if feedback else None)
+    assert tiny.different_tensors(found[1e6], found[None]) != []  # the rows' units leave room
+    codes = [model.pooler.dense.dequantize() for model in found.values()]
+    assert (codes[1] - codes[2]).norm() < (codes[0] - codes[2]).norm()
 
 
 def test_a_models_own_way_of_writing_does_not_change_the_batches():
