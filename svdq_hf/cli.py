@@ -200,6 +200,8 @@ def _add_work(command: argparse.ArgumentParser) -> None:
 
 def _config(options: argparse.Namespace) -> SVDQConfig:
     names = [name for name in SVDQConfig.__init__.__annotations__ if hasattr(options, name)]
+    if "target_bits" in names and "k" in names:
+        raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
     start = getattr(SVDQConfig, options.preset) if options.preset else SVDQConfig
     config: SVDQConfig = start(**{name: getattr(options, name) for name in names})
     return config

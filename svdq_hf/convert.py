@@ -4,7 +4,7 @@ Three uses of it: empty layers on the meta device before a checkpoint is loaded 
 quantized in place (`convert_layers`), and the way back (`restore_layers`). Any `nn.Module` will do.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -239,6 +239,8 @@ def set_compute(model: nn.Module, compute: str) -> nn.Module:
     return model
 
 
-def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
-    """A progress bar that `transformers.utils.logging.disable_progress_bar` switches off."""
+def progress(items: Collection[Item], title: str) -> Iterable[Item]:
+    """A progress bar that `transformers.utils.logging.disable_progress_bar` switches off; none of nothing."""
+    if not items:
+        return items
     return hf_logging.tqdm(items, desc=title)  # type: ignore[no-any-return]

@@ -345,3 +345,8 @@ def test_an_option_is_not_taken_for_another_that_begins_so(capsys):
     with pytest.raises(SystemExit):
         main(["quantize", "model", "out", "--compute", "fast"])
     assert "unrecognized arguments: --compute fast" in capsys.readouterr().err
+
+
+def test_a_budget_and_k_are_one_choice(source, tmp_path, capsys):
+    assert main(["quantize", source, str(tmp_path / "out"), "--k", "64", "--target-bits", "4.4"]) == 1
+    assert "--target-bits spends salient weights instead of --k" in capsys.readouterr().err
