@@ -98,7 +98,7 @@ def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> s
     }
 
 
-def check_loaded(model: nn.Module, remedy: str = REMEDY) -> None:
+def check_loaded(model: nn.Module, remedy: str) -> None:
     """Refuse a model of which a quantized layer was not filled, or with nonsense.
 
     A bias counts: transformers, which would start a dense layer's at zero, leaves that of a class which it

@@ -40,6 +40,7 @@ from svdq_hf.experts import layout_of, svdq_experts
 from svdq_hf.footprint import file_metadata, numbers
 from svdq_hf.head import Head, chosen_head, dense_names, find_head, put_head, quantize_head, restore_head
 from svdq_hf.loading import (
+    REMEDY,
     Checkpoint,
     check_dense,
     check_source,
@@ -226,7 +227,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
-        check_loaded(model, *([] if self.pre_quantized else [DENSE_REMEDY]))
+        check_loaded(model, REMEDY if self.pre_quantized else DENSE_REMEDY)
         for _, layer in svdq_layers(model):
             if layer.salient_values.numel() == 0 and layer.salient_values.requires_grad:
                 layer.salient_values.requires_grad_(False)  # nothing to train, and FSDP stumbles over it
