@@ -3,7 +3,7 @@
 from setuptools import Extension, setup
 
 NATIVE = Extension(
-    "svdq_hf.kernels.native._svdq",
+    "svdq_hf.kernels.native.library._svdq",
     sources=["svdq_hf/kernels/native/svdq.c"],
     extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
     optional=True,

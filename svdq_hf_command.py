@@ -10,7 +10,7 @@ import sys
 def main() -> int:
     """Run the command line; returns the exit code."""
     try:
-        from svdq_hf.cli import main as run
+        from svdq_hf.cli.command import main as run
     except KeyboardInterrupt:
         print("svdq: interrupted", file=sys.stderr)
         return 130

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration import collect_inputs
-from svdq_hf.saliency import score
-from svdq_hf.sparse import top_positions
+from svdq_hf.calibration.inputs import collect_inputs
+from svdq_hf.core.saliency import score
+from svdq_hf.core.topk import top_positions
 
 K, RANK = 256, 8
 SEQUENCES, TOKENS, BATCH = 128, 64, 32

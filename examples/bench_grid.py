@@ -17,10 +17,9 @@ from typing import Any
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from svdq_hf.evaluation.command import GRID_NAMES, KS, METHODS
-from svdq_hf.evaluation.grid import GridRun
-from svdq_hf.evaluation.plan import Key, Plan
-from svdq_hf.evaluation.trainer import GlueEvaluator, classifier
+from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS, Key, Plan
+from svdq_hf.evaluation.sweep.run import GridRun
+from svdq_hf.evaluation.tasks.classification import GlueEvaluator, classifier
 
 
 class TimedRun(GridRun):

@@ -27,7 +27,7 @@ import torch
 from linear_peers import BASELINE, CONTENDERS, Call
 from torch import Tensor, nn
 
-from svdq_hf.kernels import native
+from svdq_hf.kernels.native import library as native
 
 SHAPES, TOKENS = ("768x768", "3072x768", "4096x4096", "14336x4096"), (1, 8, 64, 512)
 ROUNDS, SECONDS, FEWEST = 7, 0.02, 1

@@ -36,13 +36,13 @@ from transformers import (
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.config import VERSION_1
-from svdq_hf.convert import svdq_layers
-from svdq_hf.evaluation.glue import task_of
-from svdq_hf.evaluation.tables import change, number, small
-from svdq_hf.evaluation.trainer import classifier
-from svdq_hf.selection import layers_to_convert
+from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
+from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.evaluation.report.tables import change, number, small
+from svdq_hf.evaluation.tasks.classification import classifier
+from svdq_hf.evaluation.tasks.glue import task_of
+from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.quantize.selection import layers_to_convert
 
 OURS: dict[str, Callable[[], SVDQConfig]] = {
     "svdq default": SVDQConfig,

@@ -26,13 +26,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig, read_footprint
-from svdq_hf.checks import check_parts
-from svdq_hf.column_scale import column_scale
-from svdq_hf.decompose import PartSpec, decompose, relative_error
-from svdq_hf.saliency import score
-from svdq_hf.sparse import top_positions
-from svdq_hf.streaming.files import INDEX, header_bytes, layout, size_of
-from svdq_hf.weight import as_scored
+from svdq_hf.checkpoint.streaming.byte_ranges import header_bytes, layout, size_of
+from svdq_hf.core.column_scale import column_scale
+from svdq_hf.core.saliency import score
+from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.encode import decompose, relative_error
+from svdq_hf.format.files import INDEX
+from svdq_hf.format.parts import PartSpec
+from svdq_hf.quantize.weight import as_scored
 
 FILE_BYTES = 2_000_000_000
 PIECE = 1 << 24

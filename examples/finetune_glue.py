@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoTokenizer, DistilBertConfig, DistilBertF
 from transformers.utils import logging
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.glue import TASKS, load_split, task_of, tokenize
-from svdq_hf.evaluation.trainer import finetune, score_model
+from svdq_hf.evaluation.tasks.classification import finetune, score_model
+from svdq_hf.evaluation.tasks.glue import TASKS, load_split, task_of, tokenize
 
 RENAMED = {
     r"^encoder\.layer": "transformer.layer",

@@ -33,9 +33,9 @@ from transformers.utils import logging
 
 from svdq_hf import SVDQConfig
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.glue import TASKS, load_split, task_of, tokenize
-from svdq_hf.evaluation.trainer import Score, score_model
-from svdq_hf.training import mark_trainable
+from svdq_hf.evaluation.tasks.classification import Score, score_model
+from svdq_hf.evaluation.tasks.glue import TASKS, load_split, task_of, tokenize
+from svdq_hf.training.salient import mark_trainable
 
 HEAD = ["pre_classifier", "classifier"]
 BASES = {
@@ -60,7 +60,7 @@ def with_adapters(model, folder: str, *, from_error: bool):
     )
     model = get_peft_model(model, config)
     if from_error:
-        from svdq_hf.adapters import init_adapters_from_error
+        from svdq_hf.integrations.peft.adapters import init_adapters_from_error
 
         init_adapters_from_error(model, folder)
     return model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf import SVDQConfig
-from svdq_hf.convert import convert_layers
+from svdq_hf.quantize.convert import convert_layers
 
 Call = Callable[[Tensor], Tensor]
 F32, BF16 = torch.float32, torch.bfloat16

@@ -7,8 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from svdq_hf import SVDQConfig
-from svdq_hf.adapters import init_adapters_from_error
 from svdq_hf.demo import default_model
+from svdq_hf.integrations.peft.adapters import init_adapters_from_error
 
 OUT = sys.argv[1] if len(sys.argv) > 1 else "adapter"
 TEXTS = ["what a lovely day", "this is awful", "I enjoyed every minute", "never again, so boring"]

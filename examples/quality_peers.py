@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration import InputStatistics
+from svdq_hf.calibration.inputs import InputStatistics
 
 
 class Packed(NamedTuple):

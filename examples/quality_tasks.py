@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdq_hf.evaluation.perplexity import token_ids
-from svdq_hf.evaluation.trainer import GlueEvaluator
+from svdq_hf.evaluation.tasks.classification import GlueEvaluator
+from svdq_hf.evaluation.tasks.perplexity import token_ids
 
 SAMPLE = 256
 """Tokens on which the error of layers' outputs is taken."""

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.grid import GridRun
-from svdq_hf.evaluation.plan import DEFAULT, OURS, Plan
-from svdq_hf.evaluation.report import write_report
-from svdq_hf.evaluation.trainer import Score
+from svdq_hf.evaluation.report.report import write_report
+from svdq_hf.evaluation.sweep.plan import DEFAULT, OURS, Plan
+from svdq_hf.evaluation.sweep.run import GridRun
+from svdq_hf.evaluation.tasks.classification import Score
 
 TAGS = ("O", "B", "I")
 IGNORED = -100  # what transformers' loss leaves out: all but the first piece of a word

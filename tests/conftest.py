@@ -10,9 +10,10 @@ from hypothesis import settings
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
-from svdq_hf.decompose import Scheme, decompose
-from svdq_hf.grid import Grid
-from svdq_hf.sparse import salient_count, top_positions
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.format.encode import decompose
+from svdq_hf.format.parts import Scheme
 
 # derandomize: the same examples on every run, so that CI fails on a change and not on luck.
 settings.register_profile("svdq", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.arrival import MergeExperts, TransposeExperts, one_by_one
-from svdq_hf.experts import svdq_experts
-from svdq_hf.pieces import Pieces, fit_together
+from svdq_hf.integrations.transformers.expert_conversions import MergeExperts, TransposeExperts, one_by_one
+from svdq_hf.nn.inventory import svdq_experts
+from svdq_hf.quantize.expert_stream import Pieces, fit_together
 
 CONFIG = SVDQConfig(k=32)
 

@@ -9,10 +9,11 @@ import transformers as hf
 from damaged import Saved
 from safetensors.torch import save_file
 
-from svdq_hf import SVDQConfig, quantize_model, read_footprint, validation
-from svdq_hf.decompose import EXPERTS_VERSION, FORMAT_VERSION
-from svdq_hf.experts import svdq_experts
-from svdq_hf.quantizer import SVDQHfQuantizer
+from svdq_hf import SVDQConfig, quantize_model, read_footprint
+from svdq_hf.config import choices as validation
+from svdq_hf.format.parts import EXPERTS_VERSION, FORMAT_VERSION
+from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
+from svdq_hf.nn.inventory import svdq_experts
 
 CONFIG = SVDQConfig(k=32)
 STACK = "model.layers.1.mlp.experts.down_proj"

@@ -17,11 +17,11 @@ from svdq_hf import (
     mark_trainable,
     quantize_model,
     register_saliency,
-    saliency,
 )
-from svdq_hf.convert import svdq_layers
-from svdq_hf.decompose import part_specs
-from svdq_hf.footprint import METADATA_KEY
+from svdq_hf.core import saliency
+from svdq_hf.format.metadata import METADATA_KEY
+from svdq_hf.format.parts import part_specs
+from svdq_hf.nn.inventory import svdq_layers
 
 CONFIG = SVDQConfig(k=32)
 LAYER = "encoder.layer.1.attention.self.key"

@@ -80,7 +80,7 @@ def test_bench_generate_measures_each_variant_in_a_process_of_its_own(tmp_path, 
 
 def test_bench_grid_knows_where_its_seconds_went(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
-    from svdq_hf.evaluation.plan import Plan
+    from svdq_hf.evaluation.sweep.plan import Plan
 
     class Evaluator:
         task = "rte"

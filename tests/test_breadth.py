@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.convert import svdq_layers
-from svdq_hf.model_code import is_linear, layers_read
+from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.quantize.code_inspection import is_linear, layers_read
 
 FOUND = breadth.read()
 same_release = pytest.mark.skipif(

@@ -9,10 +9,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from svdq_hf import SVDQConfig, dequantize_model, footprint, quantize_model
-from svdq_hf.budget import Layer, Measured, by_gain, spend
-from svdq_hf.checkpoint import quantize_checkpoint
-from svdq_hf.footprint import read_footprint
+from svdq_hf import SVDQConfig, dequantize_model, quantize_model
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.quantize import footprint
+from svdq_hf.quantize.budget import Layer, Measured, by_gain, spend
+from svdq_hf.quantize.footprint import read_footprint
 
 CONFIG = SVDQConfig(rank=2, target_bits=7.0)
 """Of the tiny models' layers, which take about 5 bits with nothing salient."""

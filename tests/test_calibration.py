@@ -5,10 +5,10 @@ from torch import nn
 from transformers import BertModel, T5Config, T5ForConditionalGeneration
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
-from svdq_hf.calibration import InputStatistics, collect_inputs
-from svdq_hf.saliency import data_needs, saliency_names, score
-from svdq_hf.selection import layers_to_convert
-from svdq_hf.sparse import top_positions
+from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
+from svdq_hf.core.saliency import data_needs, saliency_names, score
+from svdq_hf.core.topk import top_positions
+from svdq_hf.quantize.selection import layers_to_convert
 
 FROM_DATA = [name for name in saliency_names() if data_needs(name)]
 

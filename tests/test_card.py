@@ -11,9 +11,10 @@ from tiny_models import FAMILIES, bert, classifier, llama, short_name, t5
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.card import CardResult, auto_class, model_card, tags, write_card
-from svdq_hf.footprint import read_footprint
-from svdq_hf.readme import BEGIN, END, base_metadata, merge, metadata_of, own_text, read_text, section_of
+from svdq_hf.format.metadata import tags
+from svdq_hf.hub.card import CardResult, auto_class, model_card, write_card
+from svdq_hf.hub.readme import BEGIN, END, base_metadata, merge, metadata_of, own_text, read_text, section_of
+from svdq_hf.quantize.footprint import read_footprint
 
 BASE = """---
 license: other

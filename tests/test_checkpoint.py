@@ -12,9 +12,11 @@ from tiny_models import bert_config
 from transformers import BertForMaskedLM, BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
-from svdq_hf.card import tags
-from svdq_hf.checkpoint import REPORT_FILE, local_folder, quantize_checkpoint
-from svdq_hf.readme import metadata_of, own_text
+from svdq_hf.checkpoint.folders import REPORT_FILE
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.format.metadata import tags
+from svdq_hf.hub.client import local_folder
+from svdq_hf.hub.readme import metadata_of, own_text
 
 CONFIG = SVDQConfig(k=16)
 
@@ -110,13 +112,14 @@ def test_full_disk_leaves_no_target_and_keeps_what_is_done(source, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("svdq_hf.checkpoint.copy_companions", full)
+        patched.setattr("svdq_hf.checkpoint.quantize.copy_companions", full)
         with pytest.raises(OSError, match="No space left"):
             quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
     kept = tmp_path / "place" / ".out.unfinished"
     assert list((tmp_path / "place").iterdir()) == [kept]
     assert f"what is done is kept in {kept}: run the same command again" in caplog.text
-    monkeypatch.setattr("svdq_hf.streaming.shard.quantize_weight", None)  # nothing is quantized again
+    # nothing is quantized again
+    monkeypatch.setattr("svdq_hf.checkpoint.streaming.shard.quantize_weight", None)
     quantize_checkpoint(source, tmp_path / "place" / "out", CONFIG)
     assert list((tmp_path / "place").iterdir()) == [tmp_path / "place" / "out"]
 
@@ -125,7 +128,7 @@ def test_full_disk_leaves_nothing_of_a_model_quantized_in_memory(source, tmp_pat
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("svdq_hf.checkpoint.copy_companions", full)
+    monkeypatch.setattr("svdq_hf.checkpoint.quantize.copy_companions", full)
     config = SVDQConfig(k=16, lm_head=True)  # with a bias that is tied too
     with pytest.raises(OSError, match="No space left"):
         quantize_checkpoint(source, tmp_path / "place" / "out", config)

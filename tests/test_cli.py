@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import AutoModel, BertModel
 
-import svdq_hf.checkpoint
+import svdq_hf.hub.client
 import svdq_hf_command
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.cli import main
-from svdq_hf.evaluation.command import EXAMPLE
-from svdq_hf.readme import metadata_of
-from svdq_hf.source import named_class
+from svdq_hf.checkpoint.source import named_class
+from svdq_hf.cli.command import main
+from svdq_hf.cli.evaluate import EXAMPLE
+from svdq_hf.hub.readme import metadata_of
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_hub_that_is_not_reached_is_told_at_once_in_the_same_words(command, caps
         asked.append(name)
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(svdq_hf.checkpoint, "snapshot_download", unreachable)
+    monkeypatch.setattr(svdq_hf.hub.client, "snapshot_download", unreachable)
     monkeypatch.chdir(tmp_path)
     more = ["--task", "rte", "--out", "o"] if command[0] == "evaluate" else []
     assert main([*command, *more]) == 1
@@ -316,10 +316,10 @@ def test_output_that_cannot_be_written_is_one_line(source, tmp_path):
 def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
     class Interrupted:
         def find_spec(self, name, path=None, target=None):
-            if name == "svdq_hf.cli":
+            if name == "svdq_hf.cli.command":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "svdq_hf.cli")
+    monkeypatch.delitem(sys.modules, "svdq_hf.cli.command")
     monkeypatch.delattr(svdq_hf, "cli")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])

@@ -3,11 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.checks import check_parts
-from svdq_hf.column_scale import column_scale
-from svdq_hf.decompose import Scheme, decompose, reconstruct, relative_error
-from svdq_hf.grid import Grid
-from svdq_hf.sparse import top_positions
+from svdq_hf.core.column_scale import column_scale
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.encode import decompose, relative_error
+from svdq_hf.format.parts import Scheme
 
 FULL = Scheme(3, Grid(32, levels="normal", column_scale=True, scale_bits=8))
 

@@ -12,10 +12,11 @@ from tiny_models import bert, bert_config
 from transformers import BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
-from svdq_hf.checkpoint import folder_bytes, quantize_checkpoint
-from svdq_hf.cli import main
-from svdq_hf.companions import copy_companions
-from svdq_hf.export import export_dense
+from svdq_hf.checkpoint.companion_files import copy_companions
+from svdq_hf.checkpoint.export import export_dense
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.cli.command import main
+from svdq_hf.format.files import folder_bytes
 
 CONFIG = SVDQConfig(k=4)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import FORMAT_VERSION, Scheme
-from svdq_hf.grid import Grid
-from svdq_hf.saliency import saliency_names
-from svdq_hf.validation import QUANT_METHOD
+from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.saliency import saliency_names
+from svdq_hf.format.parts import FORMAT_VERSION, Scheme
 
 CONFIGS = {
     "default": {},

@@ -4,22 +4,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdq_hf import grid as grid_module
-from svdq_hf.checks import check_parts
-from svdq_hf.decompose import (
-    PartSpec,
-    Scheme,
-    decompose,
-    dense_blocks,
-    part_specs,
-    reconstruct,
-    relative_error,
-    take_rows,
-)
-from svdq_hf.grid import Grid, quantize
-from svdq_hf.packing import RANGES, unpack
-from svdq_hf.saliency import score
-from svdq_hf.sparse import salient_count, top_positions
+from svdq_hf.core import grid as grid_module
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.packing import RANGES, unpack
+from svdq_hf.core.rounding import quantize
+from svdq_hf.core.saliency import score
+from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import dense_blocks, reconstruct, take_rows
+from svdq_hf.format.encode import decompose, relative_error
+from svdq_hf.format.parts import PartSpec, Scheme, part_specs
 
 GROUP_SIZES = [8, 64, 128, "row", "tensor"]
 RULES = ["mse", "absmax", "sigma"]

@@ -8,9 +8,9 @@ from tiny_models import bert, classifier, different_tensors, dinov2, llama, mixt
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.cli import main
-from svdq_hf.export import export_dense
-from svdq_hf.readme import metadata_of
+from svdq_hf.checkpoint.export import export_dense
+from svdq_hf.cli.command import main
+from svdq_hf.hub.readme import metadata_of
 
 FILES = {"tokenizer.json": "{}", "prompts/system.txt": "Be kind.", "svdq_report.json": "{}"}
 CARD = "---\nlicense: mit\nbase_model: org/base\nbase_model_relation: quantized\ntags:\n- 4-bit\n---\nMine.\n"

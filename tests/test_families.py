@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, Family
 from torch import Tensor, nn
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model, read_footprint
-from svdq_hf.convert import svdq_layers
+from svdq_hf.nn.inventory import svdq_layers
 
 CONFIG = {"k": 32}
 

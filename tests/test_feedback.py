@@ -4,10 +4,13 @@ import torch
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.checks import check_parts
-from svdq_hf.decompose import Scheme, decompose, reconstruct
-from svdq_hf.feedback import quantize_with_feedback
-from svdq_hf.grid import Grid, quantize
+from svdq_hf.core.error_feedback import quantize_with_feedback
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.rounding import quantize
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.encode import decompose
+from svdq_hf.format.parts import Scheme
 
 GRIDS = [
     Grid(32),

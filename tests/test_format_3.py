@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import decompose, reconstruct
-from svdq_hf.linear import SVDQLinear
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.encode import decompose
+from svdq_hf.nn.linear import SVDQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v3.safetensors"
 OUT, IN, K = 3, 70, 2

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import FORMAT_VERSION, decompose, part_specs, reconstruct
-from svdq_hf.embedding import SVDQTable
-from svdq_hf.linear import SVDQLinear
-from svdq_hf.sparse import top_positions
+from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.encode import decompose
+from svdq_hf.format.parts import FORMAT_VERSION, part_specs
+from svdq_hf.nn.embedding import SVDQTable
+from svdq_hf.nn.linear import SVDQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v4.safetensors"
 OUT, IN = first.OUT, first.IN

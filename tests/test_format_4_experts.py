@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from test_format import CONFIGS, IN, OUT, weight
 from torch import nn
 
-from svdq_hf.checks import check_parts
 from svdq_hf.config import SVDQConfig
-from svdq_hf.decompose import reconstruct
-from svdq_hf.experts import SVDQExperts
-from svdq_hf.names import Stored
-from svdq_hf.weight import quantize_stack
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.names import Stored
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.quantize.weight import quantize_stack
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "format_v4_experts.safetensors"

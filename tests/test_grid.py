@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf import grid as grid_module
-from svdq_hf.grid import Grid, ScaleRule, expand, quantize, row_blocks
-from svdq_hf.levels import TABLES
-from svdq_hf.packing import HIGHEST, LOWEST, RANGES
+from svdq_hf.core import grid as grid_module
+from svdq_hf.core.grid import Grid, ScaleRule
+from svdq_hf.core.levels import TABLES
+from svdq_hf.core.packing import HIGHEST, LOWEST, RANGES
+from svdq_hf.core.rounding import expand, quantize, row_blocks
 
 RULES = list(get_args(ScaleRule))
 GROUP_SIZES = [8, 16, 32, 64, 128, 192, "row", "tensor"]

@@ -24,10 +24,11 @@ from transformers import BertModel
 from transformers.utils import logging as hf_logging
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.card import CardResult, tags
-from svdq_hf.cli import main
-from svdq_hf.hub import push_folder, push_model
-from svdq_hf.readme import BEGIN, metadata_of, own_text, section_of
+from svdq_hf.cli.command import main
+from svdq_hf.format.metadata import tags
+from svdq_hf.hub.card import CardResult
+from svdq_hf.hub.push import push_folder, push_model
+from svdq_hf.hub.readme import BEGIN, metadata_of, own_text, section_of
 
 # huggingface_hub 2.4 hands an open file to httpx2 in a way that httpx2 wants to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

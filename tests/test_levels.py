@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from svdq_hf import levels
-from svdq_hf.grid import Grid, expand, quantize
-from svdq_hf.levels import TABLES, codes, highest, nearest
-from svdq_hf.packing import RANGES
+from svdq_hf.core import levels
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.levels import TABLES, codes, highest, nearest
+from svdq_hf.core.packing import RANGES
+from svdq_hf.core.rounding import expand, quantize
 
 ALL = [(bits, name) for bits, tables in TABLES.items() for name in tables]
 every_table = pytest.mark.parametrize(("bits", "name"), ALL)

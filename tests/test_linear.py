@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.decompose import PARTS, Scheme, part_specs, reconstruct
-from svdq_hf.grid import Grid
-from svdq_hf.linear import SVDQLinear
+from svdq_hf.core.grid import Grid
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.parts import PARTS, Scheme, part_specs
+from svdq_hf.nn.linear import SVDQLinear
 
 CASTS = {
     "bfloat16()": lambda layer: layer.bfloat16(),

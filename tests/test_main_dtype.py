@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.checkpoint import quantize_checkpoint
-from svdq_hf.main_dtype import main_dtype
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.integrations.transformers.patches import main_dtype
 
 CHOICES = [{}, {"lm_head": True}, {"embeddings": True}]
 

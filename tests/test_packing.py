@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.packing import (
+from svdq_hf.core.packing import (
     BLOCK,
     HALF,
     RANGES,

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, mark_trainable, quantize_model
-from svdq_hf.convert import svdq_layers
+from svdq_hf.nn.inventory import svdq_layers
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'svdq_hf[peft]'")
-from svdq_hf.adapters import init_adapters_from_error, merge_adapters  # noqa: E402  # it imports PEFT
-from svdq_hf.lora import SVDQLoraLinear, adapted_layers  # noqa: E402
+from svdq_hf.integrations.peft.adapters import init_adapters_from_error, merge_adapters  # noqa: E402  # it imports PEFT
+from svdq_hf.integrations.peft.lora import SVDQLoraLinear, adapted_layers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT's own
 CONFIG = SVDQConfig(k=32)
@@ -426,7 +426,7 @@ def test_what_is_packed_is_not_trained_whole(choices):
 
 
 def test_adapters_are_not_pushed_as_a_quantized_model():
-    from svdq_hf.hub import push_model
+    from svdq_hf.hub.push import push_model
 
     with pytest.raises(ValueError, match=r"the model has adapters.*merge_adapters"):
         push_model(adapted("llama"), "alice/adapter")

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 from synthetic_cells import cell, overlap, write
 
-from svdq_hf.evaluation.report import write_report
+from svdq_hf.evaluation.report.report import write_report
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "publish_results.py"
 spec = importlib.util.spec_from_file_location("publish_results", EXAMPLE)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_hf import saliency
-from svdq_hf.saliency import NEEDS, Scored, check_name, register_saliency, saliency_names, score
-from svdq_hf.sparse import top_positions
+from svdq_hf.core import saliency
+from svdq_hf.core.saliency import NEEDS, Scored, check_name, register_saliency, saliency_names, score
+from svdq_hf.core.topk import top_positions
 
 INPUTS = {"rank": 8, "seed": 0, "group": 64}
 """What a score can have without data; a score that asks for more has tests of its own."""

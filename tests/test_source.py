@@ -10,11 +10,11 @@ from tiny_models import bert, bert_config, classifier, llama
 from transformers import AutoModel, BertForSequenceClassification, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint import quantize_checkpoint
-from svdq_hf.cli import main
-from svdq_hf.estimate import estimate
-from svdq_hf.export import export_dense
-from svdq_hf.source import load_complete
+from svdq_hf.checkpoint.estimate import estimate_checkpoint
+from svdq_hf.checkpoint.export import export_dense
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.source import load_complete
+from svdq_hf.cli.command import main
 
 CONFIG = SVDQConfig(k=4)
 AGAIN = "download or copy the model again"
@@ -112,7 +112,7 @@ def test_export_names_the_file_that_is_damaged(tmp_path, capsys):
 
 def test_new_head_is_told_and_done(tmp_path, caplog):
     source = without(saved(classifier(), tmp_path / "dense"), "classifier.weight", "classifier.bias")
-    assert "classifier.bias" in str(estimate(source, tmp_path / "out", CONFIG).in_memory)
+    assert "classifier.bias" in str(estimate_checkpoint(source, tmp_path / "out", CONFIG).in_memory)
     quantize_checkpoint(source, tmp_path / "out", CONFIG)
     told = [one.getMessage() for one in caplog.records if "random in the quantized model" in one.getMessage()]
     assert told == [

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.sparse import salient_count, take_out, top_positions
+from svdq_hf.core.topk import salient_count, take_out, top_positions
 
 SHAPES = st.tuples(st.integers(1, 8), st.integers(1, 12))
 FEW_VALUES = st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf])  # few, so that most are ties

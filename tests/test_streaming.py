@@ -27,14 +27,21 @@ from tiny_models import (
 )
 from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 
-import svdq_hf.streaming.shard
+import svdq_hf.checkpoint.streaming.shard
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint import quantize_checkpoint
-from svdq_hf.decompose import PartSpec
-from svdq_hf.source import model_class
-from svdq_hf.streaming.files import DTYPE_NAMES, header_bytes, layout, read_bytes, size_of, tensor_places
-from svdq_hf.streaming.plan import make_plan
-from svdq_hf.streaming.units import Unstreamable
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.source import model_class
+from svdq_hf.checkpoint.streaming.byte_ranges import (
+    DTYPE_NAMES,
+    header_bytes,
+    layout,
+    read_bytes,
+    size_of,
+    tensor_places,
+)
+from svdq_hf.checkpoint.streaming.plan import make_plan
+from svdq_hf.checkpoint.streaming.unit import Unstreamable
+from svdq_hf.format.parts import PartSpec
 
 CONFIG = SVDQConfig(k=4)
 OTHERS = {"classifier": classifier, "deberta": deberta1}
@@ -236,9 +243,11 @@ def test_a_streamed_model_answers_as_the_loaded_one(tmp_path):
 
 def test_parts_that_are_not_those_of_the_plan_are_not_written(tmp_path, monkeypatch):
     llama().save_pretrained(tmp_path / "dense")
-    real = svdq_hf.streaming.shard.quantize_weight
+    real = svdq_hf.checkpoint.streaming.shard.quantize_weight
     other = SVDQConfig(k=5)
-    monkeypatch.setattr(svdq_hf.streaming.shard, "quantize_weight", lambda w, _, name: real(w, other, name))
+    monkeypatch.setattr(
+        svdq_hf.checkpoint.streaming.shard, "quantize_weight", lambda w, _, name: real(w, other, name)
+    )
     with pytest.raises(ValueError, match=r"salient_columns: \[5\] torch.int32, planned was .*\(4,\)"):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", CONFIG)
 

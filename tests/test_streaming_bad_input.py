@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import dinov2, llama
 
-import svdq_hf.streaming.run
+import svdq_hf.checkpoint.streaming.resume
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.checkpoint import parse_size, quantize_checkpoint
-from svdq_hf.cli import main
-from svdq_hf.estimate import estimate
+from svdq_hf.checkpoint.estimate import estimate_checkpoint
+from svdq_hf.checkpoint.folders import parse_size
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.cli.command import main
 
 CONFIG = SVDQConfig(k=4)
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
@@ -148,13 +149,13 @@ def test_a_file_is_no_model(tmp_path):
 
 
 def test_file_that_becomes_shorter_while_it_is_read(source, tmp_path, monkeypatch):
-    real = svdq_hf.streaming.run.make_shards
+    real = svdq_hf.checkpoint.streaming.resume.make_shards
 
     def shorten(*arguments: object) -> None:
         truncated(source)
         real(*arguments)
 
-    monkeypatch.setattr(svdq_hf.streaming.run, "make_shards", shorten)
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "make_shards", shorten)
     with pytest.raises(OSError, match=f"{SECOND}: ends within"):
         quantize_checkpoint(source, tmp_path / "out", CONFIG)
     assert (tmp_path / ".out.unfinished").exists()  # what is done stays
@@ -166,7 +167,7 @@ def test_disk_that_is_too_small_is_told_before_the_work_starts(build, tmp_path, 
         free = 1000
 
     build().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(svdq_hf.streaming.run.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(ValueError, match=r"needs 0\.\d MB of disk, and 0\.0 MB are free"):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "deep" / "out", CONFIG)
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
@@ -205,11 +206,11 @@ def test_dry_run_tells_the_sizes_that_a_run_has_and_writes_nothing(source, tmp_p
 
 
 def test_time_is_that_of_a_sample_times_the_weights(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("svdq_hf.estimate._seconds", lambda unit, config: unit.input_size / 4e6)
-    result = estimate(source, tmp_path / "out", CONFIG)
+    monkeypatch.setattr("svdq_hf.checkpoint.estimate._seconds", lambda unit, config: unit.input_size / 4e6)
+    result = estimate_checkpoint(source, tmp_path / "out", CONFIG)
     assert result.seconds == pytest.approx(result.footprint.weights / 1e6)
     assert len(result.sampled) == 4
-    halved = estimate(source, tmp_path / "out", CONFIG, workers=2)
+    halved = estimate_checkpoint(source, tmp_path / "out", CONFIG, workers=2)
     assert halved.seconds == pytest.approx(result.seconds / 2)
     assert halved.memory_bytes > 1.5 * result.memory_bytes > 1e8
 

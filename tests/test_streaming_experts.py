@@ -13,16 +13,17 @@ from test_streaming_resume import files
 from tiny_models import mixtral, mixtral_config
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
-import svdq_hf.estimate
-import svdq_hf.streaming.shard
-import svdq_hf.weight
+import svdq_hf.checkpoint.estimate
+import svdq_hf.checkpoint.streaming.shard
+import svdq_hf.quantize.weight
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint import quantize_checkpoint, unfinished_folder
-from svdq_hf.estimate import estimate
-from svdq_hf.loading import Checkpoint, Entry
-from svdq_hf.names import Stored
-from svdq_hf.streaming.files import Place
-from svdq_hf.streaming.units import Unstreamable, expert_places
+from svdq_hf.checkpoint.estimate import estimate_checkpoint
+from svdq_hf.checkpoint.folders import unfinished_folder
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.streaming.byte_ranges import Place
+from svdq_hf.checkpoint.streaming.unit import Unstreamable, expert_places
+from svdq_hf.format.names import Stored
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, Entry
 
 SIZE = "20KB"
 IN_ALL = 16
@@ -38,7 +39,7 @@ def source(tmp_path: Path) -> Path:
 def quantized_names(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[str]:
     """Names of the experts that are quantized from now on; an interrupt comes at one of them."""
     names: list[str] = []
-    real = svdq_hf.weight.quantize_weight
+    real = svdq_hf.quantize.weight.quantize_weight
 
     def counted(weight, config, name):
         if len(names) == stop_at:
@@ -46,7 +47,7 @@ def quantized_names(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None)
         names.append(name)
         return real(weight, config, name)
 
-    monkeypatch.setattr(svdq_hf.weight, "quantize_weight", counted)
+    monkeypatch.setattr(svdq_hf.quantize.weight, "quantize_weight", counted)
     return names
 
 
@@ -87,13 +88,13 @@ def test_experts_of_a_layer_that_the_model_does_not_have_are_not_written(tmp_pat
 
 
 def test_an_expert_is_read_when_the_one_before_it_is_done(source, tmp_path, monkeypatch):
-    names, real = quantized_names(monkeypatch), svdq_hf.streaming.shard.read_pieces
+    names, real = quantized_names(monkeypatch), svdq_hf.checkpoint.streaming.shard.read_pieces
 
     def read(place, piece):
         names.append(place.name)
         return real(place, piece)
 
-    monkeypatch.setattr(svdq_hf.streaming.shard, "read_pieces", read)
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.shard, "read_pieces", read)
     quantize_checkpoint(source, tmp_path / "out", CONFIG)
     stack, file = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.block_sparse_moe.experts"
     start = names.index(f"{file}.0.w1.weight")
@@ -254,13 +255,13 @@ def test_workers_make_the_same_stacks(source, tmp_path):
 
 
 def test_estimate_samples_an_expert_and_counts_them_all(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(svdq_hf.estimate, "peak_memory", lambda: 10**6)
-    told = estimate(source, tmp_path / "out", CONFIG)
+    monkeypatch.setattr(svdq_hf.checkpoint.estimate, "peak_memory", lambda: 10**6)
+    told = estimate_checkpoint(source, tmp_path / "out", CONFIG)
     assert told.in_memory is None
     assert any("experts" in name for name in told.sampled)
     packed = max(layer.stored_bytes for layer in told.footprint.layers if layer.experts is not None)
     assert told.memory_bytes == 10**6 + packed
     seconds = lambda unit, config: math.prod(unit.weight.shape[-2:]) / 1e6  # noqa: E731
-    monkeypatch.setattr(svdq_hf.estimate, "_seconds", seconds)
-    again = estimate(source, tmp_path / "out", CONFIG)
+    monkeypatch.setattr(svdq_hf.checkpoint.estimate, "_seconds", seconds)
+    again = estimate_checkpoint(source, tmp_path / "out", CONFIG)
     assert again.seconds == pytest.approx(again.footprint.weights / 1e6)

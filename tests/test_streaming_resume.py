@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_streaming import contents
 from tiny_models import llama
 
-import svdq_hf.streaming.run
-import svdq_hf.streaming.shard
+import svdq_hf.checkpoint.streaming.resume
+import svdq_hf.checkpoint.streaming.shard
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint import quantize_checkpoint, unfinished_folder
-from svdq_hf.cli import main
-from svdq_hf.streaming.run import stream
-from svdq_hf.streaming.workers import _Workers
+from svdq_hf.checkpoint.folders import unfinished_folder
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.streaming.resume import stream
+from svdq_hf.checkpoint.streaming.workers import _Workers
+from svdq_hf.cli.command import main
 
 CONFIG = SVDQConfig(k=4)
 SIZE = "20KB"
@@ -48,7 +49,7 @@ def in_one_run(source: Path) -> dict[str, bytes]:
 def quantized_names(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[str]:
     """Names of the layers that are quantized from now on; an interrupt comes at one of them."""
     names: list[str] = []
-    real = svdq_hf.streaming.shard.quantize_weight
+    real = svdq_hf.checkpoint.streaming.shard.quantize_weight
 
     def counted(weight, config, name):
         if len(names) == stop_at:
@@ -56,7 +57,7 @@ def quantized_names(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None)
         names.append(name)
         return real(weight, config, name)
 
-    monkeypatch.setattr(svdq_hf.streaming.shard, "quantize_weight", counted)
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.shard, "quantize_weight", counted)
     return names
 
 
@@ -88,8 +89,8 @@ def test_kill_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
     expected = in_one_run(source)
     out = tmp_path / "out"
     code = (
-        "import os, signal, sys, svdq_hf.streaming.shard as s\n"
-        "from svdq_hf.cli import main\n"
+        "import os, signal, sys, svdq_hf.checkpoint.streaming.shard as s\n"
+        "from svdq_hf.cli.command import main\n"
         "real, count = s.quantize_weight, []\n"
         "def dying(*arguments):\n"
         "    count.append(1)\n"
@@ -114,7 +115,7 @@ def test_damaged_data_of_the_first_run_are_made_again(whole, source, tmp_path, m
     out = tmp_path / "out"
     if whole:
         with monkeypatch.context() as patched:
-            patched.setattr(svdq_hf.streaming.run.Plan, "write_config", None)
+            patched.setattr(svdq_hf.checkpoint.streaming.resume.Plan, "write_config", None)
             with pytest.raises(TypeError):
                 quantize_checkpoint(source, out, CONFIG, shard_size=SIZE)
         damaged = unfinished_folder(out) / "model" / "model-00002-of-00005.safetensors"
@@ -204,7 +205,7 @@ def test_another_model_is_refused_and_told(source, tmp_path):
 
 def test_another_release_of_torch_is_refused(source, tmp_path, monkeypatch):
     cut_off(source, tmp_path / "out")
-    monkeypatch.setattr(svdq_hf.streaming.run, "version", lambda package: "7")
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "version", lambda package: "7")
     with pytest.raises(ValueError, match=r"another release \(svdq_hf, torch\)"):
         quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
 
@@ -313,18 +314,18 @@ class Rank:
 
 def test_each_process_makes_its_own_shards_and_the_first_puts_them_together(source, tmp_path, monkeypatch):
     expected = in_one_run(source)
-    monkeypatch.setattr(svdq_hf.streaming.run, "PartialState", lambda: Rank(0))
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "PartialState", lambda: Rank(0))
     with pytest.raises(
         OSError, match=r"model-00002-of-00005\.safetensors is not there; do all processes see"
     ):
         quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
     work = unfinished_folder(tmp_path / "out")
     assert {int(file.stem) for file in work.glob("0*.json")} == {1, 3, 5}
-    monkeypatch.setattr(svdq_hf.streaming.run, "PartialState", lambda: Rank(1))
-    plan = svdq_hf.checkpoint.make_plan(type(llama()), source, CONFIG, 20_000)
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "PartialState", lambda: Rank(1))
+    plan = svdq_hf.checkpoint.quantize.make_plan(type(llama()), source, CONFIG, 20_000)
     stream(plan, work, lambda folder: pytest.fail("only the first process finishes"))
     assert {int(file.stem) for file in work.glob("0*.json")} == {1, 2, 3, 4, 5}
-    monkeypatch.setattr(svdq_hf.streaming.run, "PartialState", lambda: Rank(0))
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "PartialState", lambda: Rank(0))
     quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
     assert files(tmp_path / "out") == expected
 

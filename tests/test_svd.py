@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_hf.sparse import top_positions
-from svdq_hf.svd import BLOCK_COLUMNS, STEPS, principal
+from svdq_hf.core.svd import BLOCK_COLUMNS, STEPS, principal
+from svdq_hf.core.topk import top_positions
 
 RANK = 8
 # The smaller side from which `krylov` does not fall back to `exact`.

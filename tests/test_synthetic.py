@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.calibration import collect_inputs
-from svdq_hf.card import model_card
-from svdq_hf.feedback import damped
-from svdq_hf.selection import layers_to_convert
-from svdq_hf.synthetic import synthetic_batches
+from svdq_hf.calibration.inputs import collect_inputs
+from svdq_hf.calibration.synthetic import synthetic_batches
+from svdq_hf.core.error_feedback import damped
+from svdq_hf.hub.card import model_card
+from svdq_hf.quantize.selection import layers_to_convert
 
 SYNTHETIC = SVDQConfig(k=9, error_feedback="synthetic")
 

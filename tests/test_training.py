@@ -10,8 +10,8 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from svdq_hf import SVDQConfig, mark_trainable, quantize_model
-from svdq_hf.convert import svdq_layers
-from svdq_hf.footprint import read_footprint
+from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.quantize.footprint import read_footprint
 
 CONFIG = SVDQConfig(k=32)
 

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from tiny_models import HIDDEN, INNER, VOCABULARY
 
-from svdq_hf.experts import layout_of
+from svdq_hf.nn.expert_layouts import layout_of
 
 EXPERTS = 4
 

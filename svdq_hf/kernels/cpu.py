@@ -15,8 +15,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from svdq_hf.kernels.native import AVX512, best_path, dequantize, fast_path, fits, layer_of, library, multiply
-from svdq_hf.packing import bits_of
+from svdq_hf.core.packing import bits_of
+from svdq_hf.kernels.native.library import (
+    AVX512,
+    best_path,
+    dequantize,
+    fast_path,
+    fits,
+    layer_of,
+    library,
+    multiply,
+)
 
 FEW_TOKENS: Final = 16
 """Where tokens have no panels (no AVX-512) or want bfloat16 rows: more than these take dense rows instead."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from svdq_hf.decompose import dense_blocks
+from svdq_hf.format.decode import dense_blocks
 
 
 def linear(

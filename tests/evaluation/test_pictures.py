@@ -8,13 +8,13 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex, to_rgb
 from synthetic_cells import LAYERS, METHODS, cell, overlap, write
 
-from svdq_hf.evaluation.cells import Overlap, groups
-from svdq_hf.evaluation.drawing import lettering, save, svg
-from svdq_hf.evaluation.layers import error_picture, overlap_picture
-from svdq_hf.evaluation.palette import INK, KNOWN, looks
-from svdq_hf.evaluation.pictures import kl_picture, score_picture
-from svdq_hf.evaluation.reading import read_cells
-from svdq_hf.evaluation.rows import main_rows
+from svdq_hf.evaluation.report.cells import Overlap, groups
+from svdq_hf.evaluation.report.drawing import lettering, save, svg
+from svdq_hf.evaluation.report.layer_plots import error_picture, overlap_picture
+from svdq_hf.evaluation.report.palette import INK, KNOWN, looks
+from svdq_hf.evaluation.report.read import read_cells
+from svdq_hf.evaluation.report.rows import main_rows
+from svdq_hf.evaluation.report.score_plots import kl_picture, score_picture
 
 CELLS = (
     cell(correct="1111111110"),
@@ -176,9 +176,9 @@ def test_missing_extra_is_named(monkeypatch, module, package):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"svdq_hf.evaluation.{module}")
+    monkeypatch.delitem(sys.modules, f"svdq_hf.evaluation.report.{module}")
     with pytest.raises(ImportError, match=r"pip install 'svdq_hf\[evaluate\]'"):
-        importlib.import_module(f"svdq_hf.evaluation.{module}")
+        importlib.import_module(f"svdq_hf.evaluation.report.{module}")
 
 
 def test_layers_of_the_synthetic_model_fit():

@@ -4,8 +4,8 @@ import math
 import pytest
 from synthetic_cells import cell, overlap, write
 
-from svdq_hf.evaluation.cells import family, groups
-from svdq_hf.evaluation.reading import read_cells, read_overlaps
+from svdq_hf.evaluation.report.cells import family, groups
+from svdq_hf.evaluation.report.read import read_cells, read_overlaps
 
 
 def test_a_cell_is_read_as_written(tmp_path):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_cells import cell, overlap, write
 
-from svdq_hf.evaluation.report import write_report
+from svdq_hf.evaluation.report.report import write_report
 
 CELLS = [
     cell(correct="1111111111"),

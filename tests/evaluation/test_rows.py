@@ -4,9 +4,9 @@ import pytest
 from scipy import stats
 from synthetic_cells import cell, overlap, write
 
-from svdq_hf.evaluation.cells import Overlap, groups
-from svdq_hf.evaluation.reading import read_cells
-from svdq_hf.evaluation.rows import main_rows, missing, overlap_rows
+from svdq_hf.evaluation.report.cells import Overlap, groups
+from svdq_hf.evaluation.report.read import read_cells
+from svdq_hf.evaluation.report.rows import main_rows, missing, overlap_rows
 
 
 @pytest.fixture

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from svdq_hf.evaluation.statistics import confidence_band, discordant, mcnemar, paired_t, verdict, wilson
+from svdq_hf.evaluation.report.statistics import (
+    confidence_band,
+    discordant,
+    mcnemar,
+    paired_t,
+    verdict,
+    wilson,
+)
 
 COUNTS = st.integers(1, 6000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 # Two pairs of strings that agree where they agree: (1, 1), (0, 0), (1, 0), (0, 1).

@@ -1,10 +1,10 @@
 import pytest
 from synthetic_cells import cell, write
 
-from svdq_hf.evaluation.cells import groups
-from svdq_hf.evaluation.reading import read_cells
-from svdq_hf.evaluation.rows import main_rows
-from svdq_hf.evaluation.summary import sentences
+from svdq_hf.evaluation.report.cells import groups
+from svdq_hf.evaluation.report.read import read_cells
+from svdq_hf.evaluation.report.rows import main_rows
+from svdq_hf.evaluation.report.summary import sentences
 
 NEAR, FAR = [0.1, 0.1, 0.1, 0.2] * 3, [0.3, 0.2, 0.4, 0.3] * 3
 ALL, HALF, NONE = "1" * 10, "1" * 5 + "0" * 5, "0" * 10

@@ -5,11 +5,11 @@ import math
 import pytest
 from synthetic_cells import cell, overlap, write
 
-from svdq_hf.evaluation.cells import Overlap, groups
-from svdq_hf.evaluation.columns import main_table, overlap_table, runs_table
-from svdq_hf.evaluation.reading import read_cells
-from svdq_hf.evaluation.rows import main_rows, overlap_rows
-from svdq_hf.evaluation.tables import Entry, Table, plain
+from svdq_hf.evaluation.report.cells import Overlap, groups
+from svdq_hf.evaluation.report.columns import main_table, overlap_table, runs_table
+from svdq_hf.evaluation.report.read import read_cells
+from svdq_hf.evaluation.report.rows import main_rows, overlap_rows
+from svdq_hf.evaluation.report.tables import Entry, Table, plain
 
 
 @pytest.fixture

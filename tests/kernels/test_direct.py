@@ -9,9 +9,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdq_hf.decompose import PARTS
-from svdq_hf.kernels import direct, native, op
-from svdq_hf.linear import SVDQLinear
+from svdq_hf.format.parts import PARTS
+from svdq_hf.kernels import cpu_direct as direct
+from svdq_hf.kernels import linear_op as op
+from svdq_hf.kernels.native import library as native
+from svdq_hf.nn.linear import SVDQLinear
 
 pytestmark = pytest.mark.skipif(
     native.direct_call() is None, reason="no native library, or no C interface of DLPack"
@@ -64,7 +66,7 @@ def test_it_gives_the_bits_of_the_op(fast, dtype, grid, bias, split):
 def test_a_layer_takes_it_in_plain_inference_and_asks_the_op_for_all_else(layer, monkeypatch):
     x, asked = torch.randn(3, 129), []
     expected = layer(x)
-    monkeypatch.setattr("svdq_hf.linear.linear", lambda *_: asked.append(1) or expected)
+    monkeypatch.setattr("svdq_hf.nn.linear.linear", lambda *_: asked.append(1) or expected)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
     with torch.inference_mode():

@@ -9,10 +9,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model, set_compute
-from svdq_hf.convert import svdq_layers
-from svdq_hf.decompose import PARTS, reconstruct
-from svdq_hf.kernels import cpu, native
-from svdq_hf.linear import SVDQLinear
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.parts import PARTS
+from svdq_hf.kernels import cpu
+from svdq_hf.kernels.native import library as native
+from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.nn.linear import SVDQLinear
 
 FAST = native.fast_path()
 fast_only = pytest.mark.skipif(native.best_path() == FAST, reason="the processor has no byte products")

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_hf.decompose import PARTS, reconstruct
-from svdq_hf.kernels import cpu, native, op, reference
-from svdq_hf.packing import pack
+from svdq_hf.core.packing import pack
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.parts import PARTS
+from svdq_hf.kernels import cpu, reference
+from svdq_hf.kernels import linear_op as op
+from svdq_hf.kernels.native import library as native
 
 HERE = Path(__file__).parent
 SOURCE = Path(native.__file__).parent

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_hf.decompose import PARTS
-from svdq_hf.kernels import op as _op  # defines torch.ops.svdq
+from svdq_hf.format.parts import PARTS
+from svdq_hf.kernels import linear_op as _op  # defines torch.ops.svdq
 
 LINEAR = torch.ops.svdq.linear.default
 INPUT_GRADIENT = torch.ops.svdq.input_gradient.default

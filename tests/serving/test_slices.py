@@ -6,20 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_hf.checks import check_parts
-from svdq_hf.decompose import Scheme, decompose, part_specs
-from svdq_hf.grid import Grid
-from svdq_hf.serving.slices import (
-    Stored,
-    join,
-    layers_of,
-    linear_of,
-    slice_columns,
-    slice_rows,
-    stack,
-    why_apart,
-)
-from svdq_hf.sparse import top_positions
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_parts
+from svdq_hf.format.encode import decompose
+from svdq_hf.format.parts import Scheme, part_specs
+from svdq_hf.format.slices import Stored, join, slice_columns, slice_rows, stack, why_apart
+from svdq_hf.integrations.vllm.layers import layers_of, linear_of
 
 DEFAULT = {"group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8}
 GRIDS = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import llama, mixtral
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.convert import svdq_layers
+from svdq_hf.nn.inventory import svdq_layers
 
 ROOT = Path(__file__).parents[2]
 LAYERS = "vllm.model_executor.layers"
@@ -28,13 +28,13 @@ ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 def plugin():
     with pytest.MonkeyPatch.context() as patch:
         vllm_stand_in.install(patch)
-        patch.delitem(sys.modules, "svdq_hf.serving.vllm_plugin", raising=False)
-        from svdq_hf.serving import vllm_plugin
+        patch.delitem(sys.modules, "svdq_hf.integrations.vllm.plugin", raising=False)
+        from svdq_hf.integrations.vllm import plugin as vllm_plugin
 
         vllm_plugin.register()
         vllm_plugin.register()  # vLLM may load plugins more than once
         yield vllm_plugin
-        sys.modules.pop("svdq_hf.serving.vllm_plugin", None)
+        sys.modules.pop("svdq_hf.integrations.vllm.plugin", None)
 
 
 CHOICES = {
@@ -207,7 +207,7 @@ def test_vllm_finds_the_method_by_the_name_in_config_json(plugin):
     assert plugin.SVDQVllmConfig(SVDQConfig()).get_name() == "svdq"
     declared = (ROOT / "pyproject.toml").read_text()
     assert (
-        '[project.entry-points."vllm.general_plugins"]\nsvdq = "svdq_hf.serving.vllm_plugin:register"'
+        '[project.entry-points."vllm.general_plugins"]\nsvdq = "svdq_hf.integrations.vllm.plugin:register"'
         in declared
     )
 

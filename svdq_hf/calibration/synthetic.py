@@ -1,0 +1,91 @@
+"""Batches for those who have no data: a model that writes text writes its own, another reads random tokens.
+
+Error feedback needs to know which inputs of a layer are large and which go together. Of an encoder, random
+tokens say most of it; of a causal model hardly any, and its own words do (measured: the README), which is the
+idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: what is measured on them (`calibration`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from svdq_hf.calibration.inputs import evaluating
+
+TOKENS = 8192
+"""Tokens of all batches together."""
+
+OWN_WORDS, RANDOM_TOKENS = 128, 64
+"""Length of a text: its first words say little of what later ones look like, more of them cost time."""
+
+ROWS = 16
+"""Texts in a batch."""
+
+
+def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Batches for `quantize_model` that are made without data, about `tokens` tokens in all.
+
+    A causal language model writes them, at temperature 1 from its first token on, which takes as long as
+    `model.generate` does; other models of tokens get ids drawn evenly from the vocabulary.
+
+    Raises:
+        ValueError: the model does not read token ids (it sees pictures, hears sound, or is no
+            transformers model).
+    """
+    text = _text_config(model)
+    vocabulary = getattr(text, "vocab_size", None)
+    if not isinstance(vocabulary, int) or getattr(model, "main_input_name", "") != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads no token ids, so no batches can be made for it: call "
+            "quantize_model(model, config, batches) with batches of your own and error_feedback=True"
+        )
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same tokens for every device
+    device = next(model.parameters()).device
+    most = getattr(text, "max_position_embeddings", None) or tokens
+    writes = _writes(model)
+    length = min(OWN_WORDS if writes else RANDOM_TOKENS, most, tokens)
+    ids = torch.randint(vocabulary, (-(-tokens // length), length), generator=generator).to(device)
+    if writes:
+        ids = _own_words(model, ids, getattr(text, "bos_token_id", None), seed)
+    names = ["input_ids"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    return [dict.fromkeys(names, part) for part in torch.split(ids, ROWS)]
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the part that reads tokens; None where there is no config."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether a model continues a text."""
+    can = getattr(model, "can_generate", None)
+    return callable(can) and can() and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tensor:
+    """Texts that the model writes, as many and as long as `random`; that starts them where no token does."""
+    length = random.shape[1]
+    start = random[:, :1] if first is None else torch.full_like(random[:, :1], first)
+    with torch.random.fork_rng(), evaluating(model):
+        torch.manual_seed(seed)
+        own, model.generation_config = model.generation_config, GenerationConfig()  # not its penalties
+        try:
+            written: Tensor = model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+        finally:
+            model.generation_config = own
+    return written

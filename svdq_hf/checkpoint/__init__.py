@@ -1,0 +1,7 @@
+"""Checkpoints, folder to folder: quantize one, export it dense, estimate what either costs."""
+
+from svdq_hf.checkpoint.estimate import estimate_checkpoint
+from svdq_hf.checkpoint.export import export_dense
+from svdq_hf.checkpoint.quantize import quantize_checkpoint
+
+__all__ = ["estimate_checkpoint", "export_dense", "quantize_checkpoint"]

@@ -1,0 +1,135 @@
+"""What quantizing a model will take, told without doing it: bytes, bits, time, memory, disk.
+
+Sizes are exact, for every shape is known beforehand. Time and memory are measured on a few of the model's
+own layers, in this process, and multiplied.
+"""
+
+import math
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdq_hf.checkpoint.folders import SHARD_SIZE, check_target, parse_size, unfinished_folder
+from svdq_hf.checkpoint.source import model_class
+from svdq_hf.checkpoint.streaming.plan import Plan, make_plan
+from svdq_hf.checkpoint.streaming.resume import bytes_needed
+from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.files import folder_bytes
+from svdq_hf.hub.client import local_folder
+from svdq_hf.quantize.footprint import Footprint
+from svdq_hf.quantize.weight import quantize_weight
+
+SAMPLES = 4
+"""Shapes of which one matrix is quantized for the estimate."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take. in_memory: why the model cannot be streamed, or None.
+
+    footprint: sizes afterwards. seconds, memory_bytes: estimated; None where the model is not streamed.
+    """
+
+    bytes_before: int
+    footprint: Footprint | None
+    seconds: float | None
+    memory_bytes: int | None
+    disk_bytes: int
+    free_bytes: int
+    sampled: tuple[str, ...] = ()
+    in_memory: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        told = {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.footprint.total_bytes if self.footprint is not None else None,
+            "seconds": self.seconds,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "free_bytes": self.free_bytes,
+            "sampled": list(self.sampled),
+            "in_memory": self.in_memory,
+        }
+        return {**told, **(self.footprint.to_dict() if self.footprint is not None else {})}
+
+
+def estimate_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    config: SVDQConfig,
+    *,
+    shard_size: str = SHARD_SIZE,
+    workers: int = 1,
+) -> Estimate:
+    """What `quantize_checkpoint` with these arguments would take; writes nothing.
+
+    Raises:
+        ValueError: what it would raise before the work starts, and of the sampled layers.
+    """
+    check_target(out)
+    size, source = parse_size(shard_size), local_folder(model)
+    target = Path(out).absolute()
+    there = next(parent for parent in target.parents if parent.exists())
+    kind = model_class(source)
+    before, free = folder_bytes(source), shutil.disk_usage(there).free
+    try:
+        plan = make_plan(kind, source, config, size)
+    except Unstreamable as reason:
+        after = reason.footprint
+        disk = after.total_bytes if after is not None else before
+        return Estimate(before, after, None, None, disk, free, in_memory=str(reason))
+    idle = peak_memory()
+    seconds, sampled = _measured(plan)
+    peak = peak_memory() + _stack_bytes(plan)
+    memory = peak if workers == 1 else idle + workers * peak
+    disk = bytes_needed(plan, unfinished_folder(out))
+    return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
+
+
+def _measured(plan: Plan) -> tuple[float, list[str]]:
+    """Seconds that all weights will take, and the names of those of which a matrix was measured for it."""
+    units = {unit.weight: unit for shard in plan.shards for unit in shard.units if unit.weight is not None}
+    count: Counter[tuple[int, ...]] = Counter()
+    for weight in units:
+        count[weight.shape[-2:]] += math.prod(weight.shape)
+    largest = max(count, key=math.prod)
+    shapes = [largest, *(shape for shape, _ in count.most_common() if shape != largest)][:SAMPLES]
+    rates: dict[tuple[int, ...], float] = {}
+    sampled = []
+    for shape in shapes:
+        weight = next(weight for weight in units if weight.shape[-2:] == shape)
+        rates[shape] = _seconds(units[weight], plan.config) / max(1, math.prod(shape))
+        sampled.append(weight.name)
+    others = sum(rates.values()) / len(rates)
+    return sum(weights * rates.get(shape, others) for shape, weights in count.items()), sampled
+
+
+def _seconds(unit: Unit, config: SVDQConfig) -> float:
+    """Time to read and quantize one matrix."""
+    started = time.perf_counter()
+    dense = next(unit.matrices())
+    name = unit.weight.name if unit.weight is not None else ""
+    quantize_weight(dense.T.contiguous() if unit.transposed else dense, config, name)
+    return time.perf_counter() - started
+
+
+def _stack_bytes(plan: Plan) -> int:
+    """Bytes of the largest packed stack of experts, which is in memory while it is made."""
+    units = [unit for shard in plan.shards for unit in shard.units]
+    return max((u.size for u in units if u.weight is not None and len(u.weight.shape) == 3), default=0)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,118 @@
+"""Which tensors of the input files each output of a streamed run is made of.
+
+Not here: the order and size of the files that are written (`plan`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from svdq_hf.checkpoint.streaming.byte_ranges import DTYPE_NAMES, Place
+from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable, expert_places
+from svdq_hf.format.names import Stored
+from svdq_hf.format.parts import PartSpec
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint
+from svdq_hf.nn.embedding import SVDQEmbedding
+from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
+
+
+def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Unit]:
+    """What is to be made, in the order of the model.
+
+    Raises:
+        Unstreamable: a tensor that would be saved is not made of one tensor of the files.
+    """
+    _check_sources(model, checkpoint, places)
+    state = model.state_dict()
+    parts = {weight.key(part): (weight, part) for weight, found, _ in packed_weights(model) for part in found}
+    units: dict[str, Unit] = {}
+    for stored, name in saved_tensors(model).items():
+        spec = PartSpec(tuple(state[name].shape), state[name].dtype)
+        if name in parts:
+            weight, part = parts[name]
+            unit = units.get(weight.name) or _of_weight(weight, model, checkpoint, places)
+            outputs = {**unit.outputs, stored: spec}
+            units[weight.name] = replace(unit, outputs=outputs, parts=(*unit.parts, part))
+            continue
+        place = _whole(name, model, checkpoint, places)
+        if spec.shape != place.shape:
+            raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
+        units[name] = Unit((place,), {stored: spec})
+    return list(units.values())
+
+
+def _of_weight(
+    weight: Stored, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]
+) -> Unit:
+    """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
+    if len(weight.shape) == 3:
+        transposed = dict(svdq_experts(model))[weight.name.rpartition(".")[0]].layout.transposed
+        found, turned = expert_places(weight, checkpoint, places, transposed=transposed)
+        return Unit(found, {}, weight, transposed=transposed, turned=turned)
+    place = _whole(weight.key("weight"), model, checkpoint, places)
+    return Unit((place,), {}, weight, transposed=dict(svdq_layers(model))[weight.name].transposed)
+
+
+def _whole(name: str, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> Place:
+    """Where the one tensor is that is `name` in the model."""
+    entry = checkpoint.entries.get(_source(model, checkpoint, name))
+    if entry is None or not entry.whole:
+        why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
+        raise Unstreamable(f"it has {name}, {why}")
+    return places[entry.name]
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """What `save_pretrained` writes: name in files -> name in the model, ties once.
+
+    Raises:
+        Unstreamable: it joins tensors, or this model saves in a way of its own.
+    """
+    if type(model).save_pretrained is not PreTrainedModel.save_pretrained:
+        raise Unstreamable(f"{type(model).__name__} has a save_pretrained of its own")
+    state = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    names = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, state)
+    joined = [name for name, tensor in stored.items() if id(tensor) not in names]
+    if joined or len(stored) != len(state):
+        raise Unstreamable(f"its files join or cut tensors ({joined[0] if joined else 'one is gone'})")
+    return {name: names[id(tensor)] for name, tensor in stored.items()}
+
+
+def _check_sources(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
+    known = {*model.state_dict(), *(f"{name}.weight" for name in _readers(model))}
+    known -= {stored.name for stored, _, _ in packed_weights(model) if len(stored.shape) == 3}
+    for name, entries in checkpoint.sources.items():
+        if len(entries) > 1 and name in known:
+            one = entries[0].name
+            raise Unstreamable(f"several tensors of its files become one of the model ({one} is one)")
+    for one, other in (model.all_tied_weights_keys or {}).items():
+        if one in checkpoint.entries and other in checkpoint.entries:
+            raise Unstreamable(f"{one} and {other} are tied and both in the files: they must be compared")
+    for place in places.values():
+        if place.dtype not in DTYPE_NAMES.values():
+            raise Unstreamable(f"{place.name} is {place.dtype}")
+
+
+def _source(model: PreTrainedModel, checkpoint: Checkpoint, name: str) -> str:
+    """The name, of those that a tied tensor has, that the files know."""
+    if name in checkpoint.entries:
+        return name
+    state = model.state_dict(keep_vars=True)
+    same = [other for other, tensor in state.items() if tensor is state.get(name)]
+    same += [f"{reader}.weight" for reader, head in _readers(model).items() if name == f"{head}.weight"]
+    return next((other for other in same if other in checkpoint.entries), name)
+
+
+def _readers(model: PreTrainedModel) -> dict[str, str]:
+    """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
+    heads = {id(layer): name for name, layer in svdq_layers(model)}
+    modules = model.named_modules()
+    return {name: heads[id(module.head)] for name, module in modules if isinstance(module, SVDQEmbedding)}

@@ -1,0 +1,159 @@
+"""From checkpoint to checkpoint: which tensor of the output is made of which bytes of the input?
+
+transformers says it itself: `from_pretrained` onto the meta device, where nothing is read, leaves the model
+as loading would leave it, with its names, dtypes and ties, and all refusals. Where what would be saved does
+not follow from that tensor by tensor, there is an `Unstreamable`, and the model is quantized in memory.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdq_hf.checkpoint.source import load_complete
+from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
+from svdq_hf.checkpoint.streaming.mapping import _readers, _units
+from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.files import INDEX, WEIGHTS
+from svdq_hf.format.names import Stored
+from svdq_hf.format.parts import PartSpec
+from svdq_hf.integrations.transformers.checkpoint_headers import read_checkpoint
+from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.quantize.footprint import Footprint, footprint
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output. number: from 1 on."""
+
+    number: int
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def outputs(self) -> dict[str, PartSpec]:
+        """Its tensors by name."""
+        return {name: spec for unit in self.units for name, spec in unit.outputs.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def input_size(self) -> int:
+        """Bytes that are read for it."""
+        return sum(unit.input_size for unit in self.units)
+
+    @property
+    def places(self) -> list[Place]:
+        """What is read for it, in order."""
+        return [place for unit in self.units for place in unit.places]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on the meta device, as it will be saved, and what its files are made of."""
+
+    model: Any
+    config: SVDQConfig
+    files: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the quantized model will weigh; nothing is measured yet."""
+        return footprint(self.model)
+
+    def metadata(self, facts: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+        """What each file's header says, given what was measured of each layer."""
+        for stored, _, measured in packed_weights(self.model):
+            measured.clear()
+            measured.update(facts[stored.name])
+        _, metadata = self.model.hf_quantizer.get_state_dict_and_metadata(self.model)
+        return {"format": "pt", **metadata}
+
+    def write_config(self, folder: Path) -> None:
+        """Write config.json, generation_config.json and the index, as `save_pretrained` does."""
+        model = self.model
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if len(self.shards) > 1:
+            weights = {name: shard.file for shard in self.shards for name in shard.outputs}
+            metadata = {"total_parameters": model.num_parameters(), "total_size": self.size}
+            index = {"metadata": metadata, "weight_map": weights}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: int) -> Plan:
+    """How the model in the folder `source` becomes a quantized one, in files of about `shard_size` bytes.
+
+    Raises:
+        Unstreamable: it must be quantized in memory.
+        ValueError: it cannot be quantized at all: see `tensor_places` and `load_complete`.
+    """
+    _check_usual(model_class, source, config)
+    places = tensor_places(source)
+    files = tuple(sorted({place.file for place in places.values()}))
+    try:
+        model, _ = load_complete(
+            model_class,
+            source,
+            named=config.modules_to_not_convert or (),
+            quantization_config=config,
+            device_map={"": "meta"},
+        )
+    except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
+        raise Unstreamable(f"it cannot be planned ({error})") from error
+    weights = [stored for stored, _, _ in packed_weights(model)]
+    readers = [Stored(name, ()) for name in _readers(model)]
+    checkpoint = read_checkpoint(model, [*weights, *readers], files)
+    try:
+        units = _units(model, checkpoint, places)
+    except Unstreamable as error:
+        error.footprint = footprint(model)
+        raise
+    config = model.hf_quantizer.config  # with what loading has found out, by the model's names
+    return Plan(model, config, files, _shards(units, shard_size))
+
+
+def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
+    """What is not streamed whatever the files hold."""
+    if config.synthetic:
+        raise Unstreamable("its error feedback runs the dense model")
+    if config.target_bits is not None and config.layer_k is None:
+        raise Unstreamable("its budget is spent over all layers, which are measured first")
+    if config.data_needs:
+        raise config.no_data()
+    model_config = model_class.config_class if hasattr(model_class, "config_class") else None
+    if any((source / name).is_file() for name in getattr(model_config, "extra_files", ())):
+        raise Unstreamable("it has weights in files of names of their own")
+    if "transformers_weights" in json.loads((source / "config.json").read_text()):
+        raise Unstreamable("its config.json names a file of weights of its own")
+
+
+def _shards(units: Iterable[Unit], shard_size: int) -> tuple[Shard, ...]:
+    """Units into files of at most `shard_size` bytes, or of one unit."""
+    groups: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if not groups or size + unit.size > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.size
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    names = names if count > 1 else [WEIGHTS]
+    files = enumerate(zip(names, groups, strict=True), 1)
+    return tuple(Shard(number, name, tuple(group)) for number, (name, group) in files)

@@ -1,0 +1,218 @@
+"""A plan carried out, in a folder where it may have been begun before: that is checked, the rest is made.
+
+`accelerate launch` splits the shards over its processes, which must all see the folder: the first of them
+prepares it, and puts everything together when all have finished.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from svdq_hf.checkpoint.streaming.byte_ranges import readable
+from svdq_hf.checkpoint.streaming.plan import Plan, Shard
+from svdq_hf.checkpoint.streaming.shard import (
+    data_file,
+    finished,
+    model_folder,
+    read_record,
+    record_file,
+    seal,
+)
+from svdq_hf.checkpoint.streaming.workers import make_shards, progress_bar
+from svdq_hf.format.files import write_atomically
+
+PLAN_FILE = "plan.json"
+LOCK_FILE = "lock"
+
+MADE_BY = ("svdq_hf", "torch")
+"""Packages of which another version might make other bytes."""
+
+logger = logging.getLogger(__name__)
+
+
+def stream(
+    plan: Plan, folder: Path, finish: Callable[[Path], None], *, workers: int = 1, restart: bool = False
+) -> None:
+    """Make the files of a plan in `folder`, and call `finish` with the part of it that is the model.
+
+    restart: whether to throw away what an earlier run has left in `folder`.
+
+    Raises:
+        ValueError: an earlier run had another input or other choices; too little disk; a weight that cannot
+            be quantized, and then nothing is kept.
+        RuntimeError: a worker died.
+        OSError: another run is at work in `folder`; or of the disk.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        check_disk(folder.parent, bytes_needed(plan, folder))
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    with _lock(folder, wanted=state.is_main_process):
+        if state.is_main_process:
+            _prepare(plan, folder, restart)
+        state.wait_for_everyone()
+        with _kept(folder):
+            _make(plan, folder, workers, state)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                _put_together(plan, folder)
+                finish(model_folder(folder))
+                shutil.rmtree(folder)
+    state.wait_for_everyone()
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Say what becomes of the work when it is cut off."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException:
+        logger.warning("what is done is kept in %s: run the same command again to go on", folder)
+        raise
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk of `folder`, or of the nearest that is there, cannot take.
+
+    Raises:
+        ValueError: it says what is needed and what is free.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"{folder}: needs {readable(needed)} of disk, and {readable(free)} are free; "
+            "make room, or name a folder on another disk"
+        )
+
+
+def bytes_needed(plan: Plan, folder: Path) -> int:
+    """Disk that the work takes at its height, beyond what is in `folder` (and is used, or deleted first)."""
+    there = 0
+    for shard in plan.shards:
+        for file in (data_file(shard, folder), model_folder(folder) / shard.file):
+            there += min(512 * file.stat().st_blocks, shard.size) if file.exists() else 0
+    # A shard is there twice while it gets its header; a header has some hundred bytes for each layer.
+    largest = max(shard.size for shard in plan.shards)
+    return plan.size + largest + len(plan.shards) * 512 * len(plan.footprint.layers) - there
+
+
+@contextmanager
+def _lock(folder: Path, *, wanted: bool) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go of it whatever becomes of this one."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: there, runs are not kept apart
+        wanted = False
+    if not wanted:
+        yield
+        return
+    with open(folder / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"{folder}: another run is at work there; wait for it, or end it") from error
+        yield
+
+
+def _prepare(plan: Plan, folder: Path, restart: bool) -> None:
+    """Make the folder ready: begin it, or check that it was begun for this plan."""
+    if restart:
+        for file in folder.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != LOCK_FILE:
+                file.unlink()
+    model_folder(folder).mkdir(exist_ok=True)
+    noted = folder / PLAN_FILE
+    facts = _plan_facts(plan)
+    if not noted.exists():
+        write_atomically(noted, json.dumps(facts, indent=1))
+        return
+    before = _noted(noted)
+    for what, now in facts.items():
+        if before.get(what) != now:
+            told = ", ".join(_different(before.get(what), now))
+            raise ValueError(
+                f"{folder} was begun with another {what} ({told}): repeat that command to go on with it, "
+                "or begin anew with --restart"
+            )
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    """What the first run has noted of its plan."""
+    try:
+        before: dict[str, Any] = dict(json.loads(file.read_text()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); begin anew with --restart") from error
+    return before
+
+
+def _plan_facts(plan: Plan) -> dict[str, dict[str, Any]]:
+    """All that the output depends on, as JSON can hold it; of the input, sizes and headers."""
+    return {
+        "input": {Path(file).name: _file_facts(file) for file in plan.files},
+        "config": json.loads(json.dumps(plan.config.to_dict())),
+        "shard size": {shard.file: shard.size for shard in plan.shards},
+        "release": {package: version(package) for package in MADE_BY},
+    }
+
+
+def _file_facts(file: str) -> list[Any]:
+    with open(file, "rb") as opened:
+        length = opened.read(8)
+        header = opened.read(int.from_bytes(length, "little"))
+    return [Path(file).stat().st_size, hashlib.sha256(header).hexdigest()]
+
+
+def _different(before: Any, now: dict[str, Any]) -> list[str]:
+    """The keys under which two dicts differ."""
+    before = before if isinstance(before, dict) else {}
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def _make(plan: Plan, folder: Path, workers: int, state: PartialState) -> None:
+    """Make this process's share of what is missing."""
+    mine = plan.shards[state.process_index :: state.num_processes]
+    missing = _missing(mine, folder)
+    try:
+        make_shards(missing, plan.config, folder, workers)
+    except ValueError:
+        if state.num_processes == 1:  # with these choices this input will never do; others may be at work
+            shutil.rmtree(folder)
+        raise
+
+
+def _missing(shards: Sequence[Shard], folder: Path) -> list[Shard]:
+    """Those of the shards that an earlier run has not finished; the others are checked."""
+    begun = [shard for shard in shards if record_file(shard, folder).exists()]
+    if not begun:
+        return list(shards)
+    with progress_bar("Checking what is there", sum(shard.input_size for shard in begun)) as told:
+        done = {shard.number for shard in begun if finished(shard, folder, told)}
+    return [shard for shard in shards if shard.number not in done]
+
+
+def _put_together(plan: Plan, folder: Path) -> None:
+    """Give every shard its header, and write config and index."""
+    facts: dict[str, dict[str, float]] = {}
+    for shard in plan.shards:
+        record = read_record(shard, folder)
+        if record is None:
+            raise OSError(f"{folder}: {shard.file} is not there; do all processes see this folder?")
+        facts |= record["facts"]
+    metadata = plan.metadata(facts)
+    for shard in plan.shards:
+        seal(shard, metadata, folder)
+    plan.write_config(model_folder(folder))

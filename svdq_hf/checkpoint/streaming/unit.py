@@ -1,0 +1,116 @@
+"""One thing to make, and the bytes of the input that it is made of: a tensor's copy, or a weight's parts.
+
+All experts of a layer are one weight. A file has them as one tensor, or as one for each expert and matrix, or
+for each half of it; which becomes what, and in which order, is what transformers' loader would do. Anything
+else is `Unstreamable`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
+
+from svdq_hf.checkpoint.streaming.byte_ranges import Place, as_tensor, read_bytes, size_of
+from svdq_hf.format.names import Stored
+from svdq_hf.format.parts import PartSpec
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, Entry
+from svdq_hf.integrations.transformers.expert_conversions import merges, turns
+from svdq_hf.quantize.expert_stream import joined
+from svdq_hf.quantize.footprint import Footprint
+
+
+class Unstreamable(Exception):
+    """Why a model must be quantized in memory. footprint: what it will weigh, where that is known."""
+
+    footprint: Footprint | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is made of one tensor of the input, or of several: a copy, cast where dtypes differ, or parts.
+
+    places: what is read, in order; of experts, for each the pieces of its matrix, one below the other.
+    outputs: by name in files; of a weight, in the order of `parts`. weight: its name in the model, or None.
+    transposed: the dense model has it `[in, out]`. turned: the files have it the other way round than that.
+    """
+
+    places: tuple[Place, ...]
+    outputs: Mapping[str, PartSpec]
+    weight: Stored | None = None
+    parts: tuple[str, ...] = ()
+    transposed: bool = False
+    turned: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is made."""
+        return sum(map(size_of, self.outputs.values()))
+
+    @property
+    def input_size(self) -> int:
+        """Bytes that are read."""
+        return sum(place.size for place in self.places)
+
+    def matrices(self, read: Callable[[Place], Tensor] = read_bytes) -> Iterator[Tensor]:
+        """The weight's matrix, or those of its experts in turn, as the dense model has them; read then."""
+        experts = self.weight.shape[:-2] if self.weight is not None else ()
+        pieces = len(self.places) // (experts[0] if experts else 1)
+        for first in range(0, len(self.places), pieces):
+            matrix = joined([as_tensor(read(p), p) for p in self.places[first : first + pieces]])
+            yield matrix.T if self.turned else matrix
+
+
+def expert_places(
+    weight: Stored, checkpoint: Checkpoint, places: Mapping[str, Place], *, transposed: bool
+) -> tuple[tuple[Place, ...], bool]:
+    """Where the matrices of all experts are, as `Unit.places` has them, and whether they are turned.
+
+    transposed: the dense model has them `[in, out]`.
+
+    Raises:
+        Unstreamable: they are of several dtypes or of float64, which the loader would round, or not all
+            experts are there, or the loader does more than to join, or to turn, them.
+    """
+    entries = checkpoint.sources.get(weight.name, [])
+    dtypes = {str(entry.dtype).removeprefix("torch.") for entry in entries}
+    if len(dtypes) > 1 or "float64" in dtypes:
+        raise Unstreamable(f"{weight.name} is {' and '.join(sorted(dtypes))} in the files")
+    dense = weight.dense_shape(transposed=transposed)
+    conversions = {id(entry.conversion): entry.conversion for entry in entries}
+    conversion = next(iter(conversions.values()), None)
+    if len(conversions) == 1 and conversion is not None and merges(conversion):
+        kinds = [_of_pattern(pattern, entries) for pattern in conversion.source_patterns]
+        if _fit(kinds, dense):
+            return tuple(places[entry.name] for expert in zip(*kinds, strict=True) for entry in expert), False
+    elif len(entries) == 1 and (conversion is None or turns(conversion)):
+        found = entries[0].shape == dense
+        if found or (conversion is not None and entries[0].shape == (dense[0], dense[2], dense[1])):
+            return _cut(places[entries[0].name]), not found
+    raise Unstreamable(f"it has {weight.name}, which its files do not have expert by expert")
+
+
+def _of_pattern(pattern: str, entries: Sequence[Entry]) -> list[Entry]:
+    """The experts' tensors of one pattern, in the loader's order."""
+    return sorted(
+        (entry for entry in entries if entry.pattern == pattern),
+        key=lambda entry: dot_natural_key(entry.name),
+    )
+
+
+def _fit(kinds: Sequence[Sequence[Entry]], dense: tuple[int, ...]) -> bool:
+    """Whether pieces, by kind those of all experts, make experts of the shape `dense` of all of them."""
+    shapes = [{entry.shape for entry in kind} for kind in kinds]
+    if any(len(kind) != dense[0] for kind in kinds) or any(len(shape) != 1 for shape in shapes):
+        return False
+    pieces = [next(iter(shape)) for shape in shapes]
+    wide = all(len(shape) == 2 and shape[1] == dense[2] for shape in pieces)
+    return wide and sum(shape[0] for shape in pieces) == dense[1]
+
+
+def _cut(place: Place) -> tuple[Place, ...]:
+    """The places of a tensor's slices along its first dimension."""
+    count, *shape = place.shape
+    size = place.size // count
+    starts = range(place.start, place.start + place.size, size)
+    return tuple(place._replace(shape=tuple(shape), start=start, size=size) for start in starts)

@@ -1,0 +1,92 @@
+"""What the command line shows of a quantized model, as tables.
+
+Not here: the tables of an evaluation (`evaluation.tables`).
+"""
+
+import sys
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_hf.checkpoint.estimate import Estimate
+from svdq_hf.checkpoint.streaming.byte_ranges import readable
+from svdq_hf.quantize.footprint import Footprint, dense_bytes
+
+
+def console() -> Console:
+    """A terminal as wide as it is; 120 columns in a pipe or a file, so that no name is folded."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by `>&-`
+    return Console(width=None if terminal else 120, soft_wrap=not terminal)
+
+
+def layer_table(result: Footprint) -> Table:
+    """A row for each quantized layer: shape, k, bits, and what was measured."""
+    facts = list(dict.fromkeys(fact for layer in result.layers for fact in layer.facts))
+    table = Table(title="quantized layers", box=SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    for title in ("out x in", "k", "bits/weight", *(fact.replace("_", " ") for fact in facts)):
+        table.add_column(plain(title), justify="right")
+    for layer in result.layers:
+        measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
+        shape = " x ".join(map(str, layer.shape))
+        table.add_row(plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
+    return table
+
+
+def plain(text: str) -> Text:
+    """A stranger's text as it is: no markup, and nothing that a terminal obeys."""
+    return Text("".join(character if character.isprintable() else "?" for character in text))
+
+
+def totals_table(result: Footprint) -> Table:
+    """The sums over a model."""
+    table = Table(title="totals", box=SIMPLE_HEAD, show_header=False)
+    errors = [layer.facts["relative_error"] for layer in result.layers if "relative_error" in layer.facts]
+    rows = {
+        "quantized layers": str(len(result.layers)),
+        "weights in them": f"{result.weights:,}",
+        "bits per weight": f"{result.bits_per_weight:.3f}",
+        "kept in FP32": f"{result.salient_share:.3%}",
+        "their bytes": f"{result.quantized_bytes:,} (in FP32 {dense_bytes(result.layers):,})",
+        "dense bytes": f"{result.dense_bytes:,}",
+    }
+    if errors:
+        rows["relative error"] = f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def estimate_table(result: Estimate) -> Table:
+    """What a run would take."""
+    table = Table(title="nothing was written", box=SIMPLE_HEAD, show_header=False)
+    after = result.footprint
+    rows = {"before": readable(result.bytes_before)}
+    if after is not None:
+        rows["after"] = readable(after.total_bytes)
+        rows["bits per weight"] = f"{after.bits_per_weight:.3f}"
+        rows["kept in FP32"] = f"{after.salient_share:.3%}"
+    if result.seconds is not None and result.memory_bytes is not None:
+        rows["time, about"] = f"{clock(result.seconds)} (measured on {', '.join(result.sampled)})"
+        rows["memory, about"] = readable(result.memory_bytes)
+    if result.in_memory is not None:
+        rows["memory"] = f"the whole model is quantized in memory: {result.in_memory}"
+    short = "" if result.disk_bytes <= result.free_bytes else ": NOT ENOUGH"
+    rows["disk"] = f"{readable(result.disk_bytes)}, {readable(result.free_bytes)} are free{short}"
+    for name, text in rows.items():
+        table.add_row(name, plain(text))
+    return table
+
+
+def clock(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> clock(4.2), clock(754), clock(9000)
+    ('4 s', '13 min', '2 h 30 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,94 @@
+"""Float weights <-> codes of a few bits, and scales: how finely scales are spread, and how they are chosen.
+
+`w ~ scale * level(code) * column_scale`: one scale for each group of a row, for each row, or for the whole
+matrix; sixteen levels (of 4 bits); and, if the grid has it, one scale for each column, taken out beforehand.
+
+Sources: absmax is the rule of arXiv 2512.01343 section 3 and sigma its clipped variant; the scale's sign as
+part of the search is llama.cpp's Q4_0 (the side with the largest weight gets the code -8, of which there is
+one more); a second axis of scales is SINQ's (arXiv 2509.22944). Not here: which weights are left out, and
+how codes are stored.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from svdq_hf.core.levels import TABLES, Levels
+from svdq_hf.core.packing import BLOCK
+
+GroupSize = int | Literal["row", "tensor"]
+ScaleRule = Literal["mse", "absmax", "sigma"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the scales of a matrix are laid out and fitted.
+
+    group_size: columns that share a scale, a divisor of 64 from 8 on or a multiple of 64, or "row",
+    or "tensor". scale: the rule. clip_sigma: where the rule "sigma" clips, in standard deviations.
+    levels: what codes stand for. column_scale: whether each column has a scale of its own as well.
+    scale_bits: of a group's scale, 16 or 8; where they are 8, each row has a factor in 16 bits.
+    bits: of a code: 3, 4 or 8.
+    """
+
+    group_size: GroupSize = 64
+    scale: ScaleRule = "mse"
+    clip_sigma: float = 2.5
+    levels: Levels = "linear"
+    column_scale: bool = False
+    scale_bits: Literal[16, 8] = 16
+    bits: Literal[3, 4, 8] = 4
+
+    def __post_init__(self) -> None:
+        size, allowed = (
+            self.group_size,
+            "a divisor of 64 from 8 on, a multiple of 64, 'row' or 'tensor'",
+        )
+        fits = (
+            size in ("row", "tensor")
+            if isinstance(size, str)
+            else type(size) is int and size >= 8 and (BLOCK % size == 0 or size % BLOCK == 0)
+        )
+        if not fits:
+            raise ValueError(f"group_size={size!r}: must be {allowed}")
+        if self.scale not in get_args(ScaleRule):
+            raise ValueError(f"scale={self.scale!r}: must be one of {list(get_args(ScaleRule))}")
+        if type(self.bits) is not int or self.bits not in TABLES:
+            raise ValueError(f"bits={self.bits!r}: must be one of {list(TABLES)}")
+        if self.levels not in TABLES[self.bits]:
+            allowed = f"one of {list(TABLES[self.bits])} where bits is {self.bits}"
+            raise ValueError(f"levels={self.levels!r}: must be {allowed}")
+        if type(self.scale_bits) is not int or self.scale_bits not in (8, 16):
+            raise ValueError(f"scale_bits={self.scale_bits!r}: must be 8 or 16")
+        if type(self.column_scale) is not bool:
+            raise ValueError(f"column_scale={self.column_scale!r}: must be true or false")
+        if not (type(self.clip_sigma) in (int, float) and 0 < self.clip_sigma < float("inf")):
+            raise ValueError(f"clip_sigma={self.clip_sigma!r}: must be a number above 0")
+
+    def columns(self, in_features: int) -> int:
+        """Columns of a row that share a scale (the whole row for "row" and "tensor")."""
+        return min(self.group_size, in_features) if isinstance(self.group_size, int) else in_features
+
+    def scale_shape(self, out: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scales of `[out, in]`: `[out, ceil(in / group)]`, `[out, 1]` or `[1, 1]`."""
+        if self.group_size == "tensor":
+            return 1, 1
+        return out, -(-in_features // self.columns(in_features))
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """bfloat16 (float32's range in 16 bits) or int8 for groups; float32 where scales are few."""
+        if not isinstance(self.group_size, int):
+            return torch.float32
+        return torch.int8 if self.row_scale else torch.bfloat16
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The levels of all codes, from the lowest on."""
+        return TABLES[self.bits][self.levels]
+
+    @property
+    def row_scale(self) -> bool:
+        """Whether the groups' scales are whole numbers, in units of a scale of their row."""
+        return isinstance(self.group_size, int) and self.scale_bits == 8

@@ -1,0 +1,81 @@
+"""Paired tests of two methods over the same examples: McNemar for right answers, Student's t for KLs."""
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from svdq_hf.evaluation.report.cells import Cell
+from svdq_hf.evaluation.report.statistics import Verdict, mcnemar, paired_t, verdict
+
+
+class Comparison(NamedTuple):
+    """A paired test of some cells against others: p, right answers of each, examples, words."""
+
+    p: float
+    right: int
+    other_right: int
+    n: int
+    verdict: Verdict
+
+
+class Distance(NamedTuple):
+    """A paired test of the KLs of some cells against others': p, mean of each, examples, words."""
+
+    p: float
+    kl: float
+    other_kl: float
+    n: int
+    verdict: Verdict
+
+
+def compare(cells: Sequence[Cell], others: Sequence[Cell]) -> Comparison | None:
+    """McNemar of `cells` against `others`, paired by model and example; None where nothing pairs.
+
+    Of several draws of one model the first counts: each would find the other side's errors again.
+    """
+    paired = _paired(cells, others)
+    ours = "".join(cell.correct or "" for cell, _ in paired)
+    theirs = "".join(partner.correct or "" for _, partner in paired)
+    if not ours or len(ours) != len(theirs):
+        return None
+    p, right, other_right = mcnemar(ours, theirs), ours.count("1"), theirs.count("1")
+    return Comparison(p, right, other_right, len(ours), verdict(p, right, other_right))
+
+
+def distance(cells: Sequence[Cell], others: Sequence[Cell]) -> Distance | None:
+    """Whose outputs are nearer to FP32's, over the same examples of the same models; None without pairs."""
+    paired = _paired(cells, others)
+    ours = [kl for cell, _ in paired for kl in cell.kl_each or ()]
+    theirs = [kl for _, partner in paired for kl in partner.kl_each or ()]
+    if len(ours) < 2 or len(ours) != len(theirs) or not all(map(math.isfinite, ours + theirs)):
+        return None
+    p, kl, other_kl = paired_t(ours, theirs), fmean(ours), fmean(theirs)
+    return Distance(p, kl, other_kl, len(ours), verdict(p, other_kl, kl))
+
+
+def _paired(cells: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """The first draw of each model, with its partner among the others."""
+    first = [min(part, key=lambda cell: cell.score_seed or 0) for part in _by_model(cells)]
+    return [(cell, partner) for cell in first if (partner := _partner(cell, others))]
+
+
+def _partner(cell: Cell, others: Iterable[Cell]) -> Cell | None:
+    """The other method's cell of the same model; of several, that of the same draw, then of the same rank."""
+    same = [other for other in others if (other.model, other.model_seed) == (cell.model, cell.model_seed)]
+    near = (cell.score_seed, cell.rank)
+    closest = sorted(same, key=lambda other: (other.score_seed != near[0], other.rank != near[1]))
+    return closest[0] if closest else None
+
+
+def _by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
+    parts: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in cells:
+        parts.setdefault((cell.model, cell.model_seed), []).append(cell)
+    return list(parts.values())
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,119 @@
+"""A report in a few plain sentences, made from its numbers: what is closest, what is certain, what holds.
+
+Every sentence says what was measured here; none says what ought to be. Where the data cannot answer,
+the sentence is left out.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Final
+
+from svdq_hf.evaluation.report.cells import Group
+from svdq_hf.evaluation.report.compare import Comparison, Distance, compare
+from svdq_hf.evaluation.report.rows import NAMES, Row
+from svdq_hf.evaluation.report.statistics import Verdict
+from svdq_hf.evaluation.report.tables import chance, listing, small
+
+RIVALS: Final = ("awq", "spqr")  # which the paper has behind svd at high k
+
+
+def sentences(group: Group, rows: Sequence[Row]) -> list[str]:
+    """What the main table of a group says."""
+    return [*_closest(group, rows), *_certain(group, rows), *_against_magnitude(group, rows), *_rivals(group)]
+
+
+def _closest(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """Which method has the smallest KL at each k."""
+    protected = [row for row in rows if row.method not in NAMES and row.kl is not None]
+    rivals = [[row for row in protected if row.k == k] for k in group.ks]
+    winners = [min(part, key=_kl) for part in rivals if len(part) > 1]
+    if winners:
+        span = _span(rows, min(protected, key=_kl))
+        yield f"Closest to FP32, by KL of the outputs: {_names(winners, group.ks)}.{span}"
+
+
+def _span(rows: Sequence[Row], best: Row) -> str:
+    base = next((row.kl for row in rows if row.method == "none"), None)
+    end = "" if base is None else f"; with nothing salient it is {small(base)}"
+    return f" The smallest KL is {small(best.kl)} ({_names([best], [])}){end}."
+
+
+def _kl(row: Row) -> float:
+    return math.inf if row.kl is None or math.isnan(row.kl) else row.kl
+
+
+def _certain(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """What the paired test can tell from FP32."""
+    tested = [(row, row.against_fp32) for row in rows if row.against_fp32]
+    words = _by_verdict(tested)
+    same = len(words.pop("not distinguishable", []))
+    told = "".join(f"; {word}: {_names(found, group.ks)}" for word, found in words.items())
+    if tested:
+        yield f"By right answers, {same} of {len(tested)} rows are not distinguishable from FP32{told}."
+
+
+def _against_magnitude(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """Whether svd beats magnitude, k by k: by KL, and by right answers."""
+    svd = [row for row in rows if row.method == "svd"]
+    words = _by_verdict([(row, row.kl_against_magnitude) for row in svd if row.kl_against_magnitude])
+    if said := [f"{_names(part, group.ks)} is {_KL_ENDS[word]} magnitude" for word, part in words.items()]:
+        yield f"By KL, {'; '.join(said)}."
+    words = _by_verdict([(row, row.against_magnitude) for row in svd if row.against_magnitude])
+    if said := [f"{_names(part, group.ks)} is {word} {_ENDS[word]}" for word, part in words.items()]:
+        yield f"By right answers, {'; '.join(said)}."
+
+
+_ENDS: Final[Mapping[Verdict, str]] = {
+    "better": "than magnitude",
+    "worse": "than magnitude",
+    "not distinguishable": "from magnitude",
+}
+
+
+_KL_ENDS: Final[Mapping[Verdict, str]] = {
+    "better": "closer to FP32 than",
+    "worse": "farther from FP32 than",
+    "not distinguishable": "not distinguishable from",
+}
+
+
+def _by_verdict(tested: Iterable[tuple[Row, Comparison | Distance]]) -> dict[Verdict, list[Row]]:
+    words: dict[Verdict, list[Row]] = {}
+    for row, pair in tested:
+        words.setdefault(pair.verdict, []).append(row)
+    return words
+
+
+def _names(rows: Iterable[Row], ks: Sequence[float]) -> str:
+    """Rows by name, those of one method together: `svd at k = 1 and 16`; `ks` are all there are."""
+    labels: dict[str, list[float]] = {}
+    for row in rows:
+        labels.setdefault(row.label, []).extend([] if row.method in NAMES else [row.k])
+    return listing(f"{label}{_at(found, ks)}" for label, found in labels.items())
+
+
+def _at(found: Sequence[float], ks: Sequence[float]) -> str:
+    every = len(ks) > 1 and set(found) == set(ks)
+    return "" if not found else " at every k" if every else f" at k = {listing(f'{k:g}' for k in found)}"
+
+
+def _rivals(group: Group) -> Iterator[str]:
+    """The paper's claim: at high k, svd is ahead of the scores that need data."""
+    for rival, rank in product(RIVALS, sorted({cell.rank for cell in group.of("svd") if cell.rank})):
+        ours = [cell for cell in group.of("svd") if cell.rank == rank]
+        shared = [k for k in group.ks if any(cell.k == k for cell in ours) and group.of(rival, k)]
+        if shared:
+            k = shared[-1]
+            pair = compare([cell for cell in ours if cell.k == k], group.of(rival, k))
+            several = len({cell.rank for cell in group.of("svd")}) > 1
+            if pair:
+                yield _rival(rival, k, pair, f"svd, rank {rank}," if several else "svd")
+
+
+def _rival(rival: str, k: float, pair: Comparison, svd: str) -> str:
+    holds = "holds" if pair.verdict == "better" else "does not hold" if pair.verdict == "worse" else "is open"
+    return (
+        f"The paper has {svd} ahead of {rival} at high k; here at k = {k:g} that {holds}: {pair.right} to "
+        f"{pair.other_right} right of {pair.n}, {pair.verdict}, p {chance(pair.p)}."
+    )

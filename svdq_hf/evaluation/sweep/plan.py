@@ -1,0 +1,105 @@
+"""What a grid is made of: methods, numbers of salient weights, grids of scales, ranks and seeds.
+
+Only which cells there are and the config of each; `grid` runs them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final, NamedTuple
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.core.saliency import check_name, score_needs
+
+DEFAULT, OURS = "default", "group 64, mse"
+GRIDS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
+    "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
+}
+"""Grids of scales by name, of 4 bits: that of SVDQConfig(), that of format version 1, and the paper's."""
+
+MORE_BITS = (3, 8)
+
+
+def with_bits(grid: str, bits: int) -> str:
+    """A grid's name where codes have so many bits.
+
+    >>> with_bits("default", 3), with_bits("default", 4)
+    ('default, 3 bits', 'default')
+    """
+    return grid if bits == 4 else f"{grid}, {bits} bits"
+
+
+GRIDS |= {
+    with_bits(grid, bits): {**choices, "bits": bits} for grid, choices in GRIDS.items() for bits in MORE_BITS
+}
+
+BASELINES = ("fp32", "none")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
+
+    ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
+    methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
+    grids: Sequence[str] = (OURS, "tensor, absmax")
+    seeds: int = 3
+    ranks: Sequence[int] = (8,)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_name(method)
+        for grid in self.grids:
+            if grid not in GRIDS:
+                raise ValueError(f"grid {grid!r}: must be one of {list(GRIDS)}")
+        for k in self.ks:
+            SVDQConfig(k=k)  # checks it
+        for rank in self.ranks:
+            SVDQConfig(rank=rank)
+
+    def cells(self) -> Iterator["Key"]:
+        """The key of every cell: the baselines first, then method by method."""
+        yield Key("fp32", None, 0, 0, None)
+        yield from (Key("none", grid, 0, 0, None) for grid in self.grids)
+        for method in self.methods:
+            needs = score_needs(method)
+            ranks = self.ranks if "rank" in needs else (None,)
+            seeds = self.seeds if "seed" in needs and method != "svd" else 1
+            for rank, seed, grid, k in product(ranks, range(seeds), self.grids, self.ks):
+                yield Key(method, grid, k, seed, rank)
+
+
+class Key(NamedTuple):
+    """What makes a cell of one task and model; rank: None where it plays no part."""
+
+    method: str
+    grid: str | None
+    k: int | float
+    seed: int
+    rank: int | None
+
+    @property
+    def config(self) -> SVDQConfig:
+        """The config that quantizes as this cell says."""
+        return SVDQConfig(
+            k=self.k,
+            saliency="magnitude" if self.method in BASELINES else self.method,
+            rank=self.rank or 8,
+            seed=self.seed,
+            **GRIDS[self.grid or DEFAULT],
+        )
+
+    @property
+    def scoring(self) -> tuple[object, ...]:
+        """Cells of one scoring share their scores: all k, and all grids where the grid plays no part."""
+        sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
+        depends = self.method not in BASELINES and sees_grid
+        return self.method, self.seed, self.rank, self.grid if depends else None
+
+
+KS: Final = (1, 16, 64, 256, 1024, 4096)
+METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
+GRID_NAMES: Final = {"default": "default", "group": "group 64, mse", "tensor": "tensor, absmax"}

@@ -1,0 +1,242 @@
+"""The grid: one model under every method, k and grid of scales, each cell evaluated once and kept.
+
+A cell is one JSON line of OUT/cells.jsonl, written when it is finished; a run that was killed goes on
+where it stopped. Each layer is scored once per method (one SVD, one pass over calibration data),
+whatever the number of k's. The models that are evaluated are real quantized ones. Not here: what a task
+is (`glue`, `perplexity`), what is made of the cells (`report`).
+"""
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
+from svdq_hf.config import SVDQConfig
+from svdq_hf.core.column_scale import column_scale
+from svdq_hf.core.saliency import data_needs, score
+from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.evaluation.sweep.plan import BASELINES, Key, Plan
+from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished, whole_lines
+from svdq_hf.nn.expert_layouts import layout_of
+from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.convert import empty_layer, progress
+from svdq_hf.quantize.footprint import footprint
+from svdq_hf.quantize.selection import dense_weight, layers_to_convert
+from svdq_hf.quantize.weight import as_scored, quantize_chosen, score_inputs
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator(Protocol):
+    """Evaluates a model; the first one it is given is the FP32 reference of the rest."""
+
+    task: str
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """n, right, correct, majority, metrics, loss, kl and kl_each of a cell."""
+
+    def calibration(self) -> Iterable[Any]:
+        """Batches for the scores that need data."""
+
+
+Positions = dict[int | float, dict[str, Tensor]]
+"""By k and layer: flat positions of the entries that a method chose."""
+
+
+@dataclass
+class GridRun:
+    """A dense model whose linear layers are replaced, cell after cell, by quantized ones."""
+
+    model: Any
+    name: str
+    evaluate: Evaluator
+    plan: Plan
+    out: Path
+    layers: dict[str, nn.Module] = field(init=False)
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
+    column_scales: dict[str, Tensor] = field(default_factory=dict)
+    svd_choice: dict[int | None, Positions] = field(default_factory=dict)  # by rank
+
+    def __post_init__(self) -> None:
+        self.layers = _evaluated(self.model)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> int:
+        """Run the cells that are not finished; how many that were."""
+        done = finished(self.out, self.evaluate.task, self.name)
+        todo = [key for key in self.plan.cells() if key not in done]
+        if todo:
+            self._run(todo)
+        self._complete_overlaps()
+        return len(todo)
+
+    def _run(self, todo: Sequence[Key]) -> None:
+        started = time.perf_counter()
+        reference = self.evaluate(self.model)
+        seconds = {"quantize": 0.0, "evaluate": time.perf_counter() - started}
+        scored: tuple[object, dict[str, Tensor]] = (None, {})
+        for key in progress(todo, "Evaluating"):
+            if key.method == "fp32":
+                self._write(key, reference, None, seconds)
+                continue
+            if scored[0] != key.scoring:
+                scored = (key.scoring, {})  # let go of the old scores before there are new ones
+                scored = (key.scoring, self._scores(key))
+                self._compare(key, scored[1])
+            self._run_cell(key, scored[1])
+
+    def _scores(self, key: Key) -> dict[str, Tensor]:
+        if key.method in BASELINES:
+            return {}
+        config = key.config
+        if data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
+            gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
+            self.inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
+        found = {}
+        for name, weight in self._weights():
+            known = score_inputs(config, weight.shape[1], self.inputs.get(name))
+            seen = as_scored(weight, config, self._column_scale(name, weight, config))
+            found[name] = score(key.method, seen, known).scores
+        return found
+
+    def _column_scale(self, name: str, weight: Tensor, config: SVDQConfig) -> Tensor | None:
+        """A layer's scale for each column, found once for all scores and cells; None where there is none."""
+        if config.column_scale and name not in self.column_scales:
+            self.column_scales[name] = column_scale(weight)
+        return self.column_scales[name] if config.column_scale else None
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, module in self.layers.items():
+            weight = dense_weight(module)
+            yield name, (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()
+
+    def _run_cell(self, key: Key, scores: Mapping[str, Tensor]) -> None:
+        started = time.perf_counter()
+        errors: dict[str, float] = {}
+        try:
+            for name, weight in self._weights():
+                layer, errors[name] = self._quantized(name, weight, scores.get(name), key.config)
+                self.model.set_submodule(name, layer)
+            quantized = time.perf_counter()
+            result = self.evaluate(self.model)
+            bits = footprint(self.model).bits_per_weight
+        finally:
+            for name, module in self.layers.items():
+                self.model.set_submodule(name, module)
+        seconds = {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized}
+        self._write(key, {**result, "bits_per_weight": bits}, errors, seconds)
+
+    def _quantized(
+        self, name: str, weight: Tensor, scores: Tensor | None, config: SVDQConfig
+    ) -> tuple[SVDQLinear, float]:
+        """The quantized layer, and its relative error."""
+        module = self.layers[name]
+        layer = empty_layer(module, config)
+        k = salient_count(config.k, *weight.shape)
+        chosen = top_positions(weight if scores is None else scores, k)
+        per_column = self._column_scale(name, weight, config)
+        parts, layer.facts = quantize_chosen(weight, config, *chosen, per_column)
+        layer.load_parts(parts)
+        layer.bias = module.bias  # type: ignore[assignment]
+        return layer, layer.facts["relative_error"]
+
+    def _write(
+        self,
+        key: Key,
+        result: dict[str, Any],
+        errors: dict[str, float] | None,
+        seconds: dict[str, float],
+    ) -> None:
+        dense = {"bits_per_weight": 32.0, "kl": None, "kl_each": None} if key.method == "fp32" else {}
+        line = {
+            "task": self.evaluate.task, "model": self.name, "model_seed": model_seed(self.name),
+            "method": key.method, "grid": key.grid, "k": key.k, "rank": key.rank, "score_seed": key.seed,
+            "relative_error": errors, "seconds": seconds, **result, **dense,
+        }  # fmt: skip
+        append(self.out / CELLS, [line])
+
+    def _compare(self, key: Key, scores: Mapping[str, Tensor], ranks: Sequence[int] | None = None) -> None:
+        """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
+        if key.grid != self.plan.grids[0]:  # scored again for another grid: the first one is compared
+            return
+        if key.method == "svd":
+            self.svd_choice[key.rank] = self._positions(scores)
+        elif "svd" in self.plan.methods and key.method not in BASELINES and key.seed == 0:
+            theirs = self._positions(scores)
+            for rank in self.plan.ranks if ranks is None else ranks:
+                if rank not in self.svd_choice:  # a run that goes on after svd's cells
+                    svd = Key("svd", self.plan.grids[0], 1, 0, rank)
+                    self.svd_choice[rank] = self._positions(self._scores(svd))
+                append(self.out / OVERLAPS, self._overlaps(key.method, rank, theirs))
+
+    def _complete_overlaps(self) -> None:
+        """Compare what no cell was left to compare: other methods with ranks or ks that came later."""
+        lines = whole_lines(self.out / OVERLAPS)
+        mine = [line for line in lines if (line["task"], line["model"]) == (self.evaluate.task, self.name)]
+        there = {(line.get("rank"), line["other"], line["k"]) for line in mine}
+        ks = [k for k in self.plan.ks if k > 0]
+        others = [method for method in self.plan.methods if method != "svd"]
+        for method in others if "svd" in self.plan.methods else []:
+            ranks = [rank for rank in self.plan.ranks if any((rank, method, k) not in there for k in ks)]
+            if ranks:
+                key = Key(method, self.plan.grids[0], self.plan.ks[0], 0, None)
+                self._compare(key, self._scores(key), ranks)
+
+    def _positions(self, scores: Mapping[str, Tensor]) -> Positions:
+        found: Positions = {}
+        for k in self.plan.ks:
+            for name, table in scores.items():
+                rows, columns = top_positions(table, salient_count(k, *table.shape))
+                found.setdefault(k, {})[name] = rows.long() * table.shape[1] + columns.long()
+        return found
+
+    def _overlaps(self, other: str, rank: int, theirs: Positions) -> Iterator[dict[str, Any]]:
+        about = {"task": self.evaluate.task, "model": self.name, "rank": rank, "other": other}
+        for k, layers in theirs.items():
+            for name, positions in layers.items():
+                ours, numel = self.svd_choice[rank][k][name], dense_weight(self.layers[name]).numel()
+                if ours.numel():
+                    yield {**about, "layer": name, "k": k, **overlap(ours, positions, numel)}
+
+
+def _evaluated(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are quantized here: those of the default config, without fused experts."""
+    layers = layers_to_convert(model, SVDQConfig())
+    experts = [name for name, module in layers.items() if layout_of(module) is not None]
+    if experts:
+        logger.warning(
+            "fused experts stay dense in this evaluation: %d modules, %s%s",
+            len(experts),
+            ", ".join(experts[:3]),
+            ", ..." if len(experts) > 3 else "",
+        )
+    return {name: module for name, module in layers.items() if name not in experts}
+
+
+def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
+    """IoU and `|A and B| / |A|` of two choices of as many positions, and that share by chance.
+
+    >>> overlap(torch.tensor([1, 2]), torch.tensor([2, 3]), 8)
+    {'iou': 0.3333333333333333, 'share': 0.5, 'chance': 0.25}
+    """
+    common = int(torch.isin(a, b).sum())
+    union = a.numel() + b.numel() - common
+    return {"iou": common / union, "share": common / a.numel(), "chance": b.numel() / numel}
+
+
+def model_seed(name: str) -> int | None:
+    """The fine-tuning seed that a model's name ends in.
+
+    >>> model_seed("minilm-rte-seed2"), model_seed("minilm")
+    (2, None)
+    """
+    found = re.search(r"seed(\d+)$", name)
+    return int(found[1]) if found else None

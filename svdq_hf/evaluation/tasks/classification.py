@@ -1,0 +1,208 @@
+"""Sequence classifiers fine-tuned and scored by `Trainer`.
+
+Scoring keeps every answer, in the order of the dev set, so that any two models can be compared over the
+same examples. Not here: tasks, their data and metrics (`glue`), grids of models (`grid`).
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+from svdq_hf.evaluation.tasks.glue import load_split, measure, task_of, tokenize
+
+CALIBRATION_TEXTS = 128
+"""Texts of the training split, from its start, for the scores that need data."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model said on a dev set of n examples, in the set's own order.
+
+    logits: `[n, labels]`, float32; labels: `[n]`.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def regression(self) -> bool:
+        """Whether the task has numbers for labels."""
+        return self.logits.shape[1] == 1
+
+    @property
+    def correct(self) -> str | None:
+        """A 1 for each right answer and a 0 for each wrong one; None for a regression."""
+        if self.regression:
+            return None
+        return "".join("01"[int(right)] for right in self.logits.argmax(1) == self.labels)
+
+    @property
+    def majority(self) -> int | None:
+        """How many examples have the commonest label; None for a regression."""
+        return None if self.regression else int(torch.bincount(self.labels).max())
+
+    def metrics(self, name: str, script: str | Path | None = None) -> dict[str, float]:
+        """The task's own metrics; script: see `glue.measure`."""
+        found = self.logits.squeeze(1) if self.regression else self.logits.argmax(1)
+        return measure(name, self.labels.tolist(), found.tolist(), script)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy (a regression: mean squared error)."""
+        if self.regression:
+            return float(F.mse_loss(self.logits.squeeze(1), self.labels.float()))
+        return float(F.cross_entropy(self.logits, self.labels))
+
+    def divergence(self, reference: "Score") -> Tensor | None:
+        """KL of each answer from a reference's, `[n]`, float64, in nats; None for a regression."""
+        if self.regression:
+            return None
+        log_q, log_p = (F.log_softmax(logits.double(), 1) for logits in (self.logits, reference.logits))
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def score_model(model: Any, encoded: Any, tokenizer: Any, batch_size: int = 32) -> Score:
+    """Run a model over a tokenized split through `Trainer`.
+
+    Raises:
+        ValueError: a model of another number of labels, or logits that are NaN.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(folder, per_device_eval_batch_size=batch_size),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            preprocess_logits_for_metrics=_logits,
+        )
+        found = trainer.predict(encoded.remove_columns(["position", "label"]))
+    logits = torch.from_numpy(np.asarray(found.predictions, dtype=np.float32))
+    if torch.isnan(logits).any():
+        raise ValueError("the model's logits have a NaN; is it damaged, or in too narrow a dtype?")
+    order = torch.tensor(encoded["position"])
+    labels = torch.tensor(encoded["label"])
+    back = torch.argsort(order)
+    return Score(logits[back], labels[back])
+
+
+def _logits(outputs: Any, labels: Any) -> Any:
+    """What a model returns first; BART's classifier returns its encoder's states as well."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def finetune(
+    model: Any, name: str, encoded: Any, tokenizer: Any, *, seed: int, epochs: float, learning_rate: float
+) -> None:
+    """Train a classification model on a tokenized split, in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(
+            folder,
+            seed=seed,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=16,
+            warmup_steps=0.1,
+            lr_scheduler_type="linear",
+            train_sampling_strategy="group_by_length",
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded.remove_columns(["position"]),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+    model.eval()
+
+
+def classifier(folder: str | Path, name: str, **choices: Any) -> Any:
+    """A sequence classification model for a task.
+
+    Raises:
+        ValueError: the model was trained for another number of labels, or never for any task.
+    """
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, report = load(folder, output_loading_info=True, **choices)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{folder}: the model has no weights for {missing}, so its answers are random; fine-tune it "
+            "first (examples/finetune_glue.py)"
+        )
+    labels = task_of(name).labels
+    if model.config.num_labels != labels:
+        raise ValueError(f"{folder}: the model has {model.config.num_labels} labels, {name} has {labels}")
+    return model
+
+
+def _arguments(folder: str, **choices: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **choices,
+    )
+
+
+class GlueEvaluator:
+    """Scores models on a task's whole dev set; the first one is the reference of the rest.
+
+    calibration_texts: texts of the training split, from its start, for the scores that need data.
+    script: see `glue.measure`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        data: str | Path | None = None,
+        calibration_texts: int = CALIBRATION_TEXTS,
+        script: str | Path | None = None,
+    ) -> None:
+        self.task = name
+        self.script = script
+        self.tokenizer = tokenizer
+        self.data = data
+        self.texts = calibration_texts
+        self.encoded = tokenize(name, load_split(name, "dev", data), tokenizer)
+        self.reference: Score | None = None
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """n, right, correct, majority, metrics, loss, kl and kl_each of a cell."""
+        found = score_model(model, self.encoded, self.tokenizer)
+        if self.reference is None:
+            self.reference = found
+        correct, kl = found.correct, found.divergence(self.reference)
+        return {
+            "n": len(found.labels),
+            "right": None if correct is None else correct.count("1"),
+            "correct": correct,
+            "majority": found.majority,
+            "metrics": found.metrics(self.task, self.script),
+            "loss": found.loss,
+            "kl": None if kl is None else float(kl.mean()),
+            "kl_each": None if kl is None else [float(f"{one:.4g}") for one in kl.tolist()],
+        }
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Batches of training texts, without labels."""
+        train = load_split(self.task, "train", self.data)
+        train = train.select(range(min(self.texts, len(train))))
+        encoded = tokenize(self.task, train, self.tokenizer).remove_columns(["label", "position"])
+        collate = DataCollatorWithPadding(self.tokenizer)
+        rows = list(encoded)
+        return [dict(collate(rows[start : start + 32])) for start in range(0, len(rows), 32)]

@@ -1,0 +1,94 @@
+"""Stored parts -> weight: whole, in blocks of rows, or some rows as stored parts again."""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from svdq_hf.core.packing import look_up_into, padded_width, unpack_into
+from svdq_hf.core.rounding import expand, row_blocks, scale_of
+from svdq_hf.format.parts import Scheme
+
+
+def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> Tensor:
+    """The weight `[out, in]`, float32, that the parts stand for."""
+    packed = parts["weight"]
+    dense = torch.empty(packed.shape[0], in_features, dtype=torch.float32, device=packed.device)
+    for rows, block in dense_blocks(parts, in_features, scheme.grid.columns(in_features)):
+        dense[rows] = block
+    return dense
+
+
+def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The parts of the matrix that has these `rows` `[n]`, in their order; a row may come twice.
+
+    >>> parts = decompose(torch.eye(4), *torch.empty(2, 0, dtype=torch.int32), Scheme(k=0))
+    >>> reconstruct(take_rows(parts, torch.tensor([2, 2])), 4, Scheme(k=0)).argmax(1).tolist()
+    [2, 2]
+    """
+    found = dict(parts)
+    for name in ("weight", "row_scale", "weight_scale"):
+        if name in parts and parts[name].shape[0] == parts["weight"].shape[0]:  # not a scale for all
+            found[name] = parts[name].index_select(0, rows)  # which refuses a row below 0
+    wanted = rows.to(parts["salient_rows"].dtype)
+    starts = torch.searchsorted(parts["salient_rows"], wanted)
+    counts = torch.searchsorted(parts["salient_rows"], wanted, right=True) - starts
+    before = counts.cumsum(0) - counts
+    entries = torch.arange(int(counts.sum()), device=rows.device) + (starts - before).repeat_interleave(
+        counts
+    )
+    found["salient_values"] = parts["salient_values"][entries]
+    found["salient_columns"] = parts["salient_columns"][entries]
+    place = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    found["salient_rows"] = place.repeat_interleave(counts)
+    return found
+
+
+def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again.
+
+    group: columns that share a scale. A block is valid until the next one is asked for, so a dense
+    copy of the weight never exists on a CPU; other devices take the whole weight as one block, which
+    costs no look at the data (and so no synchronisation).
+    """
+    packed, scale = parts["weight"], parts["weight_scale"]
+    levels, per_column = parts.get("levels"), parts.get("column_scale")
+    out, padded = packed.shape[0], padded_width(packed)
+    blocks = row_blocks(out, padded) if packed.device.type == "cpu" else [slice(0, out)]
+    height = blocks[0].stop if blocks else 0
+    buffer = torch.empty(height, padded, dtype=torch.float32, device=packed.device)
+    flat = parts["salient_rows"].long() * padded + parts["salient_columns"]
+    stretches = _stretches(parts["salient_rows"], blocks)
+    for rows, entries in zip(blocks, stretches, strict=True):
+        dense = buffer[: rows.stop - rows.start]
+        if levels is None:
+            unpack_into(packed[rows], dense)
+        else:
+            look_up_into(packed[rows], dense, levels)
+        _multiply(dense, scale_of(rows, scale, parts.get("row_scale")), group, in_features)
+        if per_column is not None:
+            dense[:, :in_features].mul_(per_column.float())
+        positions = flat[entries] - rows.start * padded
+        dense.view(-1).index_add_(0, positions, parts["salient_values"][entries])
+        yield rows, dense[:, :in_features]
+
+
+def _stretches(salient_rows: Tensor, blocks: list[slice]) -> list[slice]:
+    """Which salient entries fall into which block: the rows are sorted, so each block has a stretch."""
+    if len(blocks) == 1:
+        return [slice(None)]
+    edges = torch.tensor([block.start for block in blocks[1:]], dtype=torch.int32, device=salient_rows.device)
+    cuts = [0, *torch.searchsorted(salient_rows, edges).tolist(), salient_rows.numel()]
+    return [slice(start, stop) for start, stop in pairwise(cuts)] if blocks else []
+
+
+def _multiply(dense: Tensor, scale: Tensor, group: int, in_features: int) -> None:
+    """Multiply `dense` `[rows, padded]` in place by its scales `[rows or 1, groups]`."""
+    groups = scale.shape[1]
+    if groups == 1:
+        dense.mul_(scale)
+    elif groups * group == dense.shape[1]:
+        dense.view(dense.shape[0], groups, group).mul_(scale.unsqueeze(-1))
+    else:  # the padding belongs to no group, or the last group goes beyond it
+        dense[:, :in_features].mul_(expand(scale, group, in_features))

@@ -1,0 +1,57 @@
+"""Metadata of a quantized model: what a safetensors header says of its layers, and its tags on the Hub."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from svdq_hf.format.files import open_tensors
+from svdq_hf.nn.inventory import packed_weights
+
+METADATA_KEY = "svdq_layers"
+
+
+def file_metadata(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """What `save_pretrained` writes into the header of each safetensors file.
+
+    names: what each layer is called in files, by its name in the model.
+    """
+    layers = {
+        names[stored.name]: {"shape": list(stored.shape), **facts}
+        for stored, _, facts in packed_weights(model)
+    }
+    return {METADATA_KEY: json.dumps(layers)}
+
+
+def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
+    """Shape and facts by layer name, as `file_metadata` left them; empty where it did not."""
+    for file in files:
+        with open_tensors(file) as opened:
+            text = (opened.metadata() or {}).get(METADATA_KEY)
+        try:
+            layers = json.loads(text) if text is not None else None
+        except (ValueError, RecursionError):
+            layers = None
+        if isinstance(layers, dict):
+            return {name: facts for name, facts in layers.items() if isinstance(facts, dict)}
+    return {}
+
+
+def numbers(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Those of `facts` that are finite numbers: a stranger's header can hold anything."""
+    return {
+        name: float(value)
+        for name, value in facts.items()
+        if type(value) in (int, float) and abs(value) < 2**53  # NaN is not below, nor is infinity
+    }
+
+
+def tags(bits: int = 4) -> list[str]:
+    """What the Hub files a model of so many bits under.
+
+    >>> tags(8)
+    ['svdq', '8-bit', 'quantized', 'mixed-precision']
+    """
+    return ["svdq", f"{bits}-bit", "quantized", "mixed-precision"]

@@ -1,0 +1,73 @@
+"""What a weight is called in a model and in a file: one name, and its parts' names made of it.
+
+A linear layer's parts are its module's: `fc.weight`, `fc.salient_rows`. All experts of a layer are a stack,
+which has the name of the dense parameter, and so have its packed codes: `experts.gate_up_proj`; its other
+parts have that name and `_`: `experts.gate_up_proj_salient_rows`. Why the same name: a loader that knows no
+packed weights meets a shape mismatch and stops, where a missing name would be filled at random. Why `_`:
+transformers renames and cuts what begins with `experts.gate_up_proj.`, and leaves longer names alone.
+"""
+
+from typing import NamedTuple
+
+from svdq_hf.format.parts import PARTS, PartSpec, Scheme, part_specs, stack_specs
+
+_MARK = "salient_rows"
+
+
+class Stored(NamedTuple):
+    """A weight by its name: of a linear layer, `[out, in]`, or of all experts, `[experts, out, in]`.
+
+    >>> Stored("fc", (8, 64)).key("weight"), Stored("experts.up_proj", (4, 8, 64)).key("levels")
+    ('fc.weight', 'experts.up_proj_levels')
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    def key(self, part: str) -> str:
+        """The name of a part of `PARTS`."""
+        return part_key(self.name, part, stacked=len(self.shape) == 3)
+
+    def dense_shape(self, *, transposed: bool) -> tuple[int, ...]:
+        """Of the dense tensor; transposed: that is `[in, out]`."""
+        *experts, out, in_features = self.shape
+        return (*experts, *((in_features, out) if transposed else (out, in_features)))
+
+    def specs(self, scheme: Scheme) -> dict[str, PartSpec]:
+        """What is stored, by part."""
+        *experts, out, in_features = self.shape
+        if experts:
+            return stack_specs(experts[0], out, in_features, scheme)
+        return part_specs(out, in_features, scheme)
+
+    def all_keys(self) -> list[str]:
+        """The names of all parts that it may have."""
+        return [self.key(part) for part in PARTS]
+
+
+def part_key(name: str, part: str, *, stacked: bool) -> str:
+    """The name of a part of the weight called `name`."""
+    if not stacked:
+        return f"{name}.{part}"
+    return name if part == "weight" else f"{name}_{part}"
+
+
+def owner(key: str) -> tuple[str, bool] | None:
+    """The weight whose salient rows are called `key`, and whether it is a stack; None for another tensor.
+
+    >>> owner("fc.salient_rows"), owner("experts.up_proj_salient_rows"), owner("fc.bias")
+    (('fc', False), ('experts.up_proj', True), None)
+    """
+    for mark in (f".{_MARK}", f"_{_MARK}"):
+        if key.endswith(mark):
+            return key.removesuffix(mark), mark[0] == "_"
+    return None
+
+
+def is_salient_values(key: str) -> bool:
+    """Whether a tensor of this name holds salient weights.
+
+    >>> is_salient_values("fc.salient_values"), is_salient_values("experts.up_proj_salient_values")
+    (True, True)
+    """
+    return key.endswith((".salient_values", "_salient_values")) or key == "salient_values"

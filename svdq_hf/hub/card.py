@@ -1,0 +1,154 @@
+"""The model card: what the README.md of a quantized model says, to readers of the Hub and to its search.
+
+All of it is read from the folder (the headers of its files, its config.json) and from the base model's
+own card; nothing is guessed. Not here: what becomes of a README.md that is there (`readme`), sending it
+anywhere (`hub`).
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from transformers.models.auto import modeling_auto
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.metadata import tags
+from svdq_hf.hub.card_facts import _facts
+from svdq_hf.hub.markdown import _code, _plain, _table
+from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, read_text
+
+_AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+
+_LOADING = """\
+## {bits}-bit weights, by svdq_hf
+
+The most salient weights of each linear layer are in FP32, the rest in {bits} bits
+(after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343)).
+
+```sh
+pip install svdq_hf
+```
+
+```python
+import svdq_hf  # registers "svdq" with transformers
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{name}"){note}
+```
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class CardResult(NamedTuple):
+    """One evaluation: `CardResult("text-classification", "glue/sst2", "accuracy", 0.9)`."""
+
+    task: str
+    dataset: str
+    metric: str
+    value: float
+
+
+def write_card(folder: str | Path, **choices: Any) -> None:
+    """Write the card of the quantized model in `folder` into its README.md, or into what is there.
+
+    choices: those of `model_card`, but for `existing`.
+
+    Raises:
+        ValueError: see `model_card`; README.md is as before then.
+    """
+    file = Path(folder) / README
+    file.write_bytes(model_card(folder, existing=read_text(file), **choices).encode())
+
+
+def model_card(
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    base_card: str = "",
+    results: Sequence[CardResult] = (),
+    repo_id: str | None = None,
+    existing: str = "",
+) -> str:
+    """The text of the card of the quantized model in `folder`.
+
+    base_model: the base model's name on the Hub; None: what `base_card` says, if it does.
+    base_card: text of the base model's own card; license, language and the like come from there.
+    results: evaluations of the quantized model: a table, and `model-index` in the metadata.
+    repo_id: where the model will be on the Hub; None: not known yet.
+    existing: text of the README.md that is there, which is kept (`readme.merge`).
+
+    Raises:
+        ValueError: the folder holds no quantized model, a result is not a finite number, or
+            `existing` cannot be merged.
+    """
+    config = _config(folder)
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "model"
+    bits = SVDQConfig.from_dict(config["quantization_config"]).bits
+    metadata = {"library_name": "transformers", **base_metadata(base_card, base_model), "tags": tags(bits)}
+    if results:
+        name = (repo_id or f"{base_model or architecture}-svdq").split("/")[-1]
+        metadata[RESULTS] = eval_results_to_model_index(name, [_checked(result) for result in results])
+    facts = _facts(folder, config)
+    if "base_model" in metadata:
+        facts = {"base model": _code(metadata["base_model"]), **facts}
+    loading = _LOADING.format(
+        bits=bits,
+        auto=auto_class(architecture),
+        name=repo_id or "user/model",
+        note="" if repo_id else "  # the name of this repository, or a folder",
+    )
+    section = [loading, *_table(("", ""), facts.items())]
+    if results:
+        rows = [
+            (_plain(one.task), _plain(one.dataset), _plain(one.metric), f"{one.value:g}") for one in results
+        ]
+        section += ["", "## Evaluation", "", *_table(CardResult._fields, rows)]
+    return merge(existing, metadata, "\n".join(section))
+
+
+def auto_class(architecture: str) -> str:
+    """The Auto class that loads an architecture of transformers; where there is none, its own class.
+
+    >>> auto_class("BertForMaskedLM")
+    'AutoModelForMaskedLM'
+    """
+    for auto, table in _AUTO_CLASSES.items():
+        for names in getattr(modeling_auto, table).values():
+            if architecture in ((names,) if isinstance(names, str) else names):
+                return auto
+    return architecture if hasattr(transformers, architecture) else "AutoModel"
+
+
+def _config(folder: str | Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
+        if not isinstance(config["quantization_config"], dict):
+            raise TypeError("quantization_config is no mapping")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its config.json is not that of a quantized model: {error!r}") from error
+    return config
+
+
+def _checked(one: CardResult) -> EvalResult:
+    if not math.isfinite(one.value):
+        raise ValueError(f"{one}: the value must be a finite number")
+    return EvalResult(one.task, one.dataset, one.dataset, one.metric, one.value)

@@ -1,0 +1,126 @@
+"""Rows of a model card's table: what was quantized, how, with which result."""
+
+import logging
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.core.saliency import saliency_names, score_needs
+from svdq_hf.format.files import open_tensors, weight_files
+from svdq_hf.format.names import Stored
+from svdq_hf.hub.markdown import _code
+from svdq_hf.nn.expert_layouts import stacks_of
+from svdq_hf.quantize.footprint import Footprint, read_footprint
+from svdq_hf.quantize.selection import layers_to_convert, weights_of
+
+logger = logging.getLogger(__name__)
+
+
+def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
+    """The rows of the card's table."""
+    weights, choices = read_footprint(folder), SVDQConfig.from_dict(config["quantization_config"])
+    rows = {
+        "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
+        "k, weights in FP32": f"{_k(choices, weights)}, {weights.salient_share:.3%} of all",
+        "score": _score(choices),
+        "scales": _scales(choices),
+        "levels": choices.levels,
+        "data": _data(choices),
+        "bits per weight": f"{weights.bits_per_weight:.2f} in these layers, everything counted",
+        "parameters": f"{_parameters(folder, weights):,} (the Hub counts packed bytes)",
+    }
+    errors = {layer.name: layer.facts.get("relative_error") for layer in weights.layers}
+    known = {name: error for name, error in errors.items() if error is not None}
+    if known:
+        worst = max(known, key=known.__getitem__)
+        mean = sum(known.values()) / len(known)
+        rows["relative error"] = f"mean {mean:.4f}, worst {known[worst]:.4f} ({_code(worst)})"
+    dense = _dense_layers(folder, weights, choices)
+    if dense is not None:
+        rows["linear layers kept dense"] = ", ".join(dense) or "none"
+    return rows
+
+
+def _score(choices: SVDQConfig) -> str:
+    """The score's name, and its rank where it has one; of a score that is not registered here, the name."""
+    known = choices.saliency in saliency_names()
+    ranked = known and "rank" in score_needs(choices.saliency)
+    return f"{_code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
+
+
+def _k(choices: SVDQConfig, weights: Footprint) -> str:
+    """How many salient weights a layer has; of several numbers the range."""
+    if choices.layer_k is None:
+        return f"{choices.k} per layer"
+    ks = [layer.k for layer in weights.layers]
+    budget = "" if choices.target_bits is None else f", of {choices.target_bits} bits per weight"
+    return f"{min(ks)} to {max(ks)} per layer{budget}"
+
+
+def _data(choices: SVDQConfig) -> str:
+    """What was needed beside the weights."""
+    batches = "none, but synthetic batches" if choices.synthetic else "batches"
+    return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
+
+
+def _scales(choices: SVDQConfig) -> str:
+    """How the scales are laid out and fitted, in a few words."""
+    grid = choices.scheme.grid
+    group = f"{grid.group_size} columns" if isinstance(grid.group_size, int) else grid.group_size
+    bits = ", in 8 bits" if grid.row_scale else ""
+    columns = "; one per column" if grid.column_scale else ""
+    return f"one per {group}{bits}, {grid.scale}{columns}"
+
+
+def _parameters(folder: str | Path, weights: Footprint) -> int:
+    """Numbers that the model has, a quantized weight counted as one."""
+    packed = {key for layer in weights.layers for key in Stored(layer.name, layer.shape).all_keys()}
+    count = weights.weights
+    for file in weight_files(folder):
+        with open_tensors(file) as opened:
+            names = set(opened.keys()) - packed
+            count += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+    return count
+
+
+def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -> list[str] | None:
+    """Linear layers that were not quantized, of a model built without weights; None: not to be had.
+
+    Layers that differ by a number only share a place: `layers.*.gate` x 12.
+    """
+    try:
+        model = _empty_model(folder)
+        linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+        linear |= {stored.name for name, one in model.named_modules() for stored in stacks_of(name, one)}
+        tables = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+        layers = [layer.name for layer in weights.layers if layer.name not in tables]
+        quantized = set(layers)
+        if not quantized <= linear:  # the family's files have other names than its modules
+            chosen = layers_to_convert(model, choices)
+            quantized = {stored.name for name, one in chosen.items() for stored in weights_of(name, one)}
+        if len(quantized) != len(layers):
+            raise ValueError("its files hold other layers than its config.json says")
+    except Exception as error:  # one row of a card is not worth a failure
+        logger.warning("%s: the card does not name the dense layers: %s", folder, error)
+        return None
+    shared = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in sorted(linear - quantized))
+    return [f"{_code(name)} x {count}" if count > 1 else _code(name) for name, count in shared.items()]
+
+
+def _empty_model(folder: str | Path) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"transformers has no model {name!r}")
+    with torch.device("meta"):
+        return model_class(config)  # type: ignore[no-any-return]

@@ -1,0 +1,181 @@
+"""A quantized model to the Hub, and what goes wrong there in words that tell the remedy.
+
+The work is done by huggingface_hub's own client. Here: what is refused before anything is sent, and
+that no text that somebody wrote on the Hub is lost. Not here: downloading (`from_pretrained` does it).
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.hub.card import CardResult, write_card
+from svdq_hf.hub.client import explained
+from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, section_of
+from svdq_hf.quantize.footprint import footprint, read_footprint
+
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+"""Files of a push before this one that must not stay beside the new ones."""
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    replace: bool = False,
+) -> str:
+    """Upload the quantized model in `folder` to `repo_id` ("user/model") on the Hub; returns its URL.
+
+    A folder without README.md gets one first. A push that was interrupted is just run again.
+
+    private: of a repository that is not there yet; None: as the account's settings say.
+    token: None: the one of `hf auth login`, or of HF_TOKEN.
+    revision: branch to push to, made from the main one where it is not there; None: the main one.
+    replace: whether the repository may hold another model now; all of its files give way then, but
+        stay in its history.
+
+    Raises:
+        ValueError: the folder holds no quantized model, the repository holds another one, or is
+            public where `private` is asked for.
+        PermissionError: no token, a wrong one, or one that may not write there.
+        ConnectionError: the Hub was not reached, or not to the end.
+    """
+    read_footprint(folder)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id}: a model's name on the Hub is user/model")
+    if not Path(folder, README).exists():
+        write_card(folder)
+    if not (token or get_token()):
+        raise PermissionError(f"{repo_id}: no token to push with; run `hf auth login`, or set HF_TOKEN")
+    with explained(repo_id):
+        api = HfApi(token=token, library_name="svdq_hf")
+        _check_repository(api, repo_id, revision, folder, private=private, replace=replace)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        text = None if replace else _merged_readme(api, folder, repo_id, revision)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload quantized weights (svdq_hf)",
+            delete_patterns="*" if replace else WEIGHTS,
+            ignore_patterns=None if text is None else README,
+        )
+        if text is not None:
+            api.upload_file(
+                path_or_fileobj=text.encode(), path_in_repo=README, repo_id=repo_id, revision=revision
+            )
+    return f"{url}/tree/{revision}" if revision else str(url)
+
+
+def push_model(
+    model: Any, repo_id: str, tokenizer: Any = None, *, results: Sequence[CardResult] = (), **choices: Any
+) -> str:
+    """Save a quantized model (and its tokenizer or processor) with its card, and push it.
+
+    results: evaluations for the card. choices: those of `push_folder`.
+
+    Raises:
+        ValueError, PermissionError, ConnectionError: see `push_folder`.
+    """
+    if not footprint(model).layers:
+        raise ValueError(f"{type(model).__name__} is not quantized by svdq; push it with its own push_to_hub")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has adapters, which are pushed by themselves: model.push_to_hub(repo_id) sends the "
+            "adapter; to push all in one, merge_adapters(model) first"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        base_model, base_card = _base(model, choices.get("token"))
+        write_card(folder, base_model=base_model, base_card=base_card, results=results, repo_id=repo_id)
+        return push_folder(folder, repo_id, **choices)
+
+
+def _check_repository(
+    api: HfApi, repo_id: str, revision: str | None, folder: str | Path, *, private: bool | None, replace: bool
+) -> None:
+    """Refuse a repository in which this push would do harm."""
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return
+    if private and not info.private:
+        raise ValueError(
+            f"{repo_id} is there and public: make it private in its settings, or push to another name"
+        )
+    stored = None if replace else _remote_text(api, repo_id, "config.json", revision)
+    if stored is not None:
+        difference = _difference(stored, Path(folder, "config.json").read_text())
+        if difference:
+            raise ValueError(
+                f"{repo_id} holds another model ({difference}): push to another name, or replace it "
+                "with `replace=True` (--replace)"
+            )
+
+
+def _difference(theirs: str, ours: str) -> str:
+    """In what the model of one config.json is not a version of the other's; empty if it is."""
+    try:
+        remote, local = json.loads(theirs), json.loads(ours)
+        if remote["quantization_config"]["quant_method"] != QUANT_METHOD:
+            return f"quantized by {remote['quantization_config']['quant_method']!r}"
+    except (ValueError, KeyError, TypeError):
+        return "not quantized by svdq"
+    keys = [key for key in ("model_type", "architectures") if remote.get(key) != local.get(key)]
+    return ", ".join(f"{key} {remote.get(key)!r}, not {local.get(key)!r}" for key in keys)
+
+
+def _merged_readme(api: HfApi, folder: str | Path, repo_id: str, revision: str | None) -> str | None:
+    """The Hub's README.md with our section, where the folder's holds nothing that its user wrote.
+
+    None: the folder's is to be uploaded as it is.
+    """
+    local = read_text(Path(folder, README))
+    generated = section_of(local) and not own_text(local)
+    remote = _remote_text(api, repo_id, README, revision) if generated else None
+    if remote is None:
+        return None
+    merged = merge(remote, metadata_of(local), section_of(local))
+    return None if merged == local else merged
+
+
+def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
+    """A small file of a repository; None: it is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
+            return None
+        return read_text(Path(file))
+
+
+def _base(model: Any, token: str | None) -> tuple[str | None, str]:
+    """The base model's name on the Hub, where it is known there, and its card."""
+    name = str(model.name_or_path)
+    if not name or Path(name).is_dir():
+        return None, read_text(Path(name, README), "replace") if name else ""
+    try:
+        with explained(name):
+            card = _remote_text(HfApi(token=token), name, README, None) or ""
+    except (FileNotFoundError, HFValidationError):
+        return None, ""
+    # A model that was loaded quantized has a card that names its base.
+    return None if model.hf_quantizer.pre_quantized else name, card

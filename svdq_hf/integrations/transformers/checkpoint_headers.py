@@ -1,0 +1,238 @@
+"""What a checkpoint holds, known from its headers before anything is loaded.
+
+transformers loads tensor by tensor: a part that is missing ends as a line in a log, one of a wrong
+dtype is cast, one that nobody asked for is dropped. So every tensor of every quantized layer is
+compared with `part_specs` first, and one error names the layer. Like `quantizer`, this file touches
+transformers' internals (5.20 to 5.23). Not here: the values of tensors (`checks`), and the names that layers
+have in files when they are saved (`renaming`).
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.files import DTYPES, open_tensors
+from svdq_hf.format.metadata import stored_facts
+from svdq_hf.format.names import Stored, owner, part_key
+from svdq_hf.quantize.budget import Layer
+from svdq_hf.quantize.head import dense_names
+from svdq_hf.quantize.selection import shape_of, weights_of
+from svdq_hf.quantize.weight import check_source_dtype
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
+
+
+class Entry(NamedTuple):
+    """One tensor of a file. conversion: what the loader does to it, and by which of its source patterns."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    file: str
+    conversion: WeightConverter | None = None
+    pattern: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is that tensor of the model, not a piece or a join of several."""
+        return self.conversion is None
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a checkpoint by the model's names, and what its headers say of the layers.
+
+    sources: of each of these tensors, all that become it. partners: tensors of the model that come out of one
+    tensor of the files, in groups.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, list[Entry]] = field(default_factory=dict)
+    partners: list[list[str]] = field(default_factory=list)
+
+
+def read_checkpoint(
+    model: PreTrainedModel, weights: Iterable[Stored], files: Iterable[str | Path]
+) -> Checkpoint:
+    """Read the headers of safetensors `files` for a `model` whose `weights` may be quantized in them."""
+    files = [file for file in files if str(file).endswith(".safetensors")]
+    rename = _Renaming(model, weights)
+    result = Checkpoint()
+    for file in files:
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a dict
+                part = opened.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+                targets, pattern = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
+                conversion = rename.by_source[pattern] if pattern is not None else None
+                entry = Entry(name, tuple(part.get_shape()), dtype, str(file), conversion, pattern)
+                result.entries |= dict.fromkeys(targets, entry)
+                for target in targets:
+                    result.sources.setdefault(target, []).append(entry)
+                if len(targets) > 1:
+                    result.partners.append(targets)
+    for name, facts in stored_facts(files).items():
+        keys = [rename(part_key(name, "salient_rows", stacked=stacked))[0][0] for stacked in (False, True)]
+        found = owner(next((key for key in keys if key in rename.known), keys[0]))
+        if found is not None:
+            result.facts[found[0]] = facts
+    return result
+
+
+class _Renaming:
+    """A file's name of a tensor -> the model's names of what it becomes, as the loader does it.
+
+    And the converter's source pattern that it fits, or None: it is that tensor as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+        conversions = copy.deepcopy(get_model_conversion_mapping(model))  # they note their own use
+        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self.by_source = {source: c for c in self.converters for source in c.source_patterns}
+        self.prefix = model.base_model_prefix
+        self.known = dict.fromkeys(model.state_dict(), True)
+        self.known |= {key: True for one in weights for key in one.all_keys()}
+
+    def __call__(self, name: str, *, converted: bool = True) -> tuple[list[str], str | None]:
+        rest, converters = (self.prefix, self.known), self.converters if converted else []
+        renamed, source = rename_source_key(name, self.renamings, converters, *rest)
+        if renamed not in self.known and name in self.known:
+            renamed, source = rename_source_key(name, [], [], *rest)
+        if source is None:
+            return [renamed], None
+        targets = self.by_source[source].target_patterns
+        return [renamed.replace(targets[0], target) for target in targets], source
+
+
+def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a dense checkpoint that lacks the weight of a layer, or has it as something else.
+
+    Raises:
+        ValueError: no weight, one that is no plain float, or one that svdq has packed already.
+    """
+    for layer, module in layers.items():
+        for stored in weights_of(layer, module):
+            entry = checkpoint.entries.get(stored.key("weight"))
+            if entry is None:
+                raise ValueError(
+                    f"{stored.name}: the checkpoint has no weights for this layer, and random ones cannot be "
+                    f"trusted in few bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and "
+                    "train it"
+                )
+            if stored.key("salient_rows") in checkpoint.entries:
+                raise ValueError(
+                    f"could not quantize {stored.name}: it is quantized already, by svdq, and config.json "
+                    "has lost its quantization_config; put that back"
+                )
+            check_source_dtype(stored.name, entry.dtype)
+
+
+def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice: str) -> None:
+    """Refuse to quantize a head, or an embedding, that the files have under none of the names `keys`.
+
+    Raises:
+        ValueError: no weight, or one that is no plain float.
+    """
+    found = [checkpoint.entries[key] for key in keys if key in checkpoint.entries]
+    if not found:
+        raise ValueError(
+            f"{name}: the checkpoint has no weights for it, and random ones cannot be trusted in few bits; "
+            f"leave {choice} out, and train it"
+        )
+    for entry in found:
+        check_source_dtype(name, entry.dtype)
+
+
+def stored_layers(
+    checkpoint: Checkpoint, layers: Mapping[str, nn.Module], config: SVDQConfig
+) -> dict[str, nn.Module]:
+    """Those of `layers` that are quantized in a checkpoint.
+
+    The rest it has dense, or never had (a pooler, a new head): those are dense layers here as well.
+
+    Raises:
+        ValueError: a part is missing, there is one too many, or its shape or dtype is not that of
+            `part_specs`.
+    """
+    found = {}
+    for name, module in layers.items():
+        weights = weights_of(name, module)
+        if any(_is_packed(stored, checkpoint) for stored in weights):
+            for stored in weights:  # of experts both, or none
+                _check_stored(stored, checkpoint, config)
+            found[name] = module
+    if not found:
+        raise ValueError(f"config.json says svdq, and no layer of the files is quantized. {REMEDY}")
+    return found
+
+
+def _others(stored: Stored, checkpoint: Checkpoint) -> set[str]:
+    """What a checkpoint has of a weight beside what a dense one has."""
+    prefix = stored.key("")
+    there = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
+    return there - {"weight", "bias"}
+
+
+def _is_packed(stored: Stored, checkpoint: Checkpoint) -> bool:
+    weight = checkpoint.entries.get(stored.key("weight"))
+    packed = weight is not None and weight.dtype == torch.int8
+    return packed or bool(_others(stored, checkpoint)) or stored.name in checkpoint.facts
+
+
+def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) -> None:
+    linear = len(stored.shape) == 2  # experts have no k of their own
+    specs = stored.specs((config.of_layer(stored.name) if linear else config).scheme)
+    for part, spec in specs.items():
+        entry = checkpoint.entries.get(stored.key(part))
+        if entry is None:
+            raise ValueError(f"{stored.name}: {part} is missing. {REMEDY}")
+        if entry.whole and (entry.shape, entry.dtype) != spec:
+            raise ValueError(
+                f"{stored.name}: {part} is {list(entry.shape)} {entry.dtype}, "
+                f"where the config says {list(spec.shape)} {spec.dtype}. {REMEDY}"
+            )
+    unknown = sorted(_others(stored, checkpoint) - specs.keys())
+    if unknown:
+        raise ValueError(f"{stored.name}: the config knows no {unknown}. {REMEDY}")
+
+
+def stored_weights(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], checkpoint: Checkpoint, config: SVDQConfig
+) -> dict[str, Layer]:
+    """The weights of `modules`, each read from its file when it is asked for; none where there is no budget.
+
+    Raises:
+        ValueError: a weight is not a tensor of its own in the files.
+    """
+    found: dict[str, Layer] = {}
+    if config.target_bits is None or config.layer_k is not None:
+        return found
+    for name, module in modules.items():
+        keys = (key for key in dense_names(model, name) if key in checkpoint.entries)
+        entry = next((checkpoint.entries[key] for key in keys), None)
+        if entry is None or not entry.whole:
+            raise ValueError(
+                f"target_bits: the files have no tensor for {name} alone, so that its errors cannot be "
+                "measured before loading: load the dense model, and call quantize_model(model, config)"
+            )
+        found[name] = Layer(*shape_of(module), partial(_read, entry, isinstance(module, Conv1D)))
+    return found
+
+
+def _read(entry: Entry, transposed: bool) -> Tensor:
+    with open_tensors(entry.file) as opened:
+        weight: Tensor = opened.get_tensor(entry.name)
+    return weight.T if transposed else weight

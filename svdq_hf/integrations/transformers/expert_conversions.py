@@ -1,0 +1,106 @@
+"""How experts come out of a file: one by one where it has them so, and the way round that the model wants.
+
+transformers makes one dense tensor of a layer's experts before it is quantized, and, where a family has files
+of both orientations, looks at the shape of the parameter that is loaded. Packed experts need no such tensor,
+and have not the shape of dense ones. Only while quantizing on load: packed ones come as they are.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.quantize.expert_stream import Pieces, fit_together
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+)
+
+
+def one_by_one(conversion: WeightConverter) -> WeightConverter:
+    """A conversion that makes dense experts -> one that does no more of it than quantizing needs."""
+    operations = list(conversion.operations)
+    if merges(conversion):
+        conversion.operations = [MergeExperts(operations)]
+    else:
+        conversion.operations = [TransposeExperts(op) if _checks(op) else op for op in operations]
+    return conversion
+
+
+def merges(conversion: WeightConverter) -> bool:
+    """Whether it stacks tensors of one expert each; of several patterns, one below the other."""
+    kinds = [type(op) for op in conversion.operations]
+    plain = kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
+    if not plain or len(conversion.target_patterns) > 1:
+        return False
+    return all(op.dim == dim for op, dim in zip(conversion.operations, (0, 1), strict=False))
+
+
+def turns(conversion: WeightConverter) -> bool:
+    """Whether it swaps the last two of three dimensions where the model's experts want that, and no more."""
+    operations = conversion.operations
+    plain = len(operations) == 1 and _checks(operations[0])
+    return plain and {operations[0].dim0, operations[0].dim1} == {1, 2}
+
+
+def _checks(op: ConversionOps) -> bool:
+    return type(op) is Transpose and op.check_dims
+
+
+def _experts(kwargs: dict[str, Any]) -> SVDQExperts | None:
+    """The packed experts that are loaded; None: they stay dense."""
+    path = kwargs["full_layer_name"].rpartition(".")[0]
+    module = kwargs["model"].get_submodule(path)
+    return module if isinstance(module, SVDQExperts) else None
+
+
+class MergeExperts(ConversionOps):  # type: ignore[misc]  # transformers ships no types
+    """Instead of these `operations`, which stack tensors of experts: `Pieces`, where they become packed."""
+
+    def __init__(self, operations: list[ConversionOps]) -> None:
+        self.operations = operations
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """{pattern: tensors of all experts} -> {target: pieces}, or what the operations make of it."""
+        sources = [input_dict[source] for source in source_patterns if source in input_dict]
+        if _experts(kwargs) is not None and len(target_patterns) == 1 and fit_together(sources):
+            input_dict.clear()  # that the pieces be the only ones
+            return {target_patterns[0]: Pieces(sources)}
+        for op in self.operations:  # they stay dense; or it is an error, which is transformers' to tell
+            input_dict = op.convert(
+                input_dict, source_patterns=source_patterns, target_patterns=target_patterns, **kwargs
+            )
+        return input_dict
+
+
+class TransposeExperts(Transpose):  # type: ignore[misc]
+    """`Transpose(check_dims=True)` that asks packed experts for their dense shape."""
+
+    def __init__(self, op: Transpose) -> None:
+        super().__init__(op.dim0, op.dim1, check_dims=True)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The tensor as the dense parameter has it."""
+        experts = _experts(kwargs)
+        if experts is None:
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)  # type: ignore[no-any-return]
+        value = next(iter(input_dict.values()))
+        tensor = value[0] if isinstance(value, list) else value
+        if tuple(tensor.shape) != experts.dense_shape(kwargs["full_layer_name"].rpartition(".")[2]):
+            tensor = tensor.transpose(self.dim0, self.dim1)  # each expert becomes contiguous by itself
+        return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}

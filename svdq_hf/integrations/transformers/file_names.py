@@ -1,0 +1,106 @@
+"""Which names do quantized layers have in files? transformers renames tensors on the way in and out.
+
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.names import Stored, owner, part_key
+from svdq_hf.format.parts import PARTS
+from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
+from svdq_hf.nn.inventory import packed_weights, svdq_layers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
+
+SALIENT = ".salient_rows"
+"""What every quantized linear layer has, and no other."""
+
+
+def keep_own_names(model: PreTrainedModel) -> None:
+    """Let quantized layers be saved under their own names.
+
+    Where a family's files hold one tensor for several layers (a joint q, k, v), saving would join the
+    packed parts as well, which only a dense weight survives. Renamings stay, but for those that would
+    part the tensors of one weight; where that is a linear layer's, all names are the model's own.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # as transformers does
+    weights = [packed.stored for packed in packed_weights(model)]
+    kept = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
+    # Such a renaming reads `proj` as `proj.weight`: `proj.weight` under the file's other names is lost.
+    flat = [stored for stored in weights if len(stored.shape) == 2]
+    model._weight_conversions = [] if any(_tears(c, flat) for c in conversions) else kept
+
+
+def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    """Those `conversions` of a file's tensors that do not make packed experts: these are as they are."""
+    weights = [packed.stored for packed in packed_weights(model)]
+    stacks = [stored for stored in weights if len(stored.shape) == 3]
+    return [c for c in conversions if not _makes(c, stacks)]
+
+
+def _makes(conversion: Any, weights: Iterable[Stored]) -> bool:
+    return isinstance(conversion, WeightConverter) and any(
+        re.search(target, stored.key("weight")) for target in conversion.target_patterns for stored in weights
+    )
+
+
+def _tears(conversion: Any, weights: Iterable[Stored]) -> bool:
+    """Whether a renaming, undone, gives the parts of a weight names that are not all of one weight."""
+    if isinstance(conversion, WeightConverter):
+        return False
+    undo = conversion.reverse_transform()
+    for stored in weights:
+        names = {part: undo.rename_source_key(stored.key(part))[0] for part in PARTS}
+        found = owner(names["salient_rows"])
+        if found is None or names != {part: part_key(found[0], part, stacked=found[1]) for part in PARTS}:
+            return True
+    return False
+
+
+def restore_names(model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+    """The opposite, for a model of which `weights` are dense again: files as the family has them."""
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(c, WeightConverter) or _tears(c, weights) for c in mapping):
+        model._weight_conversions = None
+
+
+def file_names(model: PreTrainedModel) -> dict[str, str]:
+    """The name in files of each quantized layer, by its name in the model."""
+    parts = {one.stored.key("salient_rows"): one for one in packed_weights(model)}
+    tensors = {key: one.parts["salient_rows"] for key, one in parts.items()}
+    names = {id(tensor): parts[key].stored.name for key, tensor in tensors.items()}
+    renamed = {tensor: owner(key) for key, tensor in revert_weight_conversion(model, tensors).items()}
+    return {names[id(tensor)]: found[0] for tensor, found in renamed.items() if found is not None}
+
+
+def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
+    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files.
+
+    Raises:
+        ValueError: it names a layer that quantized files do not hold.
+    """
+    if config.layer_k is None:
+        return config
+    names = {
+        entry.name.removesuffix(SALIENT): name.removesuffix(SALIENT)
+        for name, entry in checkpoint.entries.items()
+        if name.endswith(SALIENT)
+    }
+    strange = sorted(set(config.layer_k) - set(names)) if names else []
+    if strange:
+        raise ValueError(f"layer_k names {strange[0]!r}, which is no quantized layer of the files. {REMEDY}")
+    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+
+
+def name_k(model: PreTrainedModel, config: SVDQConfig) -> None:
+    """Let `layer_k` say what the layers of `model` hold, by their names in files."""
+    if config.layer_k is not None:
+        names = file_names(model)
+        config.layer_k = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}

@@ -1,0 +1,98 @@
+"""A model in memory, quantized in place, and the way back: what `from_pretrained` does, without a file."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.format.metadata import tags
+from svdq_hf.integrations.peft.register import has_adapters
+from svdq_hf.integrations.transformers.file_names import keep_own_names, name_k
+from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
+from svdq_hf.nn.inventory import svdq_experts
+from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
+from svdq_hf.quantize.embedding import chosen_table, quantize_table
+from svdq_hf.quantize.head import chosen_head, quantize_head
+from transformers import PreTrainedModel
+from transformers.quantizers.base import _assign_is_quantized
+
+
+def quantize_model(
+    model: nn.Module,
+    config: SVDQConfig | dict[str, Any] | None = None,
+    batches: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Quantize a model that is in memory, in place; returns it.
+
+    config: an SVDQConfig, or its choices as a dict; None: the defaults.
+
+    batches: for error feedback and the scores that need data ("awq", "spqr"): what the model takes, a few
+    of them, each a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
+
+    For a transformers model everything else is set as `from_pretrained` sets it, so that
+    `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
+
+    Raises:
+        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
+            a NaN or an infinity; data is needed and missing, or batches cannot be made of none
+            ("synthetic"); lm_head is asked for and there is no head that can be quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
+    config = (
+        SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
+    )
+    if not isinstance(config, SVDQConfig):
+        raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
+    if has_adapters(model):
+        raise ValueError(
+            "the model has adapters, which would be quantized as its layers are: merge_and_unload() them "
+            "first, or quantize the model without them and put them on that"
+        )
+    method = getattr(model, "quantization_method", None)
+    if method is not None:
+        raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
+    if is_spread(model):
+        raise ValueError(
+            "the model is spread over devices by its device_map: load it without one to quantize it in "
+            "memory, or with quantization_config, which quantizes it while loading"
+        )
+    head = chosen_head(model, config) if config.lm_head else None  # errors before anything is changed
+    table = chosen_table(model, config, head)
+    others = {one.name: one.module for one in (head, table) if one is not None}
+    config = convert_layers(model, config, batches, others)
+    if head is not None:
+        quantize_head(model, config)
+    if table is not None:
+        quantize_table(model, table, config)
+    if any(svdq_experts(model)):
+        config.say_experts()
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
+        config = model.hf_quantizer.quantization_config
+        model.is_quantized = True
+        model.quantization_method = QUANT_METHOD
+        model.config.quantization_config = config
+        model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
+        _assign_is_quantized(model)
+        keep_own_names(model)
+        name_k(model, model.hf_quantizer.quantization_config)
+    return model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every quantized layer by the dense one it stands for, in place; returns the model.
+
+    dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
+    """
+    for module in list(model.modules()):  # a PeftModel, for one, has the model inside
+        if isinstance(module, PreTrainedModel) and isinstance(
+            getattr(module, "hf_quantizer", None), SVDQHfQuantizer
+        ):
+            module.dequantize(dtype)
+    restore_layers(model, dtype or torch.float32)
+    return model

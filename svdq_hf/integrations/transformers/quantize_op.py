@@ -1,0 +1,82 @@
+"""While a model loads: each dense tensor becomes stored parts; and when it has loaded, is all of it there?
+
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.names import Stored
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.weight import quantize_stack, quantize_weight
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+
+
+class SVDQQuantize(ConversionOps):  # type: ignore[misc]
+    """A dense tensor, `layer.weight` or the experts' `gate_up_proj`, becomes the stored parts of it."""
+
+    def __init__(self, config: SVDQConfig, failures: list[ValueError]) -> None:
+        self.config, self.failures = config, failures
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
+
+        An error raised here would be reduced to a line in transformers' log, so it goes into `failures`, and
+        the quantizer raises it when loading ends.
+        """
+        converted: dict[str, Tensor] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
+            dense = value[0] if isinstance(value, list) else value
+            layer = owner_of(model, name)
+            converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
+        return converted
+
+    def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:
+        if isinstance(layer, SVDQLinear):
+            stored, transposed = Stored(key.removesuffix(".weight"), layer.shape), layer.transposed
+        else:
+            stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
+        try:
+            _check_shape(stored, dense, transposed=transposed)
+            if isinstance(layer, SVDQLinear):
+                weight = dense.T.contiguous() if transposed else dense
+                parts, layer.facts = quantize_weight(weight, self.config, stored.name)
+            else:
+                parts, layer.facts[_leaf(key)] = quantize_stack(
+                    dense, self.config, stored.name, transposed=transposed
+                )
+        except ValueError as error:
+            self.failures.append(error)
+            specs = stored.specs(layer.scheme)
+            parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
+        return {stored.key(part): tensor for part, tensor in parts.items()}
+
+
+def _check_shape(stored: Stored, dense: Tensor, *, transposed: bool) -> None:
+    expected = list(stored.dense_shape(transposed=transposed))
+    if list(dense.shape) != expected:
+        raise ValueError(
+            f"could not quantize {stored.name}: the checkpoint's weight is {list(dense.shape)}, "
+            f"the model's config says {expected}"
+        )
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def owner_of(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
+    """The quantized layer that the dense tensor `param_name` is a weight of, if there is one."""
+    path, _, leaf = param_name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, SVDQExperts):
+        return module if leaf in module.stacks else None
+    return module if isinstance(module, SVDQLinear) and leaf == "weight" else None

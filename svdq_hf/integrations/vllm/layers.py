@@ -1,0 +1,26 @@
+"""vLLM's fused layers (q, k and v; gate and up) as a list of quantized linear layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.format.slices import Stored
+from svdq_hf.nn.linear import SVDQLinear
+
+
+def layers_of(pieces: Sequence[Stored]) -> nn.ModuleList:
+    """A layer without bias for each stored matrix."""
+    layers = nn.ModuleList()
+    for piece in pieces:
+        layer = SVDQLinear(piece.in_features, piece.out_features, piece.scheme, bias=False, device="meta")
+        layer.load_parts(piece.parts)
+        layers.append(layer.requires_grad_(False).eval())
+    return layers
+
+
+def linear_of(layers: nn.ModuleList, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` with W the rows of all `layers`: x `[..., in]` -> `[..., out]`."""
+    outputs = [layer(x) for layer in layers]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y if bias is None else y + bias.to(y.dtype)

@@ -1,0 +1,69 @@
+"""The shortest way to the native library: no dispatcher, for what is plain inference on a CPU.
+
+A small layer's product takes as long as torch's dispatcher and its way back into Python. Where nothing but
+the product can come of a call (no gradient, no mode, no trace, no compiler), the library is called at once,
+and looks at every tensor itself, each time. All else is the op's.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+
+from svdq_hf.kernels import cpu
+from svdq_hf.kernels.native.library import AVX512, multiply_direct
+
+_PLAIN: Final = frozenset((Tensor, nn.Parameter, type(None)))
+_FLOAT32: Final = torch.float32
+
+
+def linear(
+    x: Tensor, inputs: tuple[Tensor | None, ...], in_features: int, group: int, fast: bool = False
+) -> Tensor | None:
+    """`x @ W.T + bias` as the op `svdq::linear` computes it, bit for bit; None: ask the op.
+
+    inputs: the parts in the order of `PARTS`, and the bias.
+
+    Raises:
+        ValueError: a salient position is out of range or out of order.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched() or not _is_plain(x):
+        return None
+    path = cpu.chosen_path(fast)
+    few = x.numel() <= cpu.FEW_TOKENS * in_features
+    if not few and (path < AVX512 or cpu.wants_bfloat16(x)):  # by blocks of dense rows
+        return None
+    if not _PLAIN.issuperset(map(type, inputs)):
+        return None
+    *stored, bias = inputs
+    tokens = x if x.dtype is _FLOAT32 else x.float()
+    if bias is not None and bias.dtype is not _FLOAT32:
+        inputs = (*stored, bias.float())
+    try:
+        y = tokens.new_empty((*x.shape[:-1], inputs[0].shape[0]))  # type: ignore[union-attr]
+        done = multiply_direct(inputs, tokens, y, in_features, group, path)
+    except (BufferError, IndexError, RuntimeError):  # one of them has no data, no rows, or is elsewhere
+        return None
+    if not done:
+        return None
+    return y if tokens is x else y.to(x.dtype)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is numbers in memory, one after another."""
+    return type(x) is Tensor and x.dtype in cpu.DTYPES and x.is_cpu and x.is_contiguous() and not x.is_neg()
+
+
+def _is_watched() -> bool:
+    """Whether someone wants to see, or to change, what operations are called."""
+    return bool(
+        torch.is_autocast_enabled("cpu")
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )

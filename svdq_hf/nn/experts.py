@@ -1,0 +1,193 @@
+"""SVDQExperts: the fused experts of a layer, each expert's matrix quantized as a linear layer's is.
+
+transformers keeps all experts of a layer in two parameters of three dimensions. Their class knows the rest
+(the gate, the activation, biases, a norm), so the module here takes over whatever the dense one has but these
+two, and asks its class for the gate. Families whose class goes through transformers' experts interface
+(`use_experts_implementation`, transformers 5.20 to 5.23) need not be known by name; two that do not are.
+Whatever implementation the model's config asks for ("grouped_mm", "eager"), packed experts run the one here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.names import Stored
+from svdq_hf.format.parts import PARTS, Scheme
+from svdq_hf.kernels.experts_op import expert_linear
+from svdq_hf.nn.expert_layouts import layout_of, stacks_of
+from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes
+
+
+class SVDQExperts(nn.Module):
+    """The experts of one layer: for each of its tokens, those that were chosen, and only those are decoded.
+
+    For each of the two matrices the parts of all experts are stacked: see `names`. As in `SVDQLinear`, the
+    salient values are a parameter, packed codes a frozen one, the rest buffers; made empty.
+
+    dense: the module that this one stands for; it is left as it is.
+    """
+
+    family: Any
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        scheme: Scheme | None = None,
+        *,
+        device: torch.device | str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        layout = layout_of(dense)
+        if layout is None:
+            raise ValueError(f"{type(dense).__name__} is no class of fused experts that can be quantized")
+        take_over(self, dense, layout.matrices)
+        self.family, self.layout = type(dense), layout
+        self.scheme, self.compute_dtype = scheme or Scheme(), compute_dtype
+        self.stacks = {
+            matrix: stored.shape for matrix, stored in zip(layout.matrices, stacks_of("", dense), strict=True)
+        }
+        self.facts: dict[str, dict[str, float]] = {matrix: {} for matrix in self.stacks}
+        """What was measured while quantizing, by matrix and name."""
+        for stored in self.stored():
+            specs = stored.specs(self.scheme)
+            for part in PARTS:
+                empty = None
+                if part in specs:
+                    empty = torch.empty(specs[part].shape, dtype=specs[part].dtype, device=device)
+                self._put(stored.key(part), part, empty, trained=getattr(dense, stored.name).requires_grad)
+
+    def _put(self, key: str, part: str, tensor: Tensor | None, *, trained: bool) -> None:
+        if tensor is not None and part in ("weight", "salient_values"):
+            trained = trained and part == "salient_values"
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=trained))
+        else:
+            self.register_buffer(key, tensor)
+
+    def stored(self) -> list[Stored]:
+        """The two stacks, by the matrix' own name."""
+        return [Stored(matrix, shape) for matrix, shape in self.stacks.items()]
+
+    def stack(self, matrix: str) -> dict[str, Tensor]:
+        """The stored tensors of one matrix by part, each with a first dimension of experts."""
+        stored = Stored(matrix, self.stacks[matrix])
+        return {part: getattr(self, stored.key(part)).detach() for part in stored.specs(self.scheme)}
+
+    def parts(self) -> dict[str, Tensor]:
+        """All stored tensors, by the names that this module has them under."""
+        return {
+            stored.key(part): tensor
+            for stored in self.stored()
+            for part, tensor in self.stack(stored.name).items()
+        }
+
+    def load_stack(self, matrix: str, parts: Mapping[str, Tensor]) -> None:
+        """Take over the stacked parts of one matrix."""
+        stored = Stored(matrix, self.stacks[matrix])
+        for part, tensor in parts.items():
+            current = getattr(self, stored.key(part))
+            if isinstance(current, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=current.requires_grad)
+            setattr(self, stored.key(part), tensor)
+
+    def dense_shape(self, matrix: str) -> tuple[int, ...]:
+        """The shape of one matrix of all experts in the dense class."""
+        return Stored(matrix, self.stacks[matrix]).dense_shape(transposed=self.layout.transposed)
+
+    def dequantize(self, matrix: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One matrix of all experts, as the dense class keeps it: `[experts, out, in]`, or transposed."""
+        parts, in_features = self.stack(matrix), self.stacks[matrix][-1]
+        dense = torch.empty(self.dense_shape(matrix), dtype=dtype, device=parts["weight"].device)
+        for expert, place in enumerate(dense):
+            one = {name: part[expert] for name, part in parts.items()}
+            weight = reconstruct(one, in_features, self.scheme)
+            place.copy_(weight.T if self.layout.transposed else weight)
+        return dense
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states `[tokens, hidden]`, index and weights `[tokens, k]`, as of the dense class."""
+        experts = next(iter(self.stacks.values()))[0]
+        if top_k_index is None or top_k_weights is None:  # tokens lie by expert, in equal numbers
+            each = torch.arange(1, experts + 1, device=hidden_states.device)
+            x = hidden_states.reshape(-1, hidden_states.shape[-1])
+            return self._experts(x, each * (x.shape[0] // experts), None)
+        chosen, order = top_k_index.reshape(-1).sort(stable=True)
+        last = torch.arange(experts, dtype=chosen.dtype, device=chosen.device)
+        ends = torch.searchsorted(chosen, last, right=True)
+        y = self._experts(hidden_states[order // top_k_index.shape[1]], ends, chosen.clamp(max=experts - 1))
+        # An index beyond the experts is nobody's token, as in the dense class.
+        weights = top_k_weights.reshape(-1)[order].masked_fill(chosen >= experts, 0)
+        y = (y * weights.unsqueeze(1))[order.argsort()]
+        return y.view(*top_k_index.shape, y.shape[1]).sum(1).to(hidden_states.dtype)
+
+    def _experts(self, x: Tensor, ends: Tensor, chosen: Tensor | None) -> Tensor:
+        """The experts' own work: x `[n, hidden]`, sorted by expert, up, through the gate, and down."""
+        first, second = self.layout.matrices
+        y = self._product(first, x, ends, chosen)
+        if not self.layout.routed:
+            gate, up = y.chunk(2, dim=-1)
+            y = up * self.act_fn(gate)
+        else:
+            y = self.family._apply_gate(self, y) if getattr(self, "has_gate", True) else self.act_fn(y)
+        y = self._product(second, y, ends, chosen)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _product(self, matrix: str, x: Tensor, ends: Tensor, chosen: Tensor | None) -> Tensor:
+        stored = Stored(matrix, self.stacks[matrix])
+        in_features = stored.shape[2]
+        x, result = as_computed(x, self.compute_dtype)
+        parts = [getattr(self, stored.key(part)) for part in PARTS]
+        group = self.scheme.grid.columns(in_features)
+        y = expert_linear(x, *parts, ends, in_features, group, not self.layout.routed).to(result)
+        bias = getattr(self, f"{matrix}_bias", None)
+        return y if bias is None or chosen is None else y + bias[chosen].to(result)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQExperts":
+        parts = (getattr(self, stored.key(part), None) for stored in self.stored() for part in FLOAT_PARTS)
+        super()._apply(keeping_dtypes(fn, parts), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        shapes = (f"{matrix}={list(shape)}" for matrix, shape in self.stacks.items())
+        values = [getattr(self, stored.key("salient_values")) for stored in self.stored()]
+        text = f"{self.family.__name__}, {', '.join(shapes)}, k={[value.shape[1] for value in values]}"
+        return f"{text}, group_size={self.scheme.grid.group_size}"
+
+
+_OWN = ("family", "layout", "scheme", "compute_dtype", "stacks", "facts")
+_NOT_TAKEN = {*vars(nn.Module()), *_OWN, "forward", "_hf_hook", "_old_forward"}
+"""Of a module: what every module has of its own, what is ours, and the hooks of accelerate."""
+
+
+def take_over(module: nn.Module, other: nn.Module, without: Iterable[str]) -> None:
+    """Give a module the attributes, tensors and submodules of another, but the tensors in `without`."""
+    for name, value in vars(other).items():
+        if name not in _NOT_TAKEN:
+            setattr(module, name, value)
+    for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        found = getattr(other, kind)
+        kept = [name for name in found if name not in without]
+        getattr(module, kind).update(kept if isinstance(found, set) else {name: found[name] for name in kept})
+    module.training = other.training
+
+
+def dense_experts(layer: SVDQExperts, dtype: torch.dtype) -> nn.Module:
+    """The module of the family's own class that packed experts stand for."""
+    dense: nn.Module = layer.family.__new__(layer.family)
+    nn.Module.__init__(dense)
+    for matrix, shape in layer.stacks.items():
+        values = getattr(layer, Stored(matrix, shape).key("salient_values"))
+        trains = values.requires_grad or values.numel() == 0
+        dense.register_parameter(matrix, nn.Parameter(layer.dequantize(matrix, dtype), trains))
+    take_over(dense, layer, without=[key for stored in layer.stored() for key in stored.all_keys()])
+    for name, parameter in list(dense.named_parameters(recurse=False)):
+        if name not in layer.stacks and parameter.is_floating_point():
+            setattr(dense, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+    return dense

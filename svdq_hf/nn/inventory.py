@@ -1,0 +1,40 @@
+"""All that is quantized in a model, linear layers and experts alike: names, shapes, tensors, facts."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from svdq_hf.format.names import Stored
+from svdq_hf.format.parts import PARTS
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.nn.linear import SVDQLinear
+
+
+class Packed(NamedTuple):
+    """A quantized weight of a model, or a stack of them: its name and shape, its parts and facts."""
+
+    stored: Stored
+    parts: dict[str, Tensor]
+    facts: dict[str, float]
+
+
+def packed_weights(model: nn.Module) -> Iterator[Packed]:
+    """All quantized weights of a model; the parts are the model's own tensors."""
+    for name, layer in svdq_layers(model):
+        parts = {part: tensor for part in PARTS if (tensor := getattr(layer, part)) is not None}
+        yield Packed(Stored(name, layer.shape), parts, layer.facts)
+    for name, experts in svdq_experts(model):
+        for own in experts.stored():
+            parts = {p: tensor for p in PARTS if (tensor := getattr(experts, own.key(p))) is not None}
+            yield Packed(Stored(f"{name}.{own.name}", own.shape), parts, experts.facts[own.name])
+
+
+def svdq_experts(model: nn.Module) -> Iterator[tuple[str, SVDQExperts]]:
+    """The quantized experts of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQExperts))
+
+
+def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
+    """The quantized layers of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQLinear))

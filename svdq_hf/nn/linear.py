@@ -1,0 +1,168 @@
+"""SVDQLinear: a linear layer of plain buffers, and nothing hidden.
+
+No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one override is `_apply`:
+whatever dtype the model is cast to, the scales and the salient weights stay what they are.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.format.parts import PARTS, Scheme, part_specs
+from svdq_hf.kernels import cpu_direct as direct
+from svdq_hf.kernels.linear_op import linear
+
+FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
+"""Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
+
+
+class SVDQLinear(nn.Module):
+    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits but for k entries.
+
+    The stored tensors are those of `part_specs`; made empty, and filled by `load_parts` or by
+    loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
+    parameter of packed bytes; the rest are buffers.
+
+    scheme: what is stored. dtype: of the bias. compute_dtype: None, or what the input is cast to
+    for the product (the output has the input's dtype). transposed: the layer stands for one that
+    kept its weight as `[in, out]` (GPT-2's Conv1D), and dequantizes to such a one. fast: whether a kernel
+    may round the activations of a few tokens to 16 bits (`SVDQConfig(compute="fast")`); not stored.
+    """
+
+    weight: nn.Parameter
+    weight_scale: Tensor
+    salient_values: nn.Parameter
+    salient_rows: Tensor
+    salient_columns: Tensor
+    row_scale: Tensor | None
+    column_scale: Tensor | None
+    levels: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme | None = None,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compute_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+        fast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme or Scheme()
+        self.compute_dtype = compute_dtype
+        self.transposed, self.fast = transposed, fast
+        self.group = self.scheme.grid.columns(in_features)
+        self.facts: dict[str, float] = {}
+        """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
+        specs = part_specs(out_features, in_features, self.scheme)
+        for name in PARTS:
+            if name not in specs:
+                self.register_buffer(name, None)
+                continue
+            spec = specs[name]
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            if name in ("weight", "salient_values"):
+                setattr(
+                    self,
+                    name,
+                    nn.Parameter(empty, requires_grad=name == "salient_values" and empty.numel() > 0),
+                )
+            else:
+                self.register_buffer(name, empty)
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: `(out, in)`."""
+        return self.out_features, self.in_features
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name, without the bias."""
+        names = part_specs(self.out_features, self.in_features, self.scheme)
+        return {name: getattr(self, name).detach() for name in names}
+
+    def load_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of `decompose`."""
+        for name, part in parts.items():
+            current = getattr(self, name)
+            if isinstance(current, nn.Parameter):
+                part = nn.Parameter(part, requires_grad=current.requires_grad)
+            setattr(self, name, part)
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, in]`, float32, that the layer stands for."""
+        return reconstruct(self.parts(), self.in_features, self.scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = self._inputs()
+        if self.compute_dtype is None:
+            y = direct.linear(x, inputs, self.in_features, self.group, self.fast)
+            if y is not None:
+                return y
+        x, result = as_computed(x, self.compute_dtype)
+        y = linear(x, *inputs, self.in_features, self.group, self.fast)
+        return y if y.dtype == result else y.to(result)
+
+    def _inputs(self) -> tuple[Tensor | None, ...]:
+        """The stored tensors and the bias, in the op's order; as attributes they take longer than the op."""
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" not in parameters or "bias" not in parameters:  # a replica of DataParallel; parametrized
+            return tuple(getattr(self, name) for name in (*PARTS, "bias"))
+        return (
+            parameters["weight"],
+            buffers["weight_scale"],
+            parameters["salient_values"],
+            buffers["salient_rows"],
+            buffers["salient_columns"],
+            buffers["row_scale"],
+            buffers["column_scale"],
+            buffers["levels"],
+            parameters["bias"],
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
+        parts = (getattr(self, name) for name in FLOAT_PARTS)
+        super()._apply(keeping_dtypes(fn, parts), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        grid = self.scheme.grid
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, k={self.salient_values.numel()}, group_size={grid.group_size}"
+        )
+        text += f", bits={grid.bits}" if grid.bits != 4 else ""
+        return text + (", transposed=True" if self.transposed else "")
+
+
+def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
+    """The input in the dtype of the product, and the dtype of the output."""
+    if torch.is_autocast_enabled(x.device.type):  # as of a dense layer, the output is autocast's
+        result = torch.get_autocast_dtype(x.device.type)
+        return x.to(result), result
+    return (x if compute_dtype is None else x.to(compute_dtype)), x.dtype
+
+
+def keeping_dtypes(
+    fn: Callable[[Tensor], Tensor], parts: Iterable[Tensor | None]
+) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to a tensor, but that `parts` and their gradients keep their dtypes."""
+    stored = [part for part in parts if part is not None]
+    stored += [tensor.grad for tensor in stored if tensor.grad is not None]
+    kept = {id(tensor): tensor for tensor in stored}  # which keeps the gradients' ids theirs
+
+    def keep_dtype(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        # Cast from the original: the way back from a narrower dtype would have lost bits.
+        return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+    return keep_dtype

@@ -1,0 +1,128 @@
+"""The input embedding in 4 bits, quantized on request: each row is looked up in its packed parts.
+
+Only where it is a matrix of its own: one that is tied to the output head is the head's to quantize
+(`head`). Position and type embeddings are small, and stay.
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.nn.embedding import SVDQTable, can_be_read
+from svdq_hf.quantize.code_inspection import layers_read
+from svdq_hf.quantize.head import Head, put_head
+from svdq_hf.quantize.selection import kept_dense
+from svdq_hf.quantize.weight import check_weight, quantize_weight
+
+
+@dataclass(frozen=True)
+class Table(Head):
+    """An input embedding, by name, and the embeddings `{name: module}` that are the same matrix."""
+
+    module: nn.Embedding
+
+
+def find_table(model: nn.Module, stored: Container[str] = ()) -> Table:
+    """The input embedding of a transformers model, and the embeddings that are the same matrix.
+
+    stored: names of tensors in a checkpoint: what has a tensor of its own there is not tied.
+
+    Raises:
+        ValueError: there is none, it does more than look rows up, or it is tied to the output head.
+    """
+    table = input_embedding(model)
+    if table is None or not can_be_read(table):
+        found = "missing" if table is None else f"a {type(table).__name__}, which cannot be packed"
+        raise ValueError(
+            f"embeddings=True: the input embedding of {type(model).__name__} is {found}; leave embeddings out"
+        )
+    names = [name for name, module in model.named_modules() if module is table]
+    tied = {}
+    for name, module in model.named_modules():
+        shares = getattr(module, "weight", None) is table.weight or _is_tied(model, name, names[0])
+        if module is table or not shares or f"{name}.weight" in stored:
+            continue
+        if not can_be_read(module):
+            raise ValueError(
+                f"embeddings=True: {names[0]} and {name} are one matrix: lm_head=True quantizes both. (A "
+                "checkpoint whose embedding alone is packed loads without the head: AutoModel)"
+            )
+        tied[name] = module
+    return Table(names[0], table, tied)
+
+
+def chosen_table(model: nn.Module, config: SVDQConfig, head: Head | None) -> Table | None:
+    """`find_table` of a dense model, checked; None where it is not asked for, or is a quantized head's.
+
+    Raises:
+        ValueError: see `find_table`; or modules_to_not_convert matches it, the model's own code reads its
+            weight, or that has a NaN.
+    """
+    if not config.embeddings or is_of(model, head):
+        return None
+    table = find_table(model)
+    for name in (table.name, *table.embeddings):
+        if not should_convert_module(name, kept_dense(config)):
+            raise ValueError(f"embeddings=True, and modules_to_not_convert keeps {name} dense: which is it?")
+    if table.name in layers_read(model, lambda module: module is table.module):
+        raise ValueError(
+            f"embeddings=True: the code of {type(model).__name__} reads the weight of {table.name} itself, "
+            "and a packed one is no matrix; leave embeddings out"
+        )
+    if not table.module.weight.is_meta:
+        check_weight(table.name, table.module.weight)
+    return table
+
+
+def input_table(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
+    """The input embedding by name, where `config` asks for it and there is one that can be packed."""
+    table = input_embedding(model) if config.embeddings else None
+    if table is None or not can_be_read(table):
+        return {}
+    return {name: module for name, module in model.named_modules() if module is table}
+
+
+def is_of(model: nn.Module, head: Head | None) -> bool:
+    """Whether the input embedding reads the rows of a quantized output head."""
+    if head is None:
+        return False
+    table = input_embedding(model)
+    names = [name for name, module in model.named_modules() if module is table]
+    return any(name in head.embeddings or _is_tied(model, name, head.name) for name in names)
+
+
+def _is_tied(model: nn.Module, one: str, other: str) -> bool:
+    """Whether transformers ties the weights of two modules; before loading, that is but names."""
+    sources = getattr(model, "all_tied_weights_keys", None) or {}
+    first, second = (sources.get(f"{name}.weight", f"{name}.weight") for name in (one, other))
+    return bool(first == second)
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The input embedding, where the model has one."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of models with several, such as CLIP
+        return None
+
+
+def put_empty_table(model: nn.Module, table: Table, config: SVDQConfig) -> SVDQTable:
+    """Put an empty table, on the meta device, in the place of an input embedding."""
+    empty = SVDQTable(table.module, config.of_layer(table.name).scheme, "meta")
+    put_head(model, table, empty.train(table.module.training))
+    return empty
+
+
+def quantize_table(model: nn.Module, table: Table, config: SVDQConfig) -> None:
+    """Quantize the input embedding of a model that is in memory, in place.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    parts, facts = quantize_weight(table.module.weight.detach(), config, table.name)
+    layer = put_empty_table(model, table, config)
+    layer.load_parts(parts)
+    layer.facts = facts

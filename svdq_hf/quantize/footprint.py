@@ -1,0 +1,208 @@
+"""What a quantized model weighs: bytes, bits per weight, share kept; of a model or of a folder.
+
+Read from a folder, this opens only the headers of its safetensors files. The facts measured while
+quantizing travel in that header (`METADATA_KEY`), so they survive every save and every copy.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdq_hf.core.packing import BLOCK
+from svdq_hf.format.files import open_tensors, weight_files
+from svdq_hf.format.metadata import numbers, stored_facts
+from svdq_hf.format.names import owner, part_key
+from svdq_hf.format.parts import OPTIONAL, PARTS
+from svdq_hf.nn.inventory import packed_weights
+
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class LayerFootprint:
+    """One quantized layer: `[out, in]`, salient weights, stored bytes without the bias, facts.
+
+    experts: None, or how many such matrices there are, of k salient weights each; the bytes are all theirs.
+    """
+
+    name: str
+    out: int
+    in_features: int
+    k: int
+    stored_bytes: int
+    facts: Mapping[str, float] = field(default_factory=dict)
+    experts: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)`, or `(experts, out, in)`."""
+        matrix = (self.out, self.in_features)
+        return matrix if self.experts is None else (self.experts, *matrix)
+
+    @property
+    def weights(self) -> int:
+        """Its weights, of all experts."""
+        return math.prod(self.shape)
+
+    @property
+    def salient(self) -> int:
+        """Weights that stay in FP32, of all experts."""
+        return self.k * (1 if self.experts is None else self.experts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights, everything counted but the bias."""
+        return 8 * self.stored_bytes / self.weights
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A whole model: its quantized layers, and the bytes of everything that stays dense."""
+
+    layers: list[LayerFootprint]
+    dense_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Weights in quantized layers."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Stored bytes of the quantized layers, without biases."""
+        return sum(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of the model."""
+        return self.quantized_bytes + self.dense_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the weights in quantized layers; 0 where there are none."""
+        return 8 * self.quantized_bytes / self.weights if self.weights else 0.0
+
+    @property
+    def salient_share(self) -> float:
+        """Share of those weights that stay in FP32."""
+        return sum(layer.salient for layer in self.layers) / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "salient_share": self.salient_share,
+            "weights": self.weights,
+            "quantized_bytes": self.quantized_bytes,
+            "dense_bytes": self.dense_bytes,
+            "total_bytes": self.total_bytes,
+        }
+        layers = {
+            layer.name: {
+                "shape": list(layer.shape),
+                "k": layer.k,
+                "bits_per_weight": layer.bits_per_weight,
+                **layer.facts,
+            }
+            for layer in self.layers
+        }
+        return {"totals": totals, "layers": layers}
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
+
+    Raises:
+        ValueError: `model` is no module, but a folder, say.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: of a folder it is read_footprint(folder)")
+    layers = []
+    counted: set[int] = set()
+    for (name, shape), parts, facts in sorted(
+        packed_weights(model), key=lambda one: _natural(one.stored.name)
+    ):
+        counted.update(map(id, parts.values()))
+        size = sum(tensor.nbytes for tensor in parts.values())
+        *experts, out, in_features = shape
+        k = parts["salient_values"].shape[-1]
+        count = experts[0] if experts else None
+        layers.append(LayerFootprint(name, out, in_features, k, size, facts, count))
+    rest = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    return Footprint(layers, sum(size for key, size in rest.items() if key not in counted))
+
+
+def read_footprint(folder: str | Path) -> Footprint:
+    """The footprint of a saved model, from the headers of its files alone.
+
+    Raises:
+        ValueError: it is no folder, has no safetensors file, one cannot be read, or none holds a quantized
+            layer.
+    """
+    files = weight_files(folder)
+    try:
+        tensors = {name: entry for file in files for name, entry in _header(file).items()}
+        facts = stored_facts(files)
+    except OSError as error:
+        raise ValueError(f"{folder}: a safetensors file cannot be read: {error}") from error
+    names = dict(found for name in tensors if (found := owner(name)) is not None)
+    if not names:
+        raise ValueError(f"{folder}: no layer in these files is quantized by svdq")
+    layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
+    quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
+    dense = sum(size for name, (_, size) in tensors.items() if name not in quantized)
+    return Footprint(layers, dense)
+
+
+def _stored_layer(
+    name: str,
+    stacked: bool,
+    tensors: Mapping[str, tuple[list[int], int]],
+    facts: Mapping[str, dict[str, Any]],
+) -> LayerFootprint:
+    keys = {part: part_key(name, part, stacked=stacked) for part in PARTS}
+    there = {part: tensors[key][1] for part, key in keys.items() if key in tensors}
+    missing = [part for part in PARTS if part not in there and part not in OPTIONAL]
+    if missing:
+        raise ValueError(f"{name}: {', '.join(missing)} is missing")
+    size = sum(there.values())
+    shapes = {part: tensors[keys[part]][0] for part in ("weight", "salient_values")}
+    if stacked and any(len(shape) < 2 for shape in shapes.values()):
+        raise ValueError(f"{name}: {shapes} are no stacks of experts")
+    experts = shapes["weight"][0] if stacked else None
+    packed, k = (shape[1:] if stacked else shape for shape in shapes.values())
+    fact = facts.get(name, {})
+    # Without the fact, the width is known only up to the padding of a row to whole blocks of 64.
+    if len(packed) not in (2, 3) or len(k) != 1 or 0 in shapes["weight"]:
+        raise ValueError(f"{name}: weight is {packed} and salient_values {k}, not packed rows and [k]")
+    in_features = 2 * packed[1] if len(packed) == 2 else BLOCK * packed[1]
+    shape = fact.get("shape")
+    width = shape[-1] if isinstance(shape, list) and len(shape) == (3 if stacked else 2) else None
+    if type(width) is int and 0 < width <= in_features:
+        in_features = width
+    return LayerFootprint(name, packed[0], in_features, k[0], size, numbers(fact), experts)
+
+
+def _header(file: Path) -> dict[str, tuple[list[int], int]]:
+    """Shape and bytes of each tensor of a file."""
+    with open_tensors(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+        return {
+            name: (part.get_shape(), math.prod(part.get_shape()) * _ITEM_BYTES.get(part.get_dtype(), 1))
+            for name, part in slices.items()
+        }
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
+
+
+def dense_bytes(layers: Iterable[LayerFootprint], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that these layers' weights would take in `dtype`."""
+    return sum(layer.weights for layer in layers) * dtype.itemsize

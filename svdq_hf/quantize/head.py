@@ -1,0 +1,159 @@
+"""The output head, quantized on request: in a small model it is most of the bytes that a token costs.
+
+Where the head and the embedding are one matrix, it is stored once, packed, and the embedding reads its rows
+from there. Not here: which other layers are quantized (`convert`), loading (`quantizer`).
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.nn.embedding import SVDQEmbedding, can_be_read
+from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.code_inspection import layers_read
+from svdq_hf.quantize.convert import dense_layer, quantized_layer
+from svdq_hf.quantize.selection import kept_dense
+from svdq_hf.quantize.weight import check_weight
+
+
+@dataclass(frozen=True)
+class Head:
+    """A matrix to pack, by name, and the embeddings `{name: module}` that are the same one."""
+
+    name: str
+    module: nn.Linear | nn.Embedding
+    embeddings: dict[str, nn.Embedding]
+
+
+def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
+    """The output head of a transformers model, and what is tied to it.
+
+    stored: names of tensors in a checkpoint that `model` is being loaded from: an embedding of the head's
+    shape that is not there is the head's. None: an embedding that shares the head's tensor is.
+
+    Raises:
+        ValueError: there is no head that is a plain linear layer, or something tied to it is no embedding
+            that can read packed rows.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is None and stored is not None:
+        classes = getattr(getattr(model, "config", None), "architectures", None)
+        raise ValueError(
+            f"{type(model).__name__} has no output head, and this checkpoint keeps its embedding in the "
+            f"packed one: load the model with its head ({' or '.join(classes or ['AutoModelForCausalLM'])})"
+        )
+    if type(output) is not nn.Linear:
+        found = "" if output is None else f": its output layer is a {type(output).__name__}"
+        raise ValueError(
+            f"lm_head=True: {type(model).__name__} has no output head over a vocabulary to quantize{found}; "
+            "leave lm_head out, or load the model with one (AutoModelForCausalLM, AutoModelForMaskedLM)"
+        )
+    tied: dict[str, nn.Embedding] = {}
+    for name, module in model.named_modules():
+        if module is output or not _is_tied(name, module, output, stored):
+            continue
+        if not can_be_read(module):
+            raise ValueError(
+                f"lm_head=True: {name} shares the head's weight and is a {type(module).__name__}, which "
+                "cannot read packed rows; leave lm_head out"
+            )
+        tied[name] = module
+    return Head(next(name for name, module in model.named_modules() if module is output), output, tied)
+
+
+def _is_tied(name: str, module: nn.Module, output: nn.Linear, stored: Container[str] | None) -> bool:
+    if stored is None:
+        return getattr(module, "weight", None) is output.weight
+    same = isinstance(module, nn.Embedding) and module.weight.shape == output.weight.shape
+    return same and f"{name}.weight" not in stored
+
+
+def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
+    """`find_head` of a dense model, checked: nothing about it need stop the quantizing later.
+
+    Raises:
+        ValueError: see `find_head`; or modules_to_not_convert matches the head, the model's own code reads
+            its weight, or that has a NaN.
+    """
+    head = find_head(model)
+    if head.name in layers_read(model):
+        raise ValueError(
+            f"lm_head=True: the code of {type(model).__name__} reads the weight of {head.name} itself, and a "
+            "packed one is no matrix; leave lm_head out"
+        )
+    for name in (head.name, *head.embeddings):  # one matrix, by all its names
+        if not should_convert_module(name, kept_dense(config)):
+            raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {name} dense: which is it?")
+    if not head.module.weight.is_meta:
+        check_weight(head.name, head.module.weight)
+    return head
+
+
+def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
+    """Put a quantized layer, filled or empty, in the place of the head, and its rows in the embeddings'."""
+    for name, module in head.embeddings.items():
+        model.set_submodule(name, SVDQEmbedding(layer, module).train(module.training))
+    model.set_submodule(head.name, layer)
+    if head.embeddings:
+        _untie(model, {head.name, *head.embeddings})
+
+
+def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
+    """Quantize the output head of a model that is in memory, in place.
+
+    Raises:
+        ValueError: see `find_head` and `quantize_weight`.
+    """
+    head = find_head(model)
+    layer = quantized_layer(head.name, head.module, config)
+    if layer.bias is not None and head.embeddings:  # it may be tied too: a tensor of its own from now on
+        layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    put_head(model, head, layer)
+
+
+def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a quantized head that embeddings read from dense, and tie them again; others stay as they are."""
+    readers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQEmbedding)}
+    for name, layer in list(svdq_layers(model)):
+        mine = {place: reader for place, reader in readers.items() if reader.head is layer}
+        if mine:
+            dense = dense_layer(layer, dtype)
+            model.set_submodule(name, dense)
+            for place, reader in mine.items():
+                model.set_submodule(place, reader.restored(dense.weight))  # type: ignore[arg-type]
+    if readers:
+        for module in model.modules():
+            module.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+        model.tie_weights()  # type: ignore[operator]
+
+
+def dense_names(model: Any, name: str) -> list[str]:
+    """Names of the tensors of a dense checkpoint that the weight of the layer `name` may be loaded from."""
+    tied = [{target, source} for target, source in (model.all_tied_weights_keys or {}).items()]
+    weight = f"{name}.weight"
+    return sorted({weight}.union(*(pair for pair in tied if weight in pair)))
+
+
+def _untie(model: Any, modules: Container[str]) -> None:
+    """Let transformers tie nothing to these modules; the config still says what the dense model is.
+
+    (Some families scale what goes into a tied head, and ask the config whether it is.)
+    """
+    ties = model.all_tied_weights_keys.items()
+    kept = {one: other for one, other in ties if _owner(one) not in modules and _owner(other) not in modules}
+    for module in model.modules():
+        if getattr(module, "_tied_weights_keys", None):
+            module._tied_weights_keys = None
+    model._tied_weights_keys = kept or None
+    model.all_tied_weights_keys = kept
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,176 @@
+"""Which layers of a model are quantized: found, chosen, and the names that keep others dense.
+
+Not here: what a model's own code does with its layers (`model_code`), and replacing them (`convert`).
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.format.names import Stored
+from svdq_hf.nn.expert_layouts import layout_of, stacks_of
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.code_inspection import is_linear, layers_read
+from svdq_hf.quantize.experts import check_choices, warn_of_unknown
+
+logger = logging.getLogger(__name__)
+
+FEWEST_ROWS = 8
+"""Layers with fewer rows are gates or tiny heads: nothing to win, much to lose."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers of a kind that can be quantized, fused experts among them, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) or layout_of(module) is not None
+    }
+
+
+def weights_of(name: str, module: nn.Module) -> list[Stored]:
+    """The weights of a dense layer that are quantized, under the names they are stored by."""
+    return stacks_of(name, module) or [Stored(name, shape_of(module))]
+
+
+def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
+    """The linear layers of `model` that `config` quantizes, by name.
+
+    Raises:
+        ValueError: there are none, or the model is quantized already.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, SVDQLinear | SVDQExperts) for module in modules.values()):
+        raise ValueError(
+            "the model is quantized already, by svdq; take the dense model, or make it dense again with "
+            "dequantize_model(model), on the command line with `svdq export`"
+        )
+    if modules.keys() == {""}:
+        raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
+    asked = kept_dense(config)
+    skips = default_skips(model)
+    linear = linear_layers(model)
+    chosen = {
+        name: module
+        for name, module in linear.items()
+        if all(should_convert_module(one, asked) for one in all_names({name: module}))
+        and not any(_within(one, skips) for one in all_names({name: module}))
+        # Experts are one thing: both matrices of theirs are quantized, or none.
+        and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
+    }
+    for pattern in unmatched(all_names(linear), config):
+        logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
+    if not chosen:
+        rest = [module for name, module in modules.items() if name not in linear]
+        others = sorted({type(module).__name__ for module in rest if isinstance(module, nn.Linear)})
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to quantize "
+            f"({len(linear)} in all, kept dense by {sorted({*skips, *asked})}"
+            f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
+        )
+    warn_of_unknown(modules)
+    check_choices(chosen, config)
+    return chosen
+
+
+def all_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of dense layers, and of the matrices of those that are fused experts."""
+    return [*layers, *(stored.name for name, module in layers.items() for stored in stacks_of(name, module))]
+
+
+def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
+    """The user's patterns of modules to keep dense that match none of the `names` of linear layers.
+
+    >>> unmatched(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
+    ['pooler']
+    """
+    names = list(names)
+    return [
+        pattern
+        for pattern in kept_dense(config)
+        if all(should_convert_module(name, [pattern]) for name in names)
+    ]
+
+
+def kept_dense(config: SVDQConfig) -> list[str]:
+    """The user's names of modules, each a regular expression that compiles."""
+    patterns = list(config.modules_to_not_convert or [])
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} is no regular expression: {error}"
+            ) from error
+    return patterns
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of `modules`, or inside one; `proj` is not `q_proj`."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def default_skips(model: nn.Module) -> list[str]:
+    """Names of modules that stay dense when a model is quantized (a file says itself what it holds).
+
+    Everything outside the base model (heads), the output embeddings, tied weights, what the model
+    itself keeps in FP32, and layers of which other code reads the weight: torch's own transformer
+    layers, and what `layers_read` finds.
+    """
+    skips = _shared_weights(model) + layers_read(model)
+    fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    skips += [name for name, module in model.named_modules() if isinstance(module, fused)]
+    skips += heads(model)
+    embeddings = getattr(model, "get_output_embeddings", None)
+    output = embeddings() if callable(embeddings) else None
+    skips += [name for name, module in model.named_modules() if output is not None and module is output]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = {*tied.keys(), *tied.values()}
+    skips += [name.removesuffix(".weight") for name in ties if name.endswith(".weight")]
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        for key in getattr(model, attribute, None) or []:  # of a module, or of its weight
+            within = re.compile(rf"(^|\.){key}($|\.)")
+            skips += [name for name in linear_layers(model) if within.search(f"{name}.weight")]
+    return sorted(set(skips))
+
+
+_HEADS = ("classifier", "score", "qa_outputs", "ctc_head")
+"""What transformers calls a task's head in models that are their own base model (CLIP's, Siglip's, T5's)."""
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The modules outside the base model; where a transformers model is its own, those named as heads are."""
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        return [name for name, child in model.named_children() if child is not base]
+    ours = isinstance(model, PreTrainedModel)
+    return [name for name, _ in model.named_children() if ours and name in _HEADS]
+
+
+def _shared_weights(model: nn.Module) -> list[str]:
+    """Modules whose weight is also another's."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".weight"):
+            users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    return [name for names in users.values() if len(names) > 1 for name in names]
+
+
+def dense_weight(module: nn.Module, *, detach: bool = True) -> Tensor:
+    """The weight of a dense layer, as it stores it."""
+    if not isinstance(module.weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight")
+    return module.weight.detach() if detach else module.weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a dense layer."""
+    shape = dense_weight(module).shape
+    return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
