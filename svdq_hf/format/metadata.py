@@ -5,28 +5,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from svdq_hf.format.files import open_tensors
-from svdq_hf.nn.inventory import packed_weights
 
 METADATA_KEY = "svdq_layers"
 
 
-def file_metadata(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """What `save_pretrained` writes into the header of each safetensors file.
+def layers_metadata(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Metadata of a safetensors header that says what each quantized layer measured.
 
-    names: what each layer is called in files, by its name in the model.
+    Args:
+        facts: by the layer's name in files, its "shape" and numbers such as "relative_error".
     """
-    layers = {
-        names[stored.name]: {"shape": list(stored.shape), **facts}
-        for stored, _, facts in packed_weights(model)
-    }
-    return {METADATA_KEY: json.dumps(layers)}
+    return {METADATA_KEY: json.dumps(facts)}
 
 
 def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """Shape and facts by layer name, as `file_metadata` left them; empty where it did not."""
+    """Shape and facts by layer name, as `layers_metadata` left them; empty where it did not."""
     for file in files:
         with open_tensors(file) as opened:
             text = (opened.metadata() or {}).get(METADATA_KEY)

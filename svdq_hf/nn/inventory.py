@@ -1,7 +1,7 @@
 """All that is quantized in a model, linear layers and experts alike: names, shapes, tensors, facts."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,6 +28,19 @@ def packed_weights(model: nn.Module) -> Iterator[Packed]:
         for own in experts.stored():
             parts = {p: tensor for p in PARTS if (tensor := getattr(experts, own.key(p))) is not None}
             yield Packed(Stored(f"{name}.{own.name}", own.shape), parts, experts.facts[own.name])
+
+
+def layer_facts(model: nn.Module, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Shape and measured facts of each quantized weight, by its name in files.
+
+    Args:
+        model: any module.
+        names: what each weight is called in files, by its name in the model.
+    """
+    return {
+        names[stored.name]: {"shape": list(stored.shape), **facts}
+        for stored, _, facts in packed_weights(model)
+    }
 
 
 def svdq_experts(model: nn.Module) -> Iterator[tuple[str, SVDQExperts]]:

@@ -16,6 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import DTYPES, open_tensors
@@ -25,10 +29,6 @@ from svdq_hf.quantize.budget import Layer
 from svdq_hf.quantize.head import dense_names
 from svdq_hf.quantize.selection import shape_of, weights_of
 from svdq_hf.quantize.weight import check_source_dtype
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 

@@ -8,9 +8,6 @@ and have not the shape of dense ones. Only while quantizing on load: packed ones
 from typing import Any
 
 from torch import Tensor
-
-from svdq_hf.nn.experts import SVDQExperts
-from svdq_hf.quantize.expert_stream import Pieces, fit_together
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -18,6 +15,9 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
 )
+
+from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.quantize.expert_stream import Pieces, fit_together
 
 
 def one_by_one(conversion: WeightConverter) -> WeightConverter:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
+
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.names import Stored, owner, part_key
 from svdq_hf.format.parts import PARTS
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
 from svdq_hf.nn.inventory import packed_weights, svdq_layers
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 
 SALIENT = ".salient_rows"
 """What every quantized linear layer has, and no other."""

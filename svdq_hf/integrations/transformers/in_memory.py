@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
@@ -17,8 +19,6 @@ from svdq_hf.nn.inventory import svdq_experts
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_table, quantize_table
 from svdq_hf.quantize.head import chosen_head, quantize_head
-from transformers import PreTrainedModel
-from transformers.quantizers.base import _assign_is_quantized
 
 
 def quantize_model(

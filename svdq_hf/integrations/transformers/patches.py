@@ -10,9 +10,9 @@ from itertools import chain
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from svdq_hf.format.names import is_salient_values
-from transformers import PreTrainedModel
 
 
 def install() -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.names import Stored
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
-from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 
 
 class SVDQQuantize(ConversionOps):  # type: ignore[misc]

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
-from svdq_hf.format.metadata import file_metadata, numbers, tags
+from svdq_hf.format.metadata import layers_metadata, numbers, tags
 from svdq_hf.integrations.transformers import patches as main_dtype
 from svdq_hf.integrations.transformers.checkpoint_headers import (
     REMEDY,
@@ -39,7 +47,7 @@ from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, owner_of
 from svdq_hf.integrations.transformers.stored_ends import choices_of, stored_head, stored_table
 from svdq_hf.nn.embedding import SVDQEmbedding, SVDQTable
 from svdq_hf.nn.expert_layouts import layout_of
-from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
+from svdq_hf.nn.inventory import layer_facts, packed_weights, svdq_experts, svdq_layers
 from svdq_hf.quantize.budget import spend
 from svdq_hf.quantize.convert import (
     check_here,
@@ -60,14 +68,6 @@ from svdq_hf.quantize.head import (
     restore_head,
 )
 from svdq_hf.quantize.selection import layers_to_convert, linear_layers, weights_of
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 
 
 class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
@@ -285,7 +285,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 "PeftModel and save what it returns, or save the PeftModel itself, which saves the adapter"
             )
         name_k(model, self.quantization_config)  # config.json is written after this
-        return None, file_metadata(model, file_names(model))
+        return None, layers_metadata(layer_facts(model, file_names(model)))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained, config.dtype is a string ("float32").

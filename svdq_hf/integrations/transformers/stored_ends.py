@@ -5,11 +5,12 @@ What the config says and what the files hold must agree. Not here: the modules (
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from svdq_hf.config import SVDQConfig
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
 from svdq_hf.quantize.embedding import Table, find_table, input_embedding, input_table, is_of
 from svdq_hf.quantize.head import Head, find_head
-from transformers import PreTrainedModel
 
 
 def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig) -> Head | None:

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
@@ -18,10 +22,6 @@ from svdq_hf.format.checks import check_parts
 from svdq_hf.format.parts import Scheme, part_specs
 from svdq_hf.format.slices import Stored, join, slice_columns, slice_rows
 from svdq_hf.integrations.vllm.layers import layers_of, linear_of
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 Shard = int | str | tuple[int, ...] | None
 """Which of a fused layer's matrices a tensor is of; a tuple: several in a row; None: all, or the only one."""

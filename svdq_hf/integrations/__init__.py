@@ -1,0 +1,1 @@
+"""Other people's libraries, one folder each: what svdq_hf plugs into them."""
