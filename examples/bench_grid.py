@@ -17,12 +17,12 @@ from typing import Any
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS, Key, Plan
-from svdq_hf.evaluation.sweep.run import GridRun
+from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS, Key, SweepPlan
+from svdq_hf.evaluation.sweep.run import Sweep
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator, classifier
 
 
-class TimedRun(GridRun):
+class TimedRun(Sweep):
     """A run that knows its seconds: `seconds["forward"]`, `seconds["quantize"]`, `seconds["all"]`."""
 
     def run(self) -> int:
@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bars()
     grids = [GRID_NAMES[grid] for grid in ("group", "tensor")]
-    plan = Plan(ks=KS, methods=METHODS, grids=grids, seeds=3, ranks=[8])
+    plan = SweepPlan(ks=KS, methods=METHODS, grids=grids, seeds=3, ranks=[8])
     total: Counter[str] = Counter()
     cells = 0
     for folder in options.model:
@@ -75,7 +75,7 @@ def main() -> None:
           f"quantizing {total['quantize']:.0f} s, rest {rest:.1%}")  # fmt: skip
 
 
-def _run(options: argparse.Namespace, folder: Path, plan: Plan) -> TimedRun:
+def _run(options: argparse.Namespace, folder: Path, plan: SweepPlan) -> TimedRun:
     from transformers import AutoTokenizer
 
     model = classifier(folder, options.task)

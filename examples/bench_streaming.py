@@ -34,7 +34,7 @@ from svdq_hf.format.checks import check_parts
 from svdq_hf.format.encode import decompose, relative_error
 from svdq_hf.format.files import INDEX
 from svdq_hf.format.parts import PartSpec
-from svdq_hf.quantize.weight import as_scored
+from svdq_hf.quantize.weight import weight_for_score
 
 FILE_BYTES = 2_000_000_000
 PIECE = 1 << 24
@@ -113,7 +113,7 @@ def steps(weight: Tensor, config: SVDQConfig) -> dict[str, float]:
 
     dense = timed("to float32", weight.float)
     per_column = timed("column scale", lambda: column_scale(dense))
-    seen = timed("the score's view", lambda: as_scored(dense, config, per_column))
+    seen = timed("the score's view", lambda: weight_for_score(dense, config, per_column))
     inputs = {"rank": config.rank, "seed": config.seed}
     scored = timed("svd saliency", lambda: score("svd", seen, inputs))
     rows, columns = timed("which are the highest", lambda: top_positions(scored.scores, config.k))

@@ -26,8 +26,8 @@ from transformers import (
 
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation.report.report import write_report
-from svdq_hf.evaluation.sweep.plan import DEFAULT, OURS, Plan
-from svdq_hf.evaluation.sweep.run import GridRun
+from svdq_hf.evaluation.sweep.plan import DEFAULT, OURS, SweepPlan
+from svdq_hf.evaluation.sweep.run import Sweep
 from svdq_hf.evaluation.tasks.classification import Score
 
 TAGS = ("O", "B", "I")
@@ -124,8 +124,8 @@ def main() -> None:
         Trainer(model=model, args=arguments, train_dataset=train, data_collator=collate).train()
     model.eval()
     name = f"minilm-entities-seed{options.seed}"
-    plan = Plan(ks=options.k, grids=(DEFAULT, OURS), seeds=1)
-    GridRun(model, name, WordEvaluator(dev, train, collate), plan, options.out).run()
+    plan = SweepPlan(ks=options.k, grids=(DEFAULT, OURS), seeds=1)
+    Sweep(model, name, WordEvaluator(dev, train, collate), plan, options.out).run()
     print(write_report(options.out)[1].read_text())
 
 

@@ -15,7 +15,7 @@ from svdq_hf.quantize.convert import set_compute
 from svdq_hf.quantize.footprint import Footprint, LayerFootprint, footprint, read_footprint
 from svdq_hf.training.salient import Trainable, mark_trainable
 
-_dispatch.install()
+_dispatch.register()
 
 __version__ = "0.1.0"
 

@@ -28,7 +28,7 @@ from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.quantize import footprint
 
 FOUND = Path(__file__).with_name("breadth.json")
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- breadth: python tests/breadth.py -->\n", "<!-- end of breadth -->"
 MOST = 4_000_000
 """Weights of a model that is still tiny."""

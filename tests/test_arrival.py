@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.integrations.transformers.expert_conversions import MergeExperts, TransposeExperts, one_by_one
+from svdq_hf.integrations.transformers.expert_conversions import (
+    MergeExperts,
+    TransposeExperts,
+    without_stacking,
+)
 from svdq_hf.nn.inventory import svdq_experts
 from svdq_hf.quantize.expert_stream import Pieces, fit_together
 
@@ -61,13 +65,13 @@ def test_experts_that_stay_dense_are_turned_too(tmp_path):
 
 def test_only_plain_conversions_are_replaced():
     merge = WeightConverter(["a.*.x", "a.*.y"], "a.z", [MergeModulelist(dim=0), Concatenate(dim=1)])
-    assert [type(op) for op in one_by_one(merge).operations] == [MergeExperts]
+    assert [type(op) for op in without_stacking(merge).operations] == [MergeExperts]
     other = WeightConverter(["a.*.x", "a.*.y"], "a.z", [MergeModulelist(dim=0), Concatenate(dim=2)])
-    assert [type(op) for op in one_by_one(other).operations] == [MergeModulelist, Concatenate]
+    assert [type(op) for op in without_stacking(other).operations] == [MergeModulelist, Concatenate]
     turn = WeightConverter("a.x", "a.x", [Transpose(1, 2, check_dims=True)])
-    assert [type(op) for op in one_by_one(turn).operations] == [TransposeExperts]
+    assert [type(op) for op in without_stacking(turn).operations] == [TransposeExperts]
     always = WeightConverter("a.x", "a.x", [Transpose(1, 2)])
-    assert [type(op) for op in one_by_one(always).operations] == [Transpose]
+    assert [type(op) for op in without_stacking(always).operations] == [Transpose]
 
 
 def test_pieces_are_let_go_as_they_are_read():

@@ -80,7 +80,7 @@ def test_bench_generate_measures_each_variant_in_a_process_of_its_own(tmp_path, 
 
 def test_bench_grid_knows_where_its_seconds_went(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
-    from svdq_hf.evaluation.sweep.plan import Plan
+    from svdq_hf.evaluation.sweep.plan import SweepPlan
 
     class Evaluator:
         task = "rte"
@@ -99,7 +99,7 @@ def test_bench_grid_knows_where_its_seconds_went(tmp_path, monkeypatch):
         def calibration(self):
             return []
 
-    plan = Plan(ks=[4], methods=["svd", "magnitude"], grids=["default"], seeds=1, ranks=[2])
+    plan = SweepPlan(ks=[4], methods=["svd", "magnitude"], grids=["default"], seeds=1, ranks=[2])
     run = load("bench_grid").TimedRun(tiny.classifier(), "m", Evaluator(), plan, tmp_path)
     assert run.run() == len(list(plan.cells()))
     seconds = run.seconds

@@ -12,7 +12,7 @@ from torch import nn
 from svdq_hf import SVDQConfig, dequantize_model, quantize_model
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
 from svdq_hf.quantize import footprint
-from svdq_hf.quantize.budget import Layer, Measured, by_gain, spend
+from svdq_hf.quantize.budget import BudgetItem, Measured, by_gain, spend
 from svdq_hf.quantize.footprint import read_footprint
 
 CONFIG = SVDQConfig(rank=2, target_bits=7.0)
@@ -78,7 +78,7 @@ def test_pieces_are_those_of_the_lower_convex_hull():
 
 def test_a_budget_that_is_spent_or_that_nobody_set_is_left_alone():
     for config in (SVDQConfig(), SVDQConfig(target_bits=5, layer_k={"a": 1})):
-        assert spend({"a": Layer(8, 8, lambda: pytest.fail("read"))}, config, {}) is config
+        assert spend({"a": BudgetItem(8, 8, lambda: pytest.fail("read"))}, config, {}) is config
 
 
 def test_loading_spends_as_quantizing_in_memory_does(tmp_path):

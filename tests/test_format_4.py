@@ -18,7 +18,7 @@ from svdq_hf.format.checks import check_parts
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.encode import decompose
 from svdq_hf.format.parts import FORMAT_VERSION, part_specs
-from svdq_hf.nn.embedding import SVDQTable
+from svdq_hf.nn.embedding import SVDQEmbedding
 from svdq_hf.nn.linear import SVDQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v4.safetensors"
@@ -103,6 +103,6 @@ def test_a_layer_and_an_embedding_load_the_file(device):
     layer = SVDQLinear(IN, OUT, scheme("one"), bias=False, device=device)
     layer.load_state_dict(golden("one"), strict=True)
     assert torch.equal(layer(torch.eye(IN, device=device)).cpu(), weight("one").T)
-    table = SVDQTable(nn.Embedding(OUT, IN), scheme("table"), device)
+    table = SVDQEmbedding(nn.Embedding(OUT, IN), scheme("table"), device)
     table.load_state_dict(golden("table"), strict=True)
     assert torch.equal(table(torch.arange(OUT, device=device)).cpu(), weight("table"))

@@ -16,7 +16,7 @@ from torch import nn
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.checks import check_parts
 from svdq_hf.format.decode import reconstruct
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.quantize.weight import quantize_stack
 
@@ -41,7 +41,7 @@ def today(matrix):
 
 
 def golden(matrix):
-    stored = Stored(f"mlp.experts.{matrix}", (2, OUT, IN))
+    stored = WeightName(f"mlp.experts.{matrix}", (2, OUT, IN))
     return {part: load_file(GOLDEN)[stored.key(part)] for part in PARTS}
 
 

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model
-from svdq_hf.nn.embedding import SVDQEmbedding
+from svdq_hf.nn.embedding import TiedEmbedding
 from svdq_hf.quantize import footprint
 
 CONFIG = SVDQConfig(k=16, rank=2, lm_head=True)
@@ -44,7 +44,7 @@ def logits(model, family):
 
 
 def readers(model):
-    return [module for module in model.modules() if isinstance(module, SVDQEmbedding)]
+    return [module for module in model.modules() if isinstance(module, TiedEmbedding)]
 
 
 @pytest.fixture(params=TIED)

@@ -22,8 +22,8 @@ from svdq_hf.checkpoint.folders import unfinished_folder
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
 from svdq_hf.checkpoint.streaming.byte_ranges import Place
 from svdq_hf.checkpoint.streaming.unit import Unstreamable, expert_places
-from svdq_hf.format.names import Stored
-from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, Entry
+from svdq_hf.format.names import WeightName
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, HeaderEntry
 
 SIZE = "20KB"
 IN_ALL = 16
@@ -125,21 +125,23 @@ def test_experts_that_stay_dense_are_joined_in_memory(source, tmp_path, caplog):
     memory_only(tmp_path, "several tensors of its files become one", caplog, config)
 
 
-STACK = Stored("experts.up_proj", (2, 6, 4))
+STACK = WeightName("experts.up_proj", (2, 6, 4))
 JOIN = WeightConverter(["a.*.x", "a.*.y"], "experts.up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)])
 TURN = WeightConverter("a.t", "experts.up_proj", [Transpose(1, 2, check_dims=True)])
 ALWAYS = WeightConverter("a.t", "experts.up_proj", [Transpose(1, 2)])
 
 
-def entries(*found: tuple[str, tuple[int, ...]], conversion: WeightConverter | None = JOIN) -> list[Entry]:
+def entries(
+    *found: tuple[str, tuple[int, ...]], conversion: WeightConverter | None = JOIN
+) -> list[HeaderEntry]:
     """Tensors of a file by name and shape; a piece's name ends as its pattern does."""
     return [
-        Entry(name, shape, torch.float32, "file", conversion, f"a.*.{name[-1]}" if conversion else None)
+        HeaderEntry(name, shape, torch.float32, "file", conversion, f"a.*.{name[-1]}" if conversion else None)
         for name, shape in found
     ]
 
 
-def found_places(sources: list[Entry]) -> tuple[tuple[Place, ...], bool]:
+def found_places(sources: list[HeaderEntry]) -> tuple[tuple[Place, ...], bool]:
     checkpoint = Checkpoint(sources={STACK.name: sources})
     sizes = {entry.name: 4 * math.prod(entry.shape) for entry in sources}
     places = {e.name: Place("file", e.name, "F32", e.shape, 100, sizes[e.name]) for e in sources}

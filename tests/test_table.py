@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model
-from svdq_hf.nn.embedding import SVDQEmbedding, SVDQTable
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.quantize import footprint
 
 CONFIG = SVDQConfig(k=16, rank=2, embeddings=True)
@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_stored_matrix(family):
     before = dense.get_input_embeddings().weight.detach().clone()
     model = quantize_model(dense, CONFIG)
     table = model.get_input_embeddings()
-    assert isinstance(table, SVDQTable)
+    assert isinstance(table, SVDQEmbedding)
     rows, scale = table.dequantize(), 8 if family == "gemma3-base" else 1
     torch.testing.assert_close(table(IDS), rows[IDS] * scale, rtol=1e-6, atol=0)
     assert float((rows - before).norm() / before.norm()) == pytest.approx(table.facts["relative_error"])
@@ -78,7 +78,7 @@ def test_loading_quantizing_saving_and_the_way_back_agree(family, tmp_path):
     found = run(model)
     plain = dequantize_model(again)
     assert type(plain.get_input_embeddings()) is type(dense.get_input_embeddings())
-    assert not any(isinstance(module, SVDQLinear | SVDQEmbedding) for module in plain.modules())
+    assert not any(isinstance(module, SVDQLinear | TiedEmbedding) for module in plain.modules())
     torch.testing.assert_close(run(plain), found, rtol=1e-4, atol=1e-4)
     plain.save_pretrained(tmp_path / "plain")
     assert load_file(tmp_path / "plain/model.safetensors").keys() == dense_keys(tmp_path / "dense")
@@ -90,8 +90,8 @@ def dense_keys(folder):
 
 def test_a_matrix_that_two_embeddings_share_is_stored_once():
     model = quantize_model(encoder_of_t5(), CONFIG)
-    assert isinstance(model.shared, SVDQTable)
-    assert isinstance(model.encoder.embed_tokens, SVDQEmbedding)
+    assert isinstance(model.shared, SVDQEmbedding)
+    assert isinstance(model.encoder.embed_tokens, TiedEmbedding)
     assert model.encoder.embed_tokens.head is model.shared
     assert [name for name in model.state_dict() if "embed_tokens" in name] == []
     again = dequantize_model(model)
@@ -124,7 +124,7 @@ def test_a_tied_matrix_is_the_heads_to_quantize():
         quantize_model(tied(), CONFIG)
     model = quantize_model(tied(), BOTH)
     assert tiny.different_tensors(model, quantize_model(tied(), SVDQConfig(k=16, rank=2, lm_head=True))) == []
-    assert isinstance(model.model.embed_tokens, SVDQEmbedding)
+    assert isinstance(model.model.embed_tokens, TiedEmbedding)
 
 
 def test_a_tied_matrix_reloads_with_both_choices(tmp_path):
@@ -139,7 +139,7 @@ def test_a_tied_matrix_reloads_with_both_choices(tmp_path):
 
 def test_an_untied_head_and_embedding_are_two_matrices(tmp_path):
     model = quantize_model(tiny.FAMILIES["llama-untied"].loud_model(), BOTH)
-    assert isinstance(model.model.embed_tokens, SVDQTable)
+    assert isinstance(model.model.embed_tokens, SVDQEmbedding)
     assert isinstance(model.lm_head, SVDQLinear)
     model.save_pretrained(tmp_path)
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path)

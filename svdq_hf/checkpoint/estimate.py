@@ -15,7 +15,7 @@ from typing import Any
 
 from svdq_hf.checkpoint.folders import SHARD_SIZE, check_target, parse_size, unfinished_folder
 from svdq_hf.checkpoint.source import model_class
-from svdq_hf.checkpoint.streaming.plan import Plan, make_plan
+from svdq_hf.checkpoint.streaming.plan import StreamPlan, make_plan
 from svdq_hf.checkpoint.streaming.resume import bytes_needed
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
 from svdq_hf.config import SVDQConfig
@@ -92,7 +92,7 @@ def estimate_checkpoint(
     return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
 
 
-def _measured(plan: Plan) -> tuple[float, list[str]]:
+def _measured(plan: StreamPlan) -> tuple[float, list[str]]:
     """Seconds that all weights will take, and the names of those of which a matrix was measured for it."""
     units = {unit.weight: unit for shard in plan.shards for unit in shard.units if unit.weight is not None}
     count: Counter[tuple[int, ...]] = Counter()
@@ -119,7 +119,7 @@ def _seconds(unit: Unit, config: SVDQConfig) -> float:
     return time.perf_counter() - started
 
 
-def _stack_bytes(plan: Plan) -> int:
+def _stack_bytes(plan: StreamPlan) -> int:
     """Bytes of the largest packed stack of experts, which is in memory while it is made."""
     units = [unit for shard in plan.shards for unit in shard.units]
     return max((u.size for u in units if u.weight is not None and len(u.weight.shape) == 3), default=0)

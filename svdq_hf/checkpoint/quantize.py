@@ -25,7 +25,7 @@ from svdq_hf.checkpoint.folders import (
     put_in_place,
     unfinished_folder,
 )
-from svdq_hf.checkpoint.source import _empty_model, listed, load_complete, model_class
+from svdq_hf.checkpoint.source import empty_model, listed, load_complete, model_class
 from svdq_hf.checkpoint.streaming.plan import make_plan
 from svdq_hf.checkpoint.streaming.resume import check_disk, stream
 from svdq_hf.checkpoint.streaming.unit import Unstreamable
@@ -121,7 +121,7 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
     """
     if not config.modules_to_not_convert:
         return
-    names = all_names(linear_layers(_empty_model(Path(folder))))
+    names = all_names(linear_layers(empty_model(Path(folder))))
     unknown = unmatched(names, config)
     if unknown:
         kinds: dict[str, str] = {}  # layers that differ by a number only are one kind

@@ -118,7 +118,7 @@ def listed(names: list[str]) -> str:
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
-def _empty_model(source: Path) -> Any:
+def empty_model(source: Path) -> Any:
     """The model of a folder, on the meta device."""
     kind = model_class(source)
     config = AutoConfig.from_pretrained(source, local_files_only=True)

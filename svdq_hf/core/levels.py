@@ -65,7 +65,7 @@ def codes(x: Tensor, levels: str, bits: int = 4) -> Tensor:
     return _look_up(x, _cells(levels, bits, codes=True).to(x.device))
 
 
-CELLS = 4 * TOP
+LOOK_UP_CELLS = 4 * TOP
 """Half steps from -TOP to TOP: levels are whole numbers, so what lies between two changes at a half."""
 
 
@@ -75,11 +75,11 @@ def _cells(levels: str, bits: int, codes: bool = False) -> Tensor:
     cpu = torch.device("cpu")  # whatever the caller's default device and dtype are: this is kept
     table = torch.tensor(TABLES[bits][levels], dtype=torch.float32, device=cpu)
     middles = (table[1:] + table[:-1]) / 2
-    left = torch.arange(CELLS, dtype=torch.float32, device=cpu) / 2 - TOP
+    left = torch.arange(LOOK_UP_CELLS, dtype=torch.float32, device=cpu) / 2 - TOP
     index = torch.bucketize(left, middles, right=True)
     return (index + RANGES[bits][0]).to(torch.int8) if codes else table[index]
 
 
 def _look_up(x: Tensor, cells: Tensor) -> Tensor:
-    place = x.add_(TOP).mul_(2).clamp_(0, CELLS - 1).int()
+    place = x.add_(TOP).mul_(2).clamp_(0, LOOK_UP_CELLS - 1).int()
     return cells.index_select(0, place.view(-1)).view(x.shape)

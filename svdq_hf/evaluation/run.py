@@ -24,12 +24,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from datasets import disable_progress_bars
 
     from svdq_hf.evaluation.report.report import write_report
-    from svdq_hf.evaluation.sweep.plan import Plan, with_bits
+    from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
     from svdq_hf.evaluation.sweep.store import check_inputs, model_facts
 
     folders = _folders(options)
     disable_progress_bars()  # one bar, that of the cells, is enough
-    plan = Plan(
+    plan = SweepPlan(
         ks=options.k,
         methods=options.saliency,
         grids=[with_bits(GRID_NAMES[grid], bits) for bits in options.bits for grid in options.grid],
@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _run_model(options: argparse.Namespace, name: str, folder: Path, plan: Any, out: Path) -> int:
-    from svdq_hf.evaluation.sweep.run import GridRun
+    from svdq_hf.evaluation.sweep.run import Sweep
 
     model, evaluator = _load(options, folder)
     try:
-        return GridRun(model, name, evaluator, plan, out).run()
+        return Sweep(model, name, evaluator, plan, out).run()
     except ValueError as error:
         if "padding token" not in str(error):  # transformers' words, of a model that finds a text's end by it
             raise

@@ -14,10 +14,10 @@ from svdq_hf.format.parts import PARTS, PartSpec, Scheme, part_specs, stack_spec
 _MARK = "salient_rows"
 
 
-class Stored(NamedTuple):
+class WeightName(NamedTuple):
     """A weight by its name: of a linear layer, `[out, in]`, or of all experts, `[experts, out, in]`.
 
-    >>> Stored("fc", (8, 64)).key("weight"), Stored("experts.up_proj", (4, 8, 64)).key("levels")
+    >>> WeightName("fc", (8, 64)).key("weight"), WeightName("experts.up_proj", (4, 8, 64)).key("levels")
     ('fc.weight', 'experts.up_proj_levels')
     """
 
@@ -52,11 +52,11 @@ def part_key(name: str, part: str, *, stacked: bool) -> str:
     return name if part == "weight" else f"{name}_{part}"
 
 
-def owner(key: str) -> tuple[str, bool] | None:
+def weight_of_part(key: str) -> tuple[str, bool] | None:
     """The weight whose salient rows are called `key`, and whether it is a stack; None for another tensor.
 
-    >>> owner("fc.salient_rows"), owner("experts.up_proj_salient_rows"), owner("fc.bias")
-    (('fc', False), ('experts.up_proj', True), None)
+    >>> [weight_of_part(key) for key in ("fc.salient_rows", "experts.up_proj_salient_rows", "fc.bias")]
+    [('fc', False), ('experts.up_proj', True), None]
     """
     for mark in (f".{_MARK}", f"_{_MARK}"):
         if key.endswith(mark):

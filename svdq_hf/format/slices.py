@@ -22,7 +22,7 @@ SMALLEST_GROUP = 8
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredMatrix:
     """A matrix `[out, in]` as it is stored: the parts of `part_specs`, and the grid they are read with."""
 
     parts: dict[str, Tensor]
@@ -44,12 +44,12 @@ class Stored:
         return reconstruct(self.parts, self.in_features, self.scheme)
 
 
-def slice_rows(stored: Stored, rows: Tensor) -> Stored:
+def slice_rows(stored: StoredMatrix, rows: Tensor) -> StoredMatrix:
     """The matrix of these `rows` `[n]`, in their order: what a device keeps of divided outputs."""
     return replace(stored, parts=take_rows(stored.parts, rows.to(stored.parts["weight"].device)))
 
 
-def slice_columns(stored: Stored, start: int, stop: int) -> Stored:
+def slice_columns(stored: StoredMatrix, start: int, stop: int) -> StoredMatrix:
     """The matrix of the columns from `start` to before `stop`: what a device keeps of divided inputs.
 
     Codes are packed anew, since a slice need not begin where a block of 64 does. Groups that a border cuts
@@ -71,10 +71,10 @@ def slice_columns(stored: Stored, start: int, stop: int) -> Stored:
     parts["salient_values"] = parts["salient_values"][inside]
     parts["salient_rows"] = parts["salient_rows"][inside]
     parts["salient_columns"] = columns[inside] - start
-    return Stored(parts, stop - start, grid)
+    return StoredMatrix(parts, stop - start, grid)
 
 
-def _scales_of_columns(stored: Stored, start: int, stop: int) -> tuple[Grid, Tensor]:
+def _scales_of_columns(stored: StoredMatrix, start: int, stop: int) -> tuple[Grid, Tensor]:
     """The scales of some columns, and the grid whose groups they are of."""
     scale, grid = stored.parts["weight_scale"], stored.grid
     if not isinstance(grid.group_size, int):
@@ -102,16 +102,18 @@ def _whole_groups(common: int) -> int:
     return common if common % BLOCK == 0 else common & -common
 
 
-def stack(pieces: Sequence[Stored]) -> Stored:
+def stack(pieces: Sequence[StoredMatrix]) -> StoredMatrix:
     """One matrix of several on the same inputs, the rows of the first on top.
 
     Raises:
-        ValueError: they cannot be one stored matrix: see `why_apart`.
+        ValueError: they cannot be one stored matrix: see `stack_conflict`.
     """
     for piece in pieces[1:]:
-        reason = why_apart(pieces[0], piece)
+        reason = stack_conflict(pieces[0], piece)
         if reason:
-            raise ValueError(f"these matrices cannot be stacked: {reason}; keep them apart (`join`)")
+            raise ValueError(
+                f"these matrices cannot be stacked: {reason}; keep them apart (`stack_where_possible`)"
+            )
     pieces = [_scale_per_row(piece) for piece in pieces]
     heights = [piece.out_features for piece in pieces]
     starts = [sum(heights[:place]) for place in range(len(heights))]
@@ -123,7 +125,7 @@ def stack(pieces: Sequence[Stored]) -> Stored:
     return replace(pieces[0], parts={**parts, "salient_rows": torch.cat(rows)})
 
 
-def why_apart(one: Stored, other: Stored) -> str:
+def stack_conflict(one: StoredMatrix, other: StoredMatrix) -> str:
     """Why two matrices cannot be stacked into one stored matrix; empty where they can.
 
     Usually since each has column scales of its own, fitted to it, and a stored matrix has one set.
@@ -138,14 +140,14 @@ def why_apart(one: Stored, other: Stored) -> str:
     return ""
 
 
-def _kind(stored: Stored) -> tuple[object, ...]:
+def _kind(stored: StoredMatrix) -> tuple[object, ...]:
     """What reading depends on, without how the scales were found."""
     grid = stored.grid
     group = grid.group_size if isinstance(grid.group_size, int) else "row"
     return group, grid.bits, grid.levels, grid.scale_bits, grid.column_scale
 
 
-def _scale_per_row(stored: Stored) -> Stored:
+def _scale_per_row(stored: StoredMatrix) -> StoredMatrix:
     """The same matrix; one scale for all becomes a scale for each row."""
     if stored.grid.group_size != "tensor":
         return stored
@@ -157,11 +159,11 @@ def _scale_per_row(stored: Stored) -> Stored:
     )
 
 
-def join(pieces: Sequence[Stored]) -> list[Stored]:
+def stack_where_possible(pieces: Sequence[StoredMatrix]) -> list[StoredMatrix]:
     """The same rows in as few stored matrices as hold them: neighbours that can be stacked are."""
-    joined: list[Stored] = []
+    joined: list[StoredMatrix] = []
     for piece in pieces:
-        if joined and not why_apart(joined[-1], piece):
+        if joined and not stack_conflict(joined[-1], piece):
             joined[-1] = stack([joined[-1], piece])
         else:
             joined.append(piece)

@@ -19,8 +19,8 @@ from transformers.models.auto import modeling_auto
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.metadata import tags
-from svdq_hf.hub.card_facts import _facts
-from svdq_hf.hub.markdown import _code, _plain, _table
+from svdq_hf.hub.card_facts import fact_rows
+from svdq_hf.hub.markdown import code, plain, table
 from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, read_text
 
 _AUTO_CLASSES = {
@@ -107,21 +107,19 @@ def model_card(
     if results:
         name = (repo_id or f"{base_model or architecture}-svdq").split("/")[-1]
         metadata[RESULTS] = eval_results_to_model_index(name, [_checked(result) for result in results])
-    facts = _facts(folder, config)
+    facts = fact_rows(folder, config)
     if "base_model" in metadata:
-        facts = {"base model": _code(metadata["base_model"]), **facts}
+        facts = {"base model": code(metadata["base_model"]), **facts}
     loading = _LOADING.format(
         bits=bits,
         auto=auto_class(architecture),
         name=repo_id or "user/model",
         note="" if repo_id else "  # the name of this repository, or a folder",
     )
-    section = [loading, *_table(("", ""), facts.items())]
+    section = [loading, *table(("", ""), facts.items())]
     if results:
-        rows = [
-            (_plain(one.task), _plain(one.dataset), _plain(one.metric), f"{one.value:g}") for one in results
-        ]
-        section += ["", "## Evaluation", "", *_table(CardResult._fields, rows)]
+        rows = [(plain(one.task), plain(one.dataset), plain(one.metric), f"{one.value:g}") for one in results]
+        section += ["", "## Evaluation", "", *table(CardResult._fields, rows)]
     return merge(existing, metadata, "\n".join(section))
 
 
@@ -131,8 +129,8 @@ def auto_class(architecture: str) -> str:
     >>> auto_class("BertForMaskedLM")
     'AutoModelForMaskedLM'
     """
-    for auto, table in _AUTO_CLASSES.items():
-        for names in getattr(modeling_auto, table).values():
+    for auto, mappings in _AUTO_CLASSES.items():
+        for names in getattr(modeling_auto, mappings).values():
             if architecture in ((names,) if isinstance(names, str) else names):
                 return auto
     return architecture if hasattr(transformers, architecture) else "AutoModel"

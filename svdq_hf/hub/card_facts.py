@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import saliency_names, score_needs
 from svdq_hf.format.files import open_tensors, weight_files
-from svdq_hf.format.names import Stored
-from svdq_hf.hub.markdown import _code
+from svdq_hf.format.names import WeightName
+from svdq_hf.hub.markdown import code
 from svdq_hf.nn.expert_layouts import stacks_of
 from svdq_hf.quantize.footprint import Footprint, read_footprint
 from svdq_hf.quantize.selection import layers_to_convert, weights_of
@@ -25,7 +25,7 @@ from svdq_hf.quantize.selection import layers_to_convert, weights_of
 logger = logging.getLogger(__name__)
 
 
-def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
+def fact_rows(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     """The rows of the card's table."""
     weights, choices = read_footprint(folder), SVDQConfig.from_dict(config["quantization_config"])
     rows = {
@@ -43,7 +43,7 @@ def _facts(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
     if known:
         worst = max(known, key=known.__getitem__)
         mean = sum(known.values()) / len(known)
-        rows["relative error"] = f"mean {mean:.4f}, worst {known[worst]:.4f} ({_code(worst)})"
+        rows["relative error"] = f"mean {mean:.4f}, worst {known[worst]:.4f} ({code(worst)})"
     dense = _dense_layers(folder, weights, choices)
     if dense is not None:
         rows["linear layers kept dense"] = ", ".join(dense) or "none"
@@ -54,7 +54,7 @@ def _score(choices: SVDQConfig) -> str:
     """The score's name, and its rank where it has one; of a score that is not registered here, the name."""
     known = choices.saliency in saliency_names()
     ranked = known and "rank" in score_needs(choices.saliency)
-    return f"{_code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
+    return f"{code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
 
 
 def _k(choices: SVDQConfig, weights: Footprint) -> str:
@@ -83,7 +83,7 @@ def _scales(choices: SVDQConfig) -> str:
 
 def _parameters(folder: str | Path, weights: Footprint) -> int:
     """Numbers that the model has, a quantized weight counted as one."""
-    packed = {key for layer in weights.layers for key in Stored(layer.name, layer.shape).all_keys()}
+    packed = {key for layer in weights.layers for key in WeightName(layer.name, layer.shape).all_keys()}
     count = weights.weights
     for file in weight_files(folder):
         with open_tensors(file) as opened:
@@ -98,7 +98,7 @@ def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -
     Layers that differ by a number only share a place: `layers.*.gate` x 12.
     """
     try:
-        model = _empty_model(folder)
+        model = _model_without_weights(folder)
         linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
         linear |= {stored.name for name, one in model.named_modules() for stored in stacks_of(name, one)}
         tables = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
@@ -113,10 +113,10 @@ def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -
         logger.warning("%s: the card does not name the dense layers: %s", folder, error)
         return None
     shared = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in sorted(linear - quantized))
-    return [f"{_code(name)} x {count}" if count > 1 else _code(name) for name, count in shared.items()]
+    return [f"{code(name)} x {count}" if count > 1 else code(name) for name, count in shared.items()]
 
 
-def _empty_model(folder: str | Path) -> nn.Module:
+def _model_without_weights(folder: str | Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     name = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, name, None)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def _table(head: Sequence[str], rows: Any) -> list[str]:
+def table(head: Sequence[str], rows: Any) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that cannot end a table's cell or a comment: names come from files of strangers."""
     return re.sub(r"[^\w .,:;/@+*()=%-]", "?", str(text))[:200]
 
 
-def _code(text: str | list[str]) -> str:
-    return ", ".join(f"`{_plain(one)}`" for one in ([text] if isinstance(text, str) else text))
+def code(text: str | list[str]) -> str:
+    return ", ".join(f"`{plain(one)}`" for one in ([text] if isinstance(text, str) else text))

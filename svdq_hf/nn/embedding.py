@@ -1,4 +1,4 @@
-"""Packed embeddings: SVDQTable, with parts of its own, and SVDQEmbedding, which reads another's rows."""
+"""Packed embeddings: SVDQEmbedding, with parts of its own, and TiedEmbedding, which reads another's rows."""
 
 from collections.abc import Callable
 from typing import TypeGuard
@@ -11,7 +11,7 @@ from svdq_hf.kernels import embedding_op as _embedding_op  # noqa: F401  # defin
 from svdq_hf.nn.linear import SVDQLinear
 
 
-class SVDQEmbedding(nn.Module):
+class TiedEmbedding(nn.Module):
     """Looks rows up in a quantized output head, or in another embedding's table: ids `[...]` -> `[..., in]`.
 
     It stores nothing: one matrix, one place in a file, under the head's name.
@@ -23,7 +23,7 @@ class SVDQEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
         self.dtype = dense.weight.dtype
-        self.scale, self.rounded = scale_of(dense)
+        self.scale, self.rounded = embedding_factor(dense)
         dense.weight = nn.Parameter(dense.weight.detach().to("meta"), requires_grad=False)
         self._others = (head, dense)  # in a tuple: no submodules, whose parts would be stored twice
 
@@ -69,7 +69,7 @@ class SVDQEmbedding(nn.Module):
             dense.register_buffer("embed_scale", torch.tensor(self.scale), persistent=False)
         return dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQEmbedding":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TiedEmbedding":
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # a model cast to another dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -78,7 +78,7 @@ class SVDQEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, rows of another module"
 
 
-class SVDQTable(SVDQLinear):
+class SVDQEmbedding(SVDQLinear):
     """An embedding in parts of its own: ids `[...]` -> `[..., in]`.
 
     Its matrix `[rows, in]` is stored as that of a linear layer is; nothing of it trains.
@@ -91,10 +91,10 @@ class SVDQTable(SVDQLinear):
         values = self.salient_values.detach()
         del self.salient_values
         self.register_buffer("salient_values", values)  # a lookup has no gradient
-        self._own = (SVDQEmbedding(self, dense),)  # in a tuple: no submodule
+        self._own = (TiedEmbedding(self, dense),)  # in a tuple: no submodule
 
     @property
-    def reader(self) -> SVDQEmbedding:
+    def reader(self) -> TiedEmbedding:
         """What looks the rows up."""
         return self._own[0]
 
@@ -105,7 +105,7 @@ class SVDQTable(SVDQLinear):
         """The dense embedding again."""
         return self.reader.restored(weight).train(self.training)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQTable":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQEmbedding":
         self.reader._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
@@ -121,7 +121,7 @@ def can_be_read(module: nn.Module) -> TypeGuard[nn.Embedding]:
     return named and isinstance(module, nn.Embedding)
 
 
-def scale_of(embedding: nn.Embedding) -> tuple[float, bool]:
+def embedding_factor(embedding: nn.Embedding) -> tuple[float, bool]:
     """The number that an embedding's rows are multiplied by (1 where there is none); whether as a tensor.
 
     A tensor is rounded to the dtype of the rows first, a number is not.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 
 
 class Layout(NamedTuple):
@@ -52,13 +52,13 @@ def unknown_experts(module: nn.Module) -> bool:
     return fused and "expert" in type(module).__name__.lower() and layout_of(module) is None
 
 
-def stacks_of(name: str, module: nn.Module) -> list[Stored]:
+def stacks_of(name: str, module: nn.Module) -> list[WeightName]:
     """The two stacks of a dense module of fused experts called `name`; of another module none."""
     layout = layout_of(module)
     if layout is None:
         return []
     shapes = {matrix: tuple(getattr(module, matrix).shape) for matrix in layout.matrices}
     return [
-        Stored(f"{name}.{matrix}", (count, b, a) if layout.transposed else (count, a, b))
+        WeightName(f"{name}.{matrix}", (count, b, a) if layout.transposed else (count, a, b))
         for matrix, (count, a, b) in shapes.items()
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.format.decode import reconstruct
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PARTS, Scheme
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
@@ -69,13 +69,13 @@ class SVDQExperts(nn.Module):
         else:
             self.register_buffer(key, tensor)
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[WeightName]:
         """The two stacks, by the matrix' own name."""
-        return [Stored(matrix, shape) for matrix, shape in self.stacks.items()]
+        return [WeightName(matrix, shape) for matrix, shape in self.stacks.items()]
 
     def stack(self, matrix: str) -> dict[str, Tensor]:
         """The stored tensors of one matrix by part, each with a first dimension of experts."""
-        stored = Stored(matrix, self.stacks[matrix])
+        stored = WeightName(matrix, self.stacks[matrix])
         return {part: getattr(self, stored.key(part)).detach() for part in stored.specs(self.scheme)}
 
     def parts(self) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class SVDQExperts(nn.Module):
 
     def load_stack(self, matrix: str, parts: Mapping[str, Tensor]) -> None:
         """Take over the stacked parts of one matrix."""
-        stored = Stored(matrix, self.stacks[matrix])
+        stored = WeightName(matrix, self.stacks[matrix])
         for part, tensor in parts.items():
             current = getattr(self, stored.key(part))
             if isinstance(current, nn.Parameter):
@@ -97,7 +97,7 @@ class SVDQExperts(nn.Module):
 
     def dense_shape(self, matrix: str) -> tuple[int, ...]:
         """The shape of one matrix of all experts in the dense class."""
-        return Stored(matrix, self.stacks[matrix]).dense_shape(transposed=self.layout.transposed)
+        return WeightName(matrix, self.stacks[matrix]).dense_shape(transposed=self.layout.transposed)
 
     def dequantize(self, matrix: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """One matrix of all experts, as the dense class keeps it: `[experts, out, in]`, or transposed."""
@@ -140,7 +140,7 @@ class SVDQExperts(nn.Module):
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _product(self, matrix: str, x: Tensor, ends: Tensor, chosen: Tensor | None) -> Tensor:
-        stored = Stored(matrix, self.stacks[matrix])
+        stored = WeightName(matrix, self.stacks[matrix])
         in_features = stored.shape[2]
         x, result = as_computed(x, self.compute_dtype)
         parts = [getattr(self, stored.key(part)) for part in PARTS]
@@ -183,7 +183,7 @@ def dense_experts(layer: SVDQExperts, dtype: torch.dtype) -> nn.Module:
     dense: nn.Module = layer.family.__new__(layer.family)
     nn.Module.__init__(dense)
     for matrix, shape in layer.stacks.items():
-        values = getattr(layer, Stored(matrix, shape).key("salient_values"))
+        values = getattr(layer, WeightName(matrix, shape).key("salient_values"))
         trains = values.requires_grad or values.numel() == 0
         dense.register_parameter(matrix, nn.Parameter(layer.dequantize(matrix, dtype), trains))
     take_over(dense, layer, without=[key for stored in layer.stored() for key in stored.all_keys()])

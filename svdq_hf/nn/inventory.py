@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PARTS
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
@@ -14,7 +14,7 @@ from svdq_hf.nn.linear import SVDQLinear
 class Packed(NamedTuple):
     """A quantized weight of a model, or a stack of them: its name and shape, its parts and facts."""
 
-    stored: Stored
+    stored: WeightName
     parts: dict[str, Tensor]
     facts: dict[str, float]
 
@@ -23,11 +23,11 @@ def packed_weights(model: nn.Module) -> Iterator[Packed]:
     """All quantized weights of a model; the parts are the model's own tensors."""
     for name, layer in svdq_layers(model):
         parts = {part: tensor for part in PARTS if (tensor := getattr(layer, part)) is not None}
-        yield Packed(Stored(name, layer.shape), parts, layer.facts)
+        yield Packed(WeightName(name, layer.shape), parts, layer.facts)
     for name, experts in svdq_experts(model):
         for own in experts.stored():
             parts = {p: tensor for p in PARTS if (tensor := getattr(experts, own.key(p))) is not None}
-            yield Packed(Stored(f"{name}.{own.name}", own.shape), parts, experts.facts[own.name])
+            yield Packed(WeightName(f"{name}.{own.name}", own.shape), parts, experts.facts[own.name])
 
 
 def layer_facts(model: nn.Module, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:

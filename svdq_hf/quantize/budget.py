@@ -27,7 +27,7 @@ STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Where a layer's error is measured, in multiples of its even share of the budget."""
 
 
-class Layer(NamedTuple):
+class BudgetItem(NamedTuple):
     """A layer `[out, in]` to spend bits on; weight: called when it is needed, and let go."""
 
     out: int
@@ -63,7 +63,9 @@ class Measured:
         return pieces
 
 
-def spend(layers: Mapping[str, Layer], config: SVDQConfig, seen: Mapping[str, InputStatistics]) -> SVDQConfig:
+def spend(
+    layers: Mapping[str, BudgetItem], config: SVDQConfig, seen: Mapping[str, InputStatistics]
+) -> SVDQConfig:
     """The config with `layer_k`, where its `target_bits` are not spent yet; else as it is.
 
     The layers' relative errors, squared and as they are, sum up to no more than with one k for all.
@@ -117,7 +119,7 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
     return ks
 
 
-def _affordable(layers: Mapping[str, Layer], config: SVDQConfig, target_bits: float) -> int:
+def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:
     """How many salient weights `target_bits` pay for."""
     nothing = config.changed(k=0).scheme
     specs = [part_specs(layer.out, layer.in_features, nothing).values() for layer in layers.values()]
@@ -134,12 +136,12 @@ def _affordable(layers: Mapping[str, Layer], config: SVDQConfig, target_bits: fl
     return count
 
 
-def _same_count(layers: Mapping[str, Layer], total: int) -> dict[str, int]:
+def _same_count(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
     """The same k in every layer, as far as small ones have so many weights."""
     k = total // len(layers)
     return {name: min(k, layer.numel) for name, layer in layers.items()}
 
 
-def _same_share(layers: Mapping[str, Layer], total: int) -> dict[str, int]:
+def _same_share(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
     weights = sum(layer.numel for layer in layers.values())
     return {name: total * layer.numel // weights for name, layer in layers.items()}

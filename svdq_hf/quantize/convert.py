@@ -16,12 +16,12 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE, require
-from svdq_hf.nn.embedding import SVDQTable
+from svdq_hf.nn.embedding import SVDQEmbedding
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
-from svdq_hf.quantize.budget import Layer, spend
+from svdq_hf.quantize.budget import BudgetItem, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert, shape_of
 from svdq_hf.quantize.weight import check_weight, quantize_weight
@@ -135,9 +135,9 @@ def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
 def _spent(
     modules: Mapping[str, nn.Module], config: SVDQConfig, seen: Mapping[str, InputStatistics]
 ) -> SVDQConfig:
-    def to_spend_on(module: nn.Module) -> Layer:
+    def to_spend_on(module: nn.Module) -> BudgetItem:
         transposed = isinstance(module, Conv1D)
-        return Layer(
+        return BudgetItem(
             *shape_of(module), lambda: dense_weight(module).T if transposed else dense_weight(module)
         )
 
@@ -146,7 +146,7 @@ def _spent(
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every SVDQLinear and SVDQExperts by the dense layer that it stands for, in `dtype`."""
-    check_here(model)
+    refuse_offloaded(model)
     trains = _trains(model)
     for name, experts in progress(dict(svdq_experts(model)).items(), "Dequantizing"):
         model.set_submodule(name, dense_experts(experts, dtype))
@@ -184,7 +184,7 @@ def is_spread(model: nn.Module) -> bool:
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
-def check_here(model: nn.Module) -> None:
+def refuse_offloaded(model: nn.Module) -> None:
     """Refuse to dequantize a model of which a layer is on disk.
 
     Raises:
@@ -201,7 +201,7 @@ def dense_layer(layer: SVDQLinear, dtype: torch.dtype, *, trains: bool = True) -
 
     Its weight trains if the salient weights did; trains: where there are none that could.
     """
-    if isinstance(layer, SVDQTable):
+    if isinstance(layer, SVDQEmbedding):
         return layer.restored(nn.Parameter(layer.dequantize().to(dtype), trains))
     if layer.salient_values.numel():
         trains = layer.salient_values.requires_grad

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.nn.embedding import SVDQTable, can_be_read
+from svdq_hf.nn.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.quantize.code_inspection import layers_read
 from svdq_hf.quantize.head import Head, put_head
 from svdq_hf.quantize.selection import kept_dense
@@ -19,13 +19,13 @@ from svdq_hf.quantize.weight import check_weight, quantize_weight
 
 
 @dataclass(frozen=True)
-class Table(Head):
+class Embedding(Head):
     """An input embedding, by name, and the embeddings `{name: module}` that are the same matrix."""
 
     module: nn.Embedding
 
 
-def find_table(model: nn.Module, stored: Container[str] = ()) -> Table:
+def find_embedding(model: nn.Module, stored: Container[str] = ()) -> Embedding:
     """The input embedding of a transformers model, and the embeddings that are the same matrix.
 
     stored: names of tensors in a checkpoint: what has a tensor of its own there is not tied.
@@ -51,19 +51,19 @@ def find_table(model: nn.Module, stored: Container[str] = ()) -> Table:
                 "checkpoint whose embedding alone is packed loads without the head: AutoModel)"
             )
         tied[name] = module
-    return Table(names[0], table, tied)
+    return Embedding(names[0], table, tied)
 
 
-def chosen_table(model: nn.Module, config: SVDQConfig, head: Head | None) -> Table | None:
-    """`find_table` of a dense model, checked; None where it is not asked for, or is a quantized head's.
+def chosen_embedding(model: nn.Module, config: SVDQConfig, head: Head | None) -> Embedding | None:
+    """`find_embedding` of a dense model, checked; None where it is not asked for, or is a quantized head's.
 
     Raises:
-        ValueError: see `find_table`; or modules_to_not_convert matches it, the model's own code reads its
+        ValueError: see `find_embedding`; or modules_to_not_convert matches it, the model's own code reads its
             weight, or that has a NaN.
     """
-    if not config.embeddings or is_of(model, head):
+    if not config.embeddings or reads_head(model, head):
         return None
-    table = find_table(model)
+    table = find_embedding(model)
     for name in (table.name, *table.embeddings):
         if not should_convert_module(name, kept_dense(config)):
             raise ValueError(f"embeddings=True, and modules_to_not_convert keeps {name} dense: which is it?")
@@ -85,7 +85,7 @@ def input_table(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if module is table}
 
 
-def is_of(model: nn.Module, head: Head | None) -> bool:
+def reads_head(model: nn.Module, head: Head | None) -> bool:
     """Whether the input embedding reads the rows of a quantized output head."""
     if head is None:
         return False
@@ -109,20 +109,20 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def put_empty_table(model: nn.Module, table: Table, config: SVDQConfig) -> SVDQTable:
+def put_empty_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) -> SVDQEmbedding:
     """Put an empty table, on the meta device, in the place of an input embedding."""
-    empty = SVDQTable(table.module, config.of_layer(table.name).scheme, "meta")
+    empty = SVDQEmbedding(table.module, config.of_layer(table.name).scheme, "meta")
     put_head(model, table, empty.train(table.module.training))
     return empty
 
 
-def quantize_table(model: nn.Module, table: Table, config: SVDQConfig) -> None:
+def quantize_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) -> None:
     """Quantize the input embedding of a model that is in memory, in place.
 
     Raises:
         ValueError: see `quantize_weight`.
     """
     parts, facts = quantize_weight(table.module.weight.detach(), config, table.name)
-    layer = put_empty_table(model, table, config)
+    layer = put_empty_embedding(model, table, config)
     layer.load_parts(parts)
     layer.facts = facts

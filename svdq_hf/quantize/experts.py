@@ -59,7 +59,7 @@ def warn_of_unknown(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def check_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
+def check_expert_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
     """Refuse or say what is not done for experts: a budget, and what batches would tell of their inputs.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import nn
 from svdq_hf.core.packing import BLOCK
 from svdq_hf.format.files import open_tensors, weight_files
 from svdq_hf.format.metadata import numbers, stored_facts
-from svdq_hf.format.names import owner, part_key
+from svdq_hf.format.names import part_key, weight_of_part
 from svdq_hf.format.parts import OPTIONAL, PARTS
 from svdq_hf.nn.inventory import packed_weights
 
@@ -150,7 +150,7 @@ def read_footprint(folder: str | Path) -> Footprint:
         facts = stored_facts(files)
     except OSError as error:
         raise ValueError(f"{folder}: a safetensors file cannot be read: {error}") from error
-    names = dict(found for name in tensors if (found := owner(name)) is not None)
+    names = dict(found for name in tensors if (found := weight_of_part(name)) is not None)
     if not names:
         raise ValueError(f"{folder}: no layer in these files is quantized by svdq")
     layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.nn.embedding import SVDQEmbedding, can_be_read
+from svdq_hf.nn.embedding import TiedEmbedding, can_be_read
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.code_inspection import layers_read
@@ -98,7 +98,7 @@ def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
 def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
     """Put a quantized layer, filled or empty, in the place of the head, and its rows in the embeddings'."""
     for name, module in head.embeddings.items():
-        model.set_submodule(name, SVDQEmbedding(layer, module).train(module.training))
+        model.set_submodule(name, TiedEmbedding(layer, module).train(module.training))
     model.set_submodule(head.name, layer)
     if head.embeddings:
         _untie(model, {head.name, *head.embeddings})
@@ -119,7 +119,7 @@ def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
 
 def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a quantized head that embeddings read from dense, and tie them again; others stay as they are."""
-    readers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQEmbedding)}
+    readers = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
     for name, layer in list(svdq_layers(model)):
         mine = {place: reader for place, reader in readers.items() if reader.head is layer}
         if mine:

@@ -13,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.code_inspection import is_linear, layers_read
-from svdq_hf.quantize.experts import check_choices, warn_of_unknown
+from svdq_hf.quantize.experts import check_expert_choices, warn_of_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def weights_of(name: str, module: nn.Module) -> list[Stored]:
+def weights_of(name: str, module: nn.Module) -> list[WeightName]:
     """The weights of a dense layer that are quantized, under the names they are stored by."""
-    return stacks_of(name, module) or [Stored(name, shape_of(module))]
+    return stacks_of(name, module) or [WeightName(name, shape_of(module))]
 
 
 def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
@@ -76,7 +76,7 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
             f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
     warn_of_unknown(modules)
-    check_choices(chosen, config)
+    check_expert_choices(chosen, config)
     return chosen
 
 

@@ -46,7 +46,7 @@ def quantize_weight(
         out, in_features = weight.shape
         return _empty(part_specs(out, in_features, config.of_layer(name).scheme), weight.device), {}
     check_weight(name, weight)
-    with _told_of(name, weight):
+    with _errors_name_the_layer(name, weight):
         return _quantize(weight.float().contiguous(), config.of_layer(name), inputs)
 
 
@@ -59,7 +59,7 @@ def errors_at(
         ValueError: see `quantize_weight`.
     """
     check_weight(name, weight)
-    with _told_of(name, weight):
+    with _errors_name_the_layer(name, weight):
         dense = weight.float().contiguous()
         per_column = column_scale(dense) if config.scheme.grid.column_scale else None
         scores, _ = _scores(dense, config, inputs, per_column)
@@ -70,7 +70,7 @@ def errors_at(
 
 
 @contextmanager
-def _told_of(name: str, weight: Tensor) -> Iterator[None]:
+def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
     """What is stored must not depend on autocast; and an error, a user's score's too, says of which layer."""
     try:
         with torch.autocast(weight.device.type, enabled=False):
@@ -118,7 +118,7 @@ def quantize_chosen(
     return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
 
 
-def as_scored(weight: Tensor, config: SVDQConfig, per_column: Tensor | None) -> Tensor:
+def weight_for_score(weight: Tensor, config: SVDQConfig, per_column: Tensor | None) -> Tensor:
     """The weight that a score sees: as the grid sees it, without its column scale; itself for awq, spqr.
 
     Those weigh each input by its own size already, which a column scale would take away.
@@ -141,7 +141,7 @@ def _choose(
 def _scores(
     weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
 ) -> tuple[Tensor, dict[str, float]]:
-    seen = as_scored(weight, config, per_column)
+    seen = weight_for_score(weight, config, per_column)
     return score(config.saliency, seen, score_inputs(config, weight.shape[1], inputs))
 
 

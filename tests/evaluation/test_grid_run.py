@@ -8,12 +8,12 @@ from transformers import BertModel, FalconConfig, FalconForCausalLM
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.evaluation.sweep import run as grid_module
-from svdq_hf.evaluation.sweep.plan import GRIDS, OURS, Key, Plan, with_bits
-from svdq_hf.evaluation.sweep.run import GridRun, overlap
+from svdq_hf.evaluation.sweep.plan import GRIDS, OURS, Key, SweepPlan, with_bits
+from svdq_hf.evaluation.sweep.run import Sweep, overlap
 from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished
 from svdq_hf.quantize import footprint
 
-PLAN = Plan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
+PLAN = SweepPlan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
 
 
@@ -42,7 +42,7 @@ class Outputs:
 
 def run(folder, plan=PLAN, evaluator=None):
     model = tiny.bert().eval()
-    return GridRun(model, "tiny-seed3", evaluator or Outputs(), plan, folder).run(), model
+    return Sweep(model, "tiny-seed3", evaluator or Outputs(), plan, folder).run(), model
 
 
 def lines(folder, file=CELLS):
@@ -97,7 +97,7 @@ def test_one_svd_and_one_calibration_pass_whatever_the_number_of_cells(tmp_path,
 
 
 def test_relative_depends_on_the_group_and_is_scored_for_each_grid(tmp_path):
-    run(tmp_path, Plan(ks=(30,), methods=("relative",)))
+    run(tmp_path, SweepPlan(ks=(30,), methods=("relative",)))
     errors = [cell["relative_error"] for cell in lines(tmp_path) if cell["method"] == "relative"]
     assert len(errors) == 2
     assert errors[0] != errors[1]
@@ -134,8 +134,8 @@ def test_finished_run_is_not_run_again(tmp_path):
 
 
 def test_more_ks_are_added_to_what_is_there(tmp_path):
-    run(tmp_path, Plan(ks=(1,), methods=("svd",)))
-    assert run(tmp_path, Plan(ks=(1, 30), methods=("svd",)))[0] == 2
+    run(tmp_path, SweepPlan(ks=(1,), methods=("svd",)))
+    assert run(tmp_path, SweepPlan(ks=(1, 30), methods=("svd",)))[0] == 2
 
 
 def test_overlaps_are_those_of_the_choices(tmp_path):
@@ -161,7 +161,7 @@ def test_overlaps_are_those_of_the_choices(tmp_path):
 
 
 def test_ranks_are_run_for_svd_alone_and_each_is_overlapped(tmp_path):
-    run(tmp_path, Plan(ks=(30,), methods=("svd", "magnitude"), grids=("group 64, mse",), ranks=(1, 4)))
+    run(tmp_path, SweepPlan(ks=(30,), methods=("svd", "magnitude"), grids=("group 64, mse",), ranks=(1, 4)))
     assert [(cell["method"], cell["rank"]) for cell in lines(tmp_path)] == [
         ("fp32", None), ("none", None), ("svd", 1), ("svd", 4), ("magnitude", None)
     ]  # fmt: skip
@@ -172,8 +172,8 @@ def test_ranks_and_ks_that_come_later_are_overlapped_too(tmp_path):
     grids = ("group 64, mse",)
     later, at_once = tmp_path / "later", tmp_path / "at once"
     for ks, ranks in (((30,), (1,)), ((30, 5), (1, 4))):
-        run(later, Plan(ks=ks, methods=("svd", "awq", "magnitude"), grids=grids, ranks=ranks))
-    run(at_once, Plan(ks=(30, 5), methods=("svd", "awq", "magnitude"), grids=grids, ranks=(1, 4)))
+        run(later, SweepPlan(ks=ks, methods=("svd", "awq", "magnitude"), grids=grids, ranks=ranks))
+    run(at_once, SweepPlan(ks=(30, 5), methods=("svd", "awq", "magnitude"), grids=grids, ranks=(1, 4)))
     found, expected = (
         {tuple(sorted(one.items())) for one in lines(folder, OVERLAPS)} for folder in (later, at_once)
     )
@@ -203,13 +203,13 @@ def test_cells_of_other_models_do_not_count(tmp_path):
 )
 def test_plan_refuses_what_cannot_be_run(choices, message):
     with pytest.raises(ValueError, match=message):
-        Plan(**choices)
+        SweepPlan(**choices)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_grids_of_other_bits(bits, tmp_path):
     grid = with_bits(OURS, bits)
-    run(tmp_path, Plan(ks=(0,), methods=("magnitude",), grids=(grid,)))
+    run(tmp_path, SweepPlan(ks=(0,), methods=("magnitude",), grids=(grid,)))
     _, none, cell = lines(tmp_path)
     assert (none["grid"], cell["grid"]) == (grid, grid)
     config = Key("magnitude", grid, 0, 0, None).config
@@ -220,7 +220,7 @@ def test_grids_of_other_bits(bits, tmp_path):
 
 def test_model_without_linear_layers_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no linear layer to quantize"):
-        GridRun(nn.Sequential(nn.ReLU()), "none", Outputs(), PLAN, tmp_path)
+        Sweep(nn.Sequential(nn.ReLU()), "none", Outputs(), PLAN, tmp_path)
 
 
 class Logits(Outputs):
@@ -242,15 +242,15 @@ def falcon():
 
 
 def test_subclass_of_linear_is_quantized_as_it_is(tmp_path):
-    evaluate, plan = Logits(), Plan(ks=(30,), methods=("svd",), grids=(OURS,))
-    GridRun(falcon(), "falcon", evaluate, plan, tmp_path).run()
+    evaluate, plan = Logits(), SweepPlan(ks=(30,), methods=("svd",), grids=(OURS,))
+    Sweep(falcon(), "falcon", evaluate, plan, tmp_path).run()
     expected = quantize_model(falcon(), SVDQConfig(k=30, **GRIDS[OURS]))
     assert lines(tmp_path)[-1]["loss"] == evaluate(expected)["loss"] > 0
 
 
 def test_fused_experts_stay_dense_and_it_is_said(tmp_path, caplog):
-    evaluate, plan = Logits(), Plan(ks=(30,), methods=("magnitude",), grids=(OURS,))
-    GridRun(tiny.mixtral(), "mixtral", evaluate, plan, tmp_path).run()
+    evaluate, plan = Logits(), SweepPlan(ks=(30,), methods=("magnitude",), grids=(OURS,))
+    Sweep(tiny.mixtral(), "mixtral", evaluate, plan, tmp_path).run()
     assert "fused experts stay dense in this evaluation: 2 modules, model.layers.0.mlp.experts" in caplog.text
     config = SVDQConfig(k=30, saliency="magnitude", modules_to_not_convert=["experts"], **GRIDS[OURS])
     assert lines(tmp_path)[-1]["loss"] == evaluate(quantize_model(tiny.mixtral(), config))["loss"] > 0

@@ -1,4 +1,4 @@
-"""A slice, a stack and a join of stored parts stand for exactly that slice, stack and join of matrices."""
+"""A slice, a stack and a list of stacks of stored parts stand for exactly that of matrices."""
 
 import itertools
 
@@ -11,7 +11,14 @@ from svdq_hf.core.topk import top_positions
 from svdq_hf.format.checks import check_parts
 from svdq_hf.format.encode import decompose
 from svdq_hf.format.parts import Scheme, part_specs
-from svdq_hf.format.slices import Stored, join, slice_columns, slice_rows, stack, why_apart
+from svdq_hf.format.slices import (
+    StoredMatrix,
+    slice_columns,
+    slice_rows,
+    stack,
+    stack_conflict,
+    stack_where_possible,
+)
 from svdq_hf.integrations.vllm.layers import layers_of, linear_of
 
 DEFAULT = {"group_size": 32, "levels": "normal", "column_scale": True, "scale_bits": 8}
@@ -27,14 +34,14 @@ GRIDS = {
 }
 
 
-def stored(out: int, in_features: int, k: int = 40, *, seed: int = 0, **grid: object) -> Stored:
+def stored(out: int, in_features: int, k: int = 40, *, seed: int = 0, **grid: object) -> StoredMatrix:
     weight = torch.randn(out, in_features, generator=torch.Generator().manual_seed(seed))
     rows, columns = top_positions(weight.abs(), k)
     scheme = Scheme(k, Grid(**grid))
-    return Stored(decompose(weight, rows, columns, scheme), in_features, scheme.grid)
+    return StoredMatrix(decompose(weight, rows, columns, scheme), in_features, scheme.grid)
 
 
-def check(piece: Stored, matrix: Tensor) -> None:
+def check(piece: StoredMatrix, matrix: Tensor) -> None:
     """It is the format's, stands for `matrix` bit for bit, and the op multiplies by it."""
     check_parts(piece.parts, piece.in_features, piece.scheme)
     specs = part_specs(piece.out_features, piece.in_features, piece.scheme)
@@ -96,15 +103,15 @@ def test_stack_is_one_matrix_of_all_rows(grid):
     pieces = [stored(out, 96, seed=seed, **grid) for seed, out in enumerate((16, 8, 8))]
     whole = stack(pieces)
     check(whole, torch.cat([piece.dequantize() for piece in pieces]))
-    assert [piece.out_features for piece in join(pieces)] == [32]
+    assert [piece.out_features for piece in stack_where_possible(pieces)] == [32]
 
 
 def test_matrices_with_column_scales_of_their_own_stay_apart():
     pieces = [stored(16, 96, seed=seed, **DEFAULT) for seed in range(3)]
-    assert why_apart(pieces[0], pieces[1]) == "each has its own column_scale"
+    assert stack_conflict(pieces[0], pieces[1]) == "each has its own column_scale"
     with pytest.raises(ValueError, match=r"cannot be stacked: each has its own column_scale.*join"):
         stack(pieces)
-    apart = join(pieces)
+    apart = stack_where_possible(pieces)
     assert len(apart) == 3
     x, bias = torch.randn(2, 5, 96), torch.randn(48)
     matrix = torch.cat([piece.dequantize() for piece in pieces])
@@ -115,7 +122,7 @@ def test_matrices_with_column_scales_of_their_own_stay_apart():
 def test_slices_of_one_matrix_share_its_column_scale_and_stack_again():
     whole = stored(24, 96, **DEFAULT)
     pieces = [slice_rows(whole, torch.arange(start, start + 8)) for start in (0, 8, 16)]
-    [again] = join(pieces)
+    [again] = stack_where_possible(pieces)
     assert again.parts.keys() == whole.parts.keys()
     assert all(torch.equal(again.parts[name], part) for name, part in whole.parts.items())
 

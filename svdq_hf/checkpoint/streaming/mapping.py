@@ -12,10 +12,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from svdq_hf.checkpoint.streaming.byte_ranges import DTYPE_NAMES, Place
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable, expert_places
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PartSpec
 from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint
-from svdq_hf.nn.embedding import SVDQEmbedding
+from svdq_hf.nn.embedding import TiedEmbedding
 from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
 
 
@@ -45,7 +45,7 @@ def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, 
 
 
 def _of_weight(
-    weight: Stored, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]
+    weight: WeightName, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]
 ) -> Unit:
     """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
     if len(weight.shape) == 3:
@@ -115,4 +115,4 @@ def _readers(model: PreTrainedModel) -> dict[str, str]:
     """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
     heads = {id(layer): name for name, layer in svdq_layers(model)}
     modules = model.named_modules()
-    return {name: heads[id(module.head)] for name, module in modules if isinstance(module, SVDQEmbedding)}
+    return {name: heads[id(module.head)] for name, module in modules if isinstance(module, TiedEmbedding)}

@@ -17,7 +17,7 @@ from svdq_hf.checkpoint.streaming.mapping import _readers, _units
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import INDEX, WEIGHTS
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PartSpec
 from svdq_hf.integrations.transformers.checkpoint_headers import read_checkpoint
 from svdq_hf.nn.inventory import packed_weights
@@ -54,7 +54,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """A model on the meta device, as it will be saved, and what its files are made of."""
 
     model: Any
@@ -95,7 +95,7 @@ class Plan:
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: int) -> Plan:
+def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: int) -> StreamPlan:
     """How the model in the folder `source` becomes a quantized one, in files of about `shard_size` bytes.
 
     Raises:
@@ -116,7 +116,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
     weights = [stored for stored, _, _ in packed_weights(model)]
-    readers = [Stored(name, ()) for name in _readers(model)]
+    readers = [WeightName(name, ()) for name in _readers(model)]
     checkpoint = read_checkpoint(model, [*weights, *readers], files)
     try:
         units = _units(model, checkpoint, places)
@@ -124,7 +124,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
         error.footprint = footprint(model)
         raise
     config = model.hf_quantizer.config  # with what loading has found out, by the model's names
-    return Plan(model, config, files, _shards(units, shard_size))
+    return StreamPlan(model, config, files, _shards(units, shard_size))
 
 
 def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:

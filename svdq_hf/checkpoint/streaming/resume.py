@@ -17,14 +17,14 @@ from typing import Any
 from accelerate import PartialState
 
 from svdq_hf.checkpoint.streaming.byte_ranges import readable
-from svdq_hf.checkpoint.streaming.plan import Plan, Shard
+from svdq_hf.checkpoint.streaming.plan import Shard, StreamPlan
 from svdq_hf.checkpoint.streaming.shard import (
+    add_header,
     data_file,
-    finished,
+    finished_record,
     model_folder,
     read_record,
     record_file,
-    seal,
 )
 from svdq_hf.checkpoint.streaming.workers import make_shards, progress_bar
 from svdq_hf.format.files import write_atomically
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def stream(
-    plan: Plan, folder: Path, finish: Callable[[Path], None], *, workers: int = 1, restart: bool = False
+    plan: StreamPlan, folder: Path, finish: Callable[[Path], None], *, workers: int = 1, restart: bool = False
 ) -> None:
     """Make the files of a plan in `folder`, and call `finish` with the part of it that is the model.
 
@@ -97,7 +97,7 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def bytes_needed(plan: Plan, folder: Path) -> int:
+def bytes_needed(plan: StreamPlan, folder: Path) -> int:
     """Disk that the work takes at its height, beyond what is in `folder` (and is used, or deleted first)."""
     there = 0
     for shard in plan.shards:
@@ -126,7 +126,7 @@ def _lock(folder: Path, *, wanted: bool) -> Iterator[None]:
         yield
 
 
-def _prepare(plan: Plan, folder: Path, restart: bool) -> None:
+def _prepare(plan: StreamPlan, folder: Path, restart: bool) -> None:
     """Make the folder ready: begin it, or check that it was begun for this plan."""
     if restart:
         for file in folder.iterdir():
@@ -159,7 +159,7 @@ def _noted(file: Path) -> dict[str, Any]:
     return before
 
 
-def _plan_facts(plan: Plan) -> dict[str, dict[str, Any]]:
+def _plan_facts(plan: StreamPlan) -> dict[str, dict[str, Any]]:
     """All that the output depends on, as JSON can hold it; of the input, sizes and headers."""
     return {
         "input": {Path(file).name: _file_facts(file) for file in plan.files},
@@ -182,7 +182,7 @@ def _different(before: Any, now: dict[str, Any]) -> list[str]:
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
-def _make(plan: Plan, folder: Path, workers: int, state: PartialState) -> None:
+def _make(plan: StreamPlan, folder: Path, workers: int, state: PartialState) -> None:
     """Make this process's share of what is missing."""
     mine = plan.shards[state.process_index :: state.num_processes]
     missing = _missing(mine, folder)
@@ -200,11 +200,11 @@ def _missing(shards: Sequence[Shard], folder: Path) -> list[Shard]:
     if not begun:
         return list(shards)
     with progress_bar("Checking what is there", sum(shard.input_size for shard in begun)) as told:
-        done = {shard.number for shard in begun if finished(shard, folder, told)}
+        done = {shard.number for shard in begun if finished_record(shard, folder, told)}
     return [shard for shard in shards if shard.number not in done]
 
 
-def _put_together(plan: Plan, folder: Path) -> None:
+def _put_together(plan: StreamPlan, folder: Path) -> None:
     """Give every shard its header, and write config and index."""
     facts: dict[str, dict[str, float]] = {}
     for shard in plan.shards:
@@ -214,5 +214,5 @@ def _put_together(plan: Plan, folder: Path) -> None:
         facts |= record["facts"]
     metadata = plan.metadata(facts)
     for shard in plan.shards:
-        seal(shard, metadata, folder)
+        add_header(shard, metadata, folder)
     plan.write_config(model_folder(folder))

@@ -20,7 +20,7 @@ from svdq_hf.checkpoint.streaming.plan import Shard
 from svdq_hf.checkpoint.streaming.unit import Unit
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import DTYPES, _sync, write_atomically
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.quantize.expert_stream import LazyStack
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
 
@@ -92,7 +92,7 @@ def _outputs(
 
 
 def _quantized(
-    unit: Unit, weight: Stored, config: SVDQConfig, source: _Input
+    unit: Unit, weight: WeightName, config: SVDQConfig, source: _Input
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The parts of a weight and what was measured; of experts one is in memory at a time."""
     matrices = unit.matrices(source.whole)
@@ -108,7 +108,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def finished(shard: Shard, folder: Path, told: Told) -> bool:
+def finished_record(shard: Shard, folder: Path, told: Told) -> bool:
     """Whether the shard's data in `folder` is complete and what it was when it was made.
 
     Raises:
@@ -155,7 +155,7 @@ def _data_of(shard: Shard, folder: Path) -> tuple[Path, int] | None:
         return whole, 8 + int.from_bytes(file.read(8), "little")
 
 
-def seal(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
+def add_header(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
     """Put header and data together; a shard that is whole already stays."""
     data, whole = data_file(shard, folder), model_folder(folder) / shard.file
     if not data.exists():

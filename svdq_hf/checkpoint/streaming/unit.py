@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers.core_model_loading import dot_natural_key
 
 from svdq_hf.checkpoint.streaming.byte_ranges import Place, as_tensor, read_bytes, size_of
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PartSpec
-from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, Entry
-from svdq_hf.integrations.transformers.expert_conversions import merges, turns
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, HeaderEntry
+from svdq_hf.integrations.transformers.expert_conversions import is_merge, is_transpose
 from svdq_hf.quantize.expert_stream import joined
 from svdq_hf.quantize.footprint import Footprint
 
@@ -37,7 +37,7 @@ class Unit:
 
     places: tuple[Place, ...]
     outputs: Mapping[str, PartSpec]
-    weight: Stored | None = None
+    weight: WeightName | None = None
     parts: tuple[str, ...] = ()
     transposed: bool = False
     turned: bool = False
@@ -62,7 +62,7 @@ class Unit:
 
 
 def expert_places(
-    weight: Stored, checkpoint: Checkpoint, places: Mapping[str, Place], *, transposed: bool
+    weight: WeightName, checkpoint: Checkpoint, places: Mapping[str, Place], *, transposed: bool
 ) -> tuple[tuple[Place, ...], bool]:
     """Where the matrices of all experts are, as `Unit.places` has them, and whether they are turned.
 
@@ -79,18 +79,18 @@ def expert_places(
     dense = weight.dense_shape(transposed=transposed)
     conversions = {id(entry.conversion): entry.conversion for entry in entries}
     conversion = next(iter(conversions.values()), None)
-    if len(conversions) == 1 and conversion is not None and merges(conversion):
+    if len(conversions) == 1 and conversion is not None and is_merge(conversion):
         kinds = [_of_pattern(pattern, entries) for pattern in conversion.source_patterns]
         if _fit(kinds, dense):
             return tuple(places[entry.name] for expert in zip(*kinds, strict=True) for entry in expert), False
-    elif len(entries) == 1 and (conversion is None or turns(conversion)):
+    elif len(entries) == 1 and (conversion is None or is_transpose(conversion)):
         found = entries[0].shape == dense
         if found or (conversion is not None and entries[0].shape == (dense[0], dense[2], dense[1])):
             return _cut(places[entries[0].name]), not found
     raise Unstreamable(f"it has {weight.name}, which its files do not have expert by expert")
 
 
-def _of_pattern(pattern: str, entries: Sequence[Entry]) -> list[Entry]:
+def _of_pattern(pattern: str, entries: Sequence[HeaderEntry]) -> list[HeaderEntry]:
     """The experts' tensors of one pattern, in the loader's order."""
     return sorted(
         (entry for entry in entries if entry.pattern == pattern),
@@ -98,7 +98,7 @@ def _of_pattern(pattern: str, entries: Sequence[Entry]) -> list[Entry]:
     )
 
 
-def _fit(kinds: Sequence[Sequence[Entry]], dense: tuple[int, ...]) -> bool:
+def _fit(kinds: Sequence[Sequence[HeaderEntry]], dense: tuple[int, ...]) -> bool:
     """Whether pieces, by kind those of all experts, make experts of the shape `dense` of all of them."""
     shapes = [{entry.shape for entry in kind} for kind in kinds]
     if any(len(kind) != dense[0] for kind in kinds) or any(len(shape) != 1 for shape in shapes):

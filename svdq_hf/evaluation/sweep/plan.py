@@ -40,7 +40,7 @@ BASELINES = ("fp32", "none")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
 
     ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)

@@ -23,14 +23,14 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core.column_scale import column_scale
 from svdq_hf.core.saliency import data_needs, score
 from svdq_hf.core.topk import salient_count, top_positions
-from svdq_hf.evaluation.sweep.plan import BASELINES, Key, Plan
+from svdq_hf.evaluation.sweep.plan import BASELINES, Key, SweepPlan
 from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished, whole_lines
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.convert import empty_layer, progress
 from svdq_hf.quantize.footprint import footprint
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
-from svdq_hf.quantize.weight import as_scored, quantize_chosen, score_inputs
+from svdq_hf.quantize.weight import quantize_chosen, score_inputs, weight_for_score
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,13 @@ Positions = dict[int | float, dict[str, Tensor]]
 
 
 @dataclass
-class GridRun:
+class Sweep:
     """A dense model whose linear layers are replaced, cell after cell, by quantized ones."""
 
     model: Any
     name: str
     evaluate: Evaluator
-    plan: Plan
+    plan: SweepPlan
     out: Path
     layers: dict[str, nn.Module] = field(init=False)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class GridRun:
         found = {}
         for name, weight in self._weights():
             known = score_inputs(config, weight.shape[1], self.inputs.get(name))
-            seen = as_scored(weight, config, self._column_scale(name, weight, config))
+            seen = weight_for_score(weight, config, self._column_scale(name, weight, config))
             found[name] = score(key.method, seen, known).scores
         return found
 

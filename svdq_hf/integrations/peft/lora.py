@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.format.encode import decompose
-from svdq_hf.nn.embedding import SVDQEmbedding, SVDQTable
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
@@ -76,8 +76,8 @@ def check_whole(model: nn.Module, config: Any) -> None:
     rows = getattr(config, "trainable_token_indices", None)
     for name, module in model.named_modules():
         saved = any(name == one or name.endswith(f".{one}") for one in whole)
-        packed = isinstance(module, SVDQLinear | SVDQExperts | SVDQEmbedding)
-        embedding = rows is not None and isinstance(module, SVDQTable | SVDQEmbedding)
+        packed = isinstance(module, SVDQLinear | SVDQExperts | TiedEmbedding)
+        embedding = rows is not None and isinstance(module, SVDQEmbedding | TiedEmbedding)
         if (saved and packed) or embedding:
             choice = "modules_to_save" if saved else "trainable_token_indices"
             raise ValueError(

@@ -17,7 +17,7 @@ LAYERS, TUNERS, USER = "peft.tuners.lora.layer", "peft.tuners.tuners_utils", "pe
 """The modules that define the two functions, and one that imports the first by name."""
 
 
-def install() -> None:
+def register() -> None:
     """Let PEFT put LoRA on quantized layers, from when it is imported on; a second call does nothing."""
     if LAYERS not in sys.modules:
         if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -84,7 +84,7 @@ class _Watch:
         def load_and_install(module: ModuleType) -> None:
             load(module)
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-            install()
+            register()
 
         spec.loader.exec_module = load_and_install  # type: ignore[method-assign]
         return spec

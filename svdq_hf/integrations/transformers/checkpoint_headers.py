@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import DTYPES, open_tensors
 from svdq_hf.format.metadata import stored_facts
-from svdq_hf.format.names import Stored, owner, part_key
-from svdq_hf.quantize.budget import Layer
+from svdq_hf.format.names import WeightName, part_key, weight_of_part
+from svdq_hf.quantize.budget import BudgetItem
 from svdq_hf.quantize.head import dense_names
 from svdq_hf.quantize.selection import shape_of, weights_of
 from svdq_hf.quantize.weight import check_source_dtype
@@ -33,7 +33,7 @@ from svdq_hf.quantize.weight import check_source_dtype
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """One tensor of a file. conversion: what the loader does to it, and by which of its source patterns."""
 
     name: str
@@ -57,14 +57,14 @@ class Checkpoint:
     tensor of the files, in groups.
     """
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, HeaderEntry] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sources: dict[str, list[Entry]] = field(default_factory=dict)
+    sources: dict[str, list[HeaderEntry]] = field(default_factory=dict)
     partners: list[list[str]] = field(default_factory=list)
 
 
 def read_checkpoint(
-    model: PreTrainedModel, weights: Iterable[Stored], files: Iterable[str | Path]
+    model: PreTrainedModel, weights: Iterable[WeightName], files: Iterable[str | Path]
 ) -> Checkpoint:
     """Read the headers of safetensors `files` for a `model` whose `weights` may be quantized in them."""
     files = [file for file in files if str(file).endswith(".safetensors")]
@@ -77,7 +77,7 @@ def read_checkpoint(
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
                 targets, pattern = rename(name, converted=dtype != torch.int8)  # packed codes are as they are
                 conversion = rename.by_source[pattern] if pattern is not None else None
-                entry = Entry(name, tuple(part.get_shape()), dtype, str(file), conversion, pattern)
+                entry = HeaderEntry(name, tuple(part.get_shape()), dtype, str(file), conversion, pattern)
                 result.entries |= dict.fromkeys(targets, entry)
                 for target in targets:
                     result.sources.setdefault(target, []).append(entry)
@@ -85,7 +85,7 @@ def read_checkpoint(
                     result.partners.append(targets)
     for name, facts in stored_facts(files).items():
         keys = [rename(part_key(name, "salient_rows", stacked=stacked))[0][0] for stacked in (False, True)]
-        found = owner(next((key for key in keys if key in rename.known), keys[0]))
+        found = weight_of_part(next((key for key in keys if key in rename.known), keys[0]))
         if found is not None:
             result.facts[found[0]] = facts
     return result
@@ -97,7 +97,7 @@ class _Renaming:
     And the converter's source pattern that it fits, or None: it is that tensor as it is.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+    def __init__(self, model: PreTrainedModel, weights: Iterable[WeightName]) -> None:
         conversions = copy.deepcopy(get_model_conversion_mapping(model))  # they note their own use
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -179,20 +179,20 @@ def stored_layers(
     return found
 
 
-def _others(stored: Stored, checkpoint: Checkpoint) -> set[str]:
+def _others(stored: WeightName, checkpoint: Checkpoint) -> set[str]:
     """What a checkpoint has of a weight beside what a dense one has."""
     prefix = stored.key("")
     there = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
     return there - {"weight", "bias"}
 
 
-def _is_packed(stored: Stored, checkpoint: Checkpoint) -> bool:
+def _is_packed(stored: WeightName, checkpoint: Checkpoint) -> bool:
     weight = checkpoint.entries.get(stored.key("weight"))
     packed = weight is not None and weight.dtype == torch.int8
     return packed or bool(_others(stored, checkpoint)) or stored.name in checkpoint.facts
 
 
-def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) -> None:
+def _check_stored(stored: WeightName, checkpoint: Checkpoint, config: SVDQConfig) -> None:
     linear = len(stored.shape) == 2  # experts have no k of their own
     specs = stored.specs((config.of_layer(stored.name) if linear else config).scheme)
     for part, spec in specs.items():
@@ -211,13 +211,13 @@ def _check_stored(stored: Stored, checkpoint: Checkpoint, config: SVDQConfig) ->
 
 def stored_weights(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], checkpoint: Checkpoint, config: SVDQConfig
-) -> dict[str, Layer]:
+) -> dict[str, BudgetItem]:
     """The weights of `modules`, each read from its file when it is asked for; none where there is no budget.
 
     Raises:
         ValueError: a weight is not a tensor of its own in the files.
     """
-    found: dict[str, Layer] = {}
+    found: dict[str, BudgetItem] = {}
     if config.target_bits is None or config.layer_k is not None:
         return found
     for name, module in modules.items():
@@ -228,11 +228,11 @@ def stored_weights(
                 f"target_bits: the files have no tensor for {name} alone, so that its errors cannot be "
                 "measured before loading: load the dense model, and call quantize_model(model, config)"
             )
-        found[name] = Layer(*shape_of(module), partial(_read, entry, isinstance(module, Conv1D)))
+        found[name] = BudgetItem(*shape_of(module), partial(_read, entry, isinstance(module, Conv1D)))
     return found
 
 
-def _read(entry: Entry, transposed: bool) -> Tensor:
+def _read(entry: HeaderEntry, transposed: bool) -> Tensor:
     with open_tensors(entry.file) as opened:
         weight: Tensor = opened.get_tensor(entry.name)
     return weight.T if transposed else weight

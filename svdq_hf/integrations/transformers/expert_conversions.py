@@ -20,17 +20,17 @@ from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.quantize.expert_stream import Pieces, fit_together
 
 
-def one_by_one(conversion: WeightConverter) -> WeightConverter:
+def without_stacking(conversion: WeightConverter) -> WeightConverter:
     """A conversion that makes dense experts -> one that does no more of it than quantizing needs."""
     operations = list(conversion.operations)
-    if merges(conversion):
+    if is_merge(conversion):
         conversion.operations = [MergeExperts(operations)]
     else:
         conversion.operations = [TransposeExperts(op) if _checks(op) else op for op in operations]
     return conversion
 
 
-def merges(conversion: WeightConverter) -> bool:
+def is_merge(conversion: WeightConverter) -> bool:
     """Whether it stacks tensors of one expert each; of several patterns, one below the other."""
     kinds = [type(op) for op in conversion.operations]
     plain = kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
@@ -39,7 +39,7 @@ def merges(conversion: WeightConverter) -> bool:
     return all(op.dim == dim for op, dim in zip(conversion.operations, (0, 1), strict=False))
 
 
-def turns(conversion: WeightConverter) -> bool:
+def is_transpose(conversion: WeightConverter) -> bool:
     """Whether it swaps the last two of three dimensions where the model's experts want that, and no more."""
     operations = conversion.operations
     plain = len(operations) == 1 and _checks(operations[0])

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.names import Stored, owner, part_key
+from svdq_hf.format.names import WeightName, part_key, weight_of_part
 from svdq_hf.format.parts import PARTS
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
 from svdq_hf.nn.inventory import packed_weights, svdq_layers
@@ -33,42 +33,42 @@ def keep_own_names(model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # as transformers does
     weights = [packed.stored for packed in packed_weights(model)]
-    kept = [c for c in conversions if not (_makes(c, weights) or _tears(c, weights))]
+    kept = [c for c in conversions if not (_produces(c, weights) or _splits_parts_of(c, weights))]
     # Such a renaming reads `proj` as `proj.weight`: `proj.weight` under the file's other names is lost.
     flat = [stored for stored in weights if len(stored.shape) == 2]
-    model._weight_conversions = [] if any(_tears(c, flat) for c in conversions) else kept
+    model._weight_conversions = [] if any(_splits_parts_of(c, flat) for c in conversions) else kept
 
 
 def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
     """Those `conversions` of a file's tensors that do not make packed experts: these are as they are."""
     weights = [packed.stored for packed in packed_weights(model)]
     stacks = [stored for stored in weights if len(stored.shape) == 3]
-    return [c for c in conversions if not _makes(c, stacks)]
+    return [c for c in conversions if not _produces(c, stacks)]
 
 
-def _makes(conversion: Any, weights: Iterable[Stored]) -> bool:
+def _produces(conversion: Any, weights: Iterable[WeightName]) -> bool:
     return isinstance(conversion, WeightConverter) and any(
         re.search(target, stored.key("weight")) for target in conversion.target_patterns for stored in weights
     )
 
 
-def _tears(conversion: Any, weights: Iterable[Stored]) -> bool:
+def _splits_parts_of(conversion: Any, weights: Iterable[WeightName]) -> bool:
     """Whether a renaming, undone, gives the parts of a weight names that are not all of one weight."""
     if isinstance(conversion, WeightConverter):
         return False
     undo = conversion.reverse_transform()
     for stored in weights:
         names = {part: undo.rename_source_key(stored.key(part))[0] for part in PARTS}
-        found = owner(names["salient_rows"])
+        found = weight_of_part(names["salient_rows"])
         if found is None or names != {part: part_key(found[0], part, stacked=found[1]) for part in PARTS}:
             return True
     return False
 
 
-def restore_names(model: PreTrainedModel, weights: Iterable[Stored]) -> None:
+def restore_names(model: PreTrainedModel, weights: Iterable[WeightName]) -> None:
     """The opposite, for a model of which `weights` are dense again: files as the family has them."""
     mapping = get_model_conversion_mapping(model, add_legacy=False)
-    if any(isinstance(c, WeightConverter) or _tears(c, weights) for c in mapping):
+    if any(isinstance(c, WeightConverter) or _splits_parts_of(c, weights) for c in mapping):
         model._weight_conversions = None
 
 
@@ -77,11 +77,13 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
     parts = {one.stored.key("salient_rows"): one for one in packed_weights(model)}
     tensors = {key: one.parts["salient_rows"] for key, one in parts.items()}
     names = {id(tensor): parts[key].stored.name for key, tensor in tensors.items()}
-    renamed = {tensor: owner(key) for key, tensor in revert_weight_conversion(model, tensors).items()}
+    renamed = {
+        tensor: weight_of_part(key) for key, tensor in revert_weight_conversion(model, tensors).items()
+    }
     return {names[id(tensor)]: found[0] for tensor, found in renamed.items() if found is not None}
 
 
-def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
+def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
     """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files.
 
     Raises:
@@ -100,7 +102,7 @@ def named_k(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
     return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
 
 
-def name_k(model: PreTrainedModel, config: SVDQConfig) -> None:
+def write_layer_k_by_file_name(model: PreTrainedModel, config: SVDQConfig) -> None:
     """Let `layer_k` say what the layers of `model` hold, by their names in files."""
     if config.layer_k is not None:
         names = file_names(model)

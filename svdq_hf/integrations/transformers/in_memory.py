@@ -13,11 +13,11 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.metadata import tags
 from svdq_hf.integrations.peft.register import has_adapters
-from svdq_hf.integrations.transformers.file_names import keep_own_names, name_k
+from svdq_hf.integrations.transformers.file_names import keep_own_names, write_layer_k_by_file_name
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 from svdq_hf.nn.inventory import svdq_experts
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
-from svdq_hf.quantize.embedding import chosen_table, quantize_table
+from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
 
 
@@ -62,13 +62,13 @@ def quantize_model(
             "memory, or with quantization_config, which quantizes it while loading"
         )
     head = chosen_head(model, config) if config.lm_head else None  # errors before anything is changed
-    table = chosen_table(model, config, head)
+    table = chosen_embedding(model, config, head)
     others = {one.name: one.module for one in (head, table) if one is not None}
     config = convert_layers(model, config, batches, others)
     if head is not None:
         quantize_head(model, config)
     if table is not None:
-        quantize_table(model, table, config)
+        quantize_embedding(model, table, config)
     if any(svdq_experts(model)):
         config.say_experts()
     if isinstance(model, PreTrainedModel):
@@ -80,7 +80,7 @@ def quantize_model(
         model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
         _assign_is_quantized(model)
         keep_own_names(model)
-        name_k(model, model.hf_quantizer.quantization_config)
+        write_layer_k_by_file_name(model, model.hf_quantizer.quantization_config)
     return model
 
 

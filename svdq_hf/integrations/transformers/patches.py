@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from svdq_hf.format.names import is_salient_values
 
 
-def install() -> None:
+def patch_main_dtype() -> None:
     """Replace `PreTrainedModel.dtype`; a second call changes nothing."""
     PreTrainedModel.dtype = property(main_dtype)
 

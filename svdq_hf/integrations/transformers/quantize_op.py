@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.names import Stored
+from svdq_hf.format.names import WeightName
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
@@ -35,15 +35,15 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         for name in list(input_dict):
             value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
             dense = value[0] if isinstance(value, list) else value
-            layer = owner_of(model, name)
+            layer = module_of(model, name)
             converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
         return converted
 
     def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:
         if isinstance(layer, SVDQLinear):
-            stored, transposed = Stored(key.removesuffix(".weight"), layer.shape), layer.transposed
+            stored, transposed = WeightName(key.removesuffix(".weight"), layer.shape), layer.transposed
         else:
-            stored, transposed = Stored(key, layer.stacks[_leaf(key)]), layer.layout.transposed
+            stored, transposed = WeightName(key, layer.stacks[_leaf(key)]), layer.layout.transposed
         try:
             _check_shape(stored, dense, transposed=transposed)
             if isinstance(layer, SVDQLinear):
@@ -60,7 +60,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         return {stored.key(part): tensor for part, tensor in parts.items()}
 
 
-def _check_shape(stored: Stored, dense: Tensor, *, transposed: bool) -> None:
+def _check_shape(stored: WeightName, dense: Tensor, *, transposed: bool) -> None:
     expected = list(stored.dense_shape(transposed=transposed))
     if list(dense.shape) != expected:
         raise ValueError(
@@ -73,7 +73,7 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def owner_of(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
+def module_of(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
     """The quantized layer that the dense tensor `param_name` is a weight of, if there is one."""
     path, _, leaf = param_name.rpartition(".")
     module = model.get_submodule(path)

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.metadata import layers_metadata, numbers, tags
-from svdq_hf.integrations.transformers import patches as main_dtype
+from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.checkpoint_headers import (
     REMEDY,
     Checkpoint,
@@ -33,31 +33,37 @@ from svdq_hf.integrations.transformers.checkpoint_headers import (
     stored_layers,
     stored_weights,
 )
-from svdq_hf.integrations.transformers.expert_conversions import one_by_one
+from svdq_hf.integrations.transformers.expert_conversions import without_stacking
 from svdq_hf.integrations.transformers.file_names import (
     file_names,
     keep_own_names,
-    name_k,
-    named_k,
+    layer_k_by_model_name,
     restore_names,
     unconverted,
+    write_layer_k_by_file_name,
 )
 from svdq_hf.integrations.transformers.load_checks import check_loaded, loaded_exactly
-from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, owner_of
-from svdq_hf.integrations.transformers.stored_ends import choices_of, stored_head, stored_table
-from svdq_hf.nn.embedding import SVDQEmbedding, SVDQTable
+from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, module_of
+from svdq_hf.integrations.transformers.stored_ends import config_key_by_module, stored_embedding, stored_head
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.inventory import layer_facts, packed_weights, svdq_experts, svdq_layers
 from svdq_hf.quantize.budget import spend
 from svdq_hf.quantize.convert import (
-    check_here,
     check_layer_k,
     empty_layer,
     is_spread,
+    refuse_offloaded,
     replace_layers,
     restore_layers,
 )
-from svdq_hf.quantize.embedding import Table, chosen_table, input_table, put_empty_table, quantize_table
+from svdq_hf.quantize.embedding import (
+    Embedding,
+    chosen_embedding,
+    input_table,
+    put_empty_embedding,
+    quantize_embedding,
+)
 from svdq_hf.quantize.head import (
     Head,
     chosen_head,
@@ -130,14 +136,14 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         layers = linear_layers(model) | input_table(model, self.quantization_config)
         known = [stored for name, layer in layers.items() for stored in weights_of(name, layer)]
         checkpoint = read_checkpoint(model, known, checkpoint_files or [])
-        self.config = named_k(checkpoint, self.quantization_config)
+        self.config = layer_k_by_model_name(checkpoint, self.quantization_config)
         chosen = self._chosen(model, checkpoint, layers)
         if self.pre_quantized:
             head = stored_head(model, checkpoint, self.config)
-            table = stored_table(model, checkpoint, self.config, head)
+            table = stored_embedding(model, checkpoint, self.config, head)
         else:
             head = chosen_head(model, self.config) if self.config.lm_head else None
-            table = chosen_table(model, self.config, head)
+            table = chosen_embedding(model, self.config, head)
         if self.pre_quantized:
             chosen = self._put_stored(model, chosen, head, table)
         else:
@@ -146,7 +152,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         replace_layers(model, chosen, self.config)
         weights = self._note_packed(model, checkpoint)
         if not self.pre_quantized:
-            dense = {key for name in choices_of(head, table) for key in dense_names(model, name)}
+            dense = {key for name in config_key_by_module(head, table) for key in dense_names(model, name)}
             self._keep_precision(model, (weights | dense) - exact)
         return model
 
@@ -162,14 +168,14 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         return chosen
 
     def _put_stored(
-        self, model: PreTrainedModel, chosen: dict[str, nn.Module], head: Head | None, table: Table | None
+        self, model: PreTrainedModel, chosen: dict[str, nn.Module], head: Head | None, table: Embedding | None
     ) -> dict[str, nn.Module]:
         """Make room for a packed head and a packed embedding; the modules that are left to replace."""
         if head is not None:
             put_head(model, head, empty_layer(head.module, self.config.of_layer(head.name)))
         if table is not None:
-            put_empty_table(model, table, self.config)
-        others = choices_of(head, table)
+            put_empty_embedding(model, table, self.config)
+        others = config_key_by_module(head, table)
         return {name: module for name, module in chosen.items() if name not in others}
 
     def _planned(
@@ -178,11 +184,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         checkpoint: Checkpoint,
         chosen: dict[str, nn.Module],
         head: Head | None,
-        table: Table | None,
+        table: Embedding | None,
     ) -> SVDQConfig:
         """The config with its budget spent, after a look at whether all that it asks for is in the files."""
         if checkpoint.entries:
-            for name, choice in choices_of(head, table).items():
+            for name, choice in config_key_by_module(head, table).items():
                 check_source(checkpoint, name, dense_names(model, name), choice)
         modules = {name: module for name, module in chosen.items() if layout_of(module) is None}
         modules |= {one.name: one.module for one in (head, table) if one is not None}
@@ -218,12 +224,12 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         plain = unconverted(conversions, model)
         if self.pre_quantized:
             return plain
-        return [c if c in plain else one_by_one(c) for c in conversions]
+        return [c if c in plain else without_stacking(c) for c in conversions]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the tensor that the checkpoint has for `param_name` is still dense."""
         return not self.pre_quantized and (
-            owner_of(model, param_name) is not None or param_name in self.partners
+            module_of(model, param_name) is not None or param_name in self.partners
         )
 
     def get_quantize_ops(self) -> SVDQQuantize:
@@ -243,18 +249,18 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
             self._quantize_loaded(model)
         keep_own_names(model)
         self.quantization_config.layer_k = self.config.layer_k
-        name_k(model, self.quantization_config)
+        write_layer_k_by_file_name(model, self.quantization_config)
         model.add_model_tags(tags(self.quantization_config.bits))  # for the card that push_to_hub writes
         return model
 
     def _quantize_loaded(self, model: PreTrainedModel) -> None:
         """Quantize the head and the input embedding, which are loaded dense, and tied."""
         head = find_head(model) if self.config.lm_head else None
-        table = chosen_table(model, self.config, head)
+        table = chosen_embedding(model, self.config, head)
         if head is None and table is None:
             return
         if is_spread(model):
-            choice = next(iter(choices_of(head, table).values()))
+            choice = next(iter(config_key_by_module(head, table).values()))
             raise ValueError(
                 f"{choice}=True needs the model on one device while it is quantized: load it without "
                 "device_map, save_pretrained() it, and load that with one"
@@ -262,10 +268,10 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if head is not None:
             quantize_head(model, self.config)
         if table is not None:
-            quantize_table(model, table, self.config)
+            quantize_embedding(model, table, self.config)
         for module in model.modules():
-            reader = module.reader if isinstance(module, SVDQTable) else module
-            if isinstance(reader, SVDQEmbedding):
+            reader = module.reader if isinstance(module, SVDQEmbedding) else module
+            if isinstance(reader, TiedEmbedding):
                 reader.dtype = model.config.dtype
 
     # Saving and the way back.
@@ -284,13 +290,13 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 f"{within} is inside of a LoRA layer, and saved so could not be loaded: unload() the "
                 "PeftModel and save what it returns, or save the PeftModel itself, which saves the adapter"
             )
-        name_k(model, self.quantization_config)  # config.json is written after this
+        write_layer_k_by_file_name(model, self.quantization_config)  # config.json is written after this
         return None, layers_metadata(layer_facts(model, file_names(model)))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained, config.dtype is a string ("float32").
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        check_here(model)
+        refuse_offloaded(model)
         weights = [packed.stored for packed in packed_weights(model)]
         restore_head(model, target)
         restore_layers(model, target)
@@ -315,7 +321,7 @@ def _refuse_sharded(model: PreTrainedModel) -> None:
         )
 
 
-main_dtype.install()
+patches.patch_main_dtype()
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice
     register_quantizer(QUANT_METHOD)(SVDQHfQuantizer)
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

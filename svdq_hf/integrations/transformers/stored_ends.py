@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
-from svdq_hf.quantize.embedding import Table, find_table, input_embedding, input_table, is_of
+from svdq_hf.quantize.embedding import Embedding, find_embedding, input_embedding, input_table, reads_head
 from svdq_hf.quantize.head import Head, find_head
 
 
@@ -35,9 +35,9 @@ def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConf
     return head
 
 
-def stored_table(
+def stored_embedding(
     model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig, head: Head | None
-) -> Table | None:
+) -> Embedding | None:
     """The input embedding of a quantized checkpoint, where it is packed in parts of its own.
 
     Raises:
@@ -49,12 +49,12 @@ def stored_table(
     packed = list(input_table(model, config))
     if checkpoint.entries:  # what a file holds is not for names to decide
         packed = [name for name in packed if _is_packed(checkpoint, name)]
-    elif is_of(model, head):
+    elif reads_head(model, head):
         packed = []
-    return find_table(model, checkpoint.entries) if packed else None
+    return find_embedding(model, checkpoint.entries) if packed else None
 
 
-def choices_of(head: Head | None, table: Table | None) -> dict[str, str]:
+def config_key_by_module(head: Head | None, table: Embedding | None) -> dict[str, str]:
     """The choice that asks for each of the two that are there, by its name in the model."""
     pairs = ((head, "lm_head"), (table, "embeddings"))
     return {one.name: choice for one, choice in pairs if one is not None}

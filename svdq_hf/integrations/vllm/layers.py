@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.format.slices import Stored
+from svdq_hf.format.slices import StoredMatrix
 from svdq_hf.nn.linear import SVDQLinear
 
 
-def layers_of(pieces: Sequence[Stored]) -> nn.ModuleList:
+def layers_of(pieces: Sequence[StoredMatrix]) -> nn.ModuleList:
     """A layer without bias for each stored matrix."""
     layers = nn.ModuleList()
     for piece in pieces:

@@ -20,10 +20,10 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.checks import check_parts
 from svdq_hf.format.parts import Scheme, part_specs
-from svdq_hf.format.slices import Stored, join, slice_columns, slice_rows
+from svdq_hf.format.slices import StoredMatrix, slice_columns, slice_rows, stack_where_possible
 from svdq_hf.integrations.vllm.layers import layers_of, linear_of
 
-Shard = int | str | tuple[int, ...] | None
+FusedPart = int | str | tuple[int, ...] | None
 """Which of a fused layer's matrices a tensor is of; a tuple: several in a row; None: all, or the only one."""
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -150,20 +150,22 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
             place.weight_loader = partial(self._take, layer, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, place)
 
-    def _take(self, layer: Any, part: str, place: nn.Parameter, loaded: Tensor, shard: Shard = None) -> None:
+    def _take(
+        self, layer: Any, part: str, place: nn.Parameter, loaded: Tensor, shard: FusedPart = None
+    ) -> None:
         """What vLLM calls with each tensor of the file."""
         parts = layer.svdq_shards.setdefault(shard, {})
         parts[part] = loaded
         whole, total = layer.svdq_widths[1], len(part_specs(1, 1, self.scheme))
         if len(parts) == total:
-            stored = Stored(parts, whole, self.scheme.grid)
+            stored = StoredMatrix(parts, whole, self.scheme.grid)
             try:
                 check_parts(parts, whole, stored.scheme)  # k may be the layer's own
             except ValueError as error:
                 raise ValueError(f"{layer.prefix} ({shard}): {error}") from error
             layer.svdq_shards[shard] = self._share(layer, shard, stored)
 
-    def _share(self, layer: Any, shard: Shard, stored: Stored) -> Stored:
+    def _share(self, layer: Any, shard: FusedPart, stored: StoredMatrix) -> StoredMatrix:
         """A device's rows and columns of a matrix of the checkpoint."""
         width, whole = layer.svdq_widths
         if width != whole:
@@ -183,7 +185,7 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         came = [
             place
             for shard in order
-            if isinstance(layer.svdq_shards[shard], Stored)
+            if isinstance(layer.svdq_shards[shard], StoredMatrix)
             for place in places[shard]
         ]
         if came != list(range(len(layer.svdq_heights))):
@@ -194,7 +196,7 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         device = layer.weight.device
         for name in part_specs(1, 1, self.scheme):
             delattr(layer, name)
-        layer.svdq_layers = layers_of(join(pieces)).to(device)
+        layer.svdq_layers = layers_of(stack_where_possible(pieces)).to(device)
         layer.svdq_shards = {}
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -202,7 +204,7 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return linear_of(layer.svdq_layers, x, bias)
 
 
-def rows_of_rank(layer: Any, shard: Shard, total: int) -> Tensor:
+def rows_of_rank(layer: Any, shard: FusedPart, total: int) -> Tensor:
     """Which rows of a checkpoint's matrix of `total` rows a device keeps.
 
     Raises:
@@ -223,7 +225,7 @@ def rows_of_rank(layer: Any, shard: Shard, total: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _places(layer: Any, shard: Shard) -> list[int]:
+def _places(layer: Any, shard: FusedPart) -> list[int]:
     """Which of the matrices that a layer joins, in order."""
     if shard is None:
         return list(range(len(layer.svdq_heights)))

@@ -35,7 +35,7 @@ _ERRORS: dict[int, tuple[type[Exception], str]] = {
 _FOREIGN = 4
 
 
-class Layer(ctypes.Structure):
+class NativeLayer(ctypes.Structure):
     """A stored weight as the library sees it: `Layer` of svdq.c."""
 
     _fields_ = (
@@ -160,7 +160,7 @@ def fits(group: int, in_features: int) -> bool:
     return group % HALF == 0 or group >= in_features
 
 
-def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor | None = None) -> Layer:
+def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor | None = None) -> NativeLayer:
     """The parts, in the order of `PARTS`, as the library sees them; the caller keeps the tensors alive.
 
     Raises:
@@ -186,7 +186,7 @@ def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor |
     )
     if not right:
         raise ValueError(f"the parts of a layer [{out}, {in_features}] are not what the format stores")
-    return Layer(
+    return NativeLayer(
         out,
         in_features,
         group,
@@ -224,7 +224,7 @@ def multiply_direct(
     return True
 
 
-def multiply(layer: Layer, x: Tensor, y: Tensor, tokens: int, path: int) -> None:
+def multiply(layer: NativeLayer, x: Tensor, y: Tensor, tokens: int, path: int) -> None:
     """`y = x W.T + bias`: x `[tokens, in]`, y `[tokens, out]`, float32 and contiguous.
 
     Raises:
@@ -234,7 +234,7 @@ def multiply(layer: Layer, x: Tensor, y: Tensor, tokens: int, path: int) -> None
     _raise(call(ctypes.byref(layer), x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(), path))
 
 
-def dequantize(layer: Layer, rows: slice, dense: Tensor, path: int) -> None:
+def dequantize(layer: NativeLayer, rows: slice, dense: Tensor, path: int) -> None:
     """Write the rows of W into `dense` `[rows, in]`, float32 and contiguous; it raises as `multiply` does."""
     call = _loaded().svdq_dequantize
     threads = torch.get_num_threads()
