@@ -17,10 +17,9 @@ import torch
 import transformers as hf
 from transformers.utils import logging
 
-from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.format.parts import part_specs
 from svdq_hf.nn.expert_layouts import layout_of
-from svdq_hf.quantize import footprint
 
 TINY = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,

@@ -23,12 +23,11 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from svdq_hf import SVDQConfig, read_footprint
+from svdq_hf import SVDQConfig, footprint, read_footprint
 from svdq_hf.config.svdq_config import VERSION_1
 from svdq_hf.core.svd import principal
 from svdq_hf.core.topk import top_positions
 from svdq_hf.demo import default_model, embed
-from svdq_hf.quantize import footprint
 
 DATA = Path(os.environ.get("SVDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SENTENCES = {

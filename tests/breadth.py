@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from svdq_hf import SVDQConfig
+from svdq_hf import SVDQConfig, footprint
 from svdq_hf.nn.inventory import svdq_layers
-from svdq_hf.quantize import footprint
 
 FOUND = Path(__file__).with_name("breadth.json")
 README = Path(__file__).parents[1] / "docs" / "models.md"

@@ -12,10 +12,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.demo import default_model
-from svdq_hf.quantize import footprint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_quality as bq  # examples are no package

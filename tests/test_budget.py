@@ -9,9 +9,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from svdq_hf import SVDQConfig, dequantize_model, quantize_model
+from svdq_hf import SVDQConfig, dequantize_model, footprint, quantize_model
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
-from svdq_hf.quantize import footprint
 from svdq_hf.quantize.budget import BudgetItem, Measured, by_gain, spend
 from svdq_hf.quantize.footprint import read_footprint
 

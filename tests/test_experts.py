@@ -13,13 +13,12 @@ import transformers as hf
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from svdq_hf import SVDQConfig, dequantize_model, quantize_model, read_footprint
+from svdq_hf import SVDQConfig, dequantize_model, footprint, quantize_model, read_footprint
 from svdq_hf.format.parts import part_specs
 from svdq_hf.kernels import experts_op as kernel
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.inventory import packed_weights, svdq_experts
-from svdq_hf.quantize import footprint
 from svdq_hf.quantize.weight import quantize_weight
 
 CONFIG = SVDQConfig(k=32)

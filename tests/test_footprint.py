@@ -7,9 +7,8 @@ from tiny_models import bert_config
 from torch import nn
 from transformers import BertModel
 
-from svdq_hf import SVDQConfig, quantize_model, read_footprint
+from svdq_hf import SVDQConfig, footprint, quantize_model, read_footprint
 from svdq_hf.format.metadata import METADATA_KEY
-from svdq_hf.quantize import footprint
 from svdq_hf.quantize.footprint import dense_bytes
 
 

@@ -8,9 +8,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model
+from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, footprint, quantize_model
 from svdq_hf.nn.embedding import TiedEmbedding
-from svdq_hf.quantize import footprint
 
 CONFIG = SVDQConfig(k=16, rank=2, lm_head=True)
 TIED = ["llama-tied", "gemma3", "gpt2", "opt", "t5", "umt5", "masked"]

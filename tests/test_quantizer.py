@@ -18,13 +18,13 @@ from svdq_hf import (
     SVDQConfig,
     SVDQLinear,
     dequantize_model,
+    footprint,
     quantize_model,
     read_footprint,
     register_saliency,
 )
 from svdq_hf.core import saliency
 from svdq_hf.nn.inventory import svdq_layers
-from svdq_hf.quantize import footprint
 
 CONFIG = SVDQConfig(k=32)
 

@@ -10,9 +10,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, quantize_model
+from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, footprint, quantize_model
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
-from svdq_hf.quantize import footprint
 
 CONFIG = SVDQConfig(k=16, rank=2, embeddings=True)
 BOTH = SVDQConfig(k=16, rank=2, embeddings=True, lm_head=True)

@@ -23,6 +23,7 @@ def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
 def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """The parts of the matrix that has these `rows` `[n]`, in their order; a row may come twice.
 
+    >>> from svdq_hf.format.encode import decompose
     >>> parts = decompose(torch.eye(4), *torch.empty(2, 0, dtype=torch.int32), Scheme(k=0))
     >>> reconstruct(take_rows(parts, torch.tensor([2, 2])), 4, Scheme(k=0)).argmax(1).tolist()
     [2, 2]

@@ -29,6 +29,7 @@ def decompose(
     is the sum of the two parts. per_column: its `column_scale`, where that is known already. gram: of the
     inputs, `[in, in]`, for rounding with error feedback.
 
+    >>> from svdq_hf.format.decode import reconstruct
     >>> scheme, index = Scheme(k=1), torch.tensor([0], dtype=torch.int32)
     >>> parts = decompose(torch.tensor([[100.0, 7.0]]), index, index, scheme)
     >>> parts["salient_values"].tolist(), reconstruct(parts, 2, scheme).tolist()

@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from transformers import BertModel, FalconConfig, FalconForCausalLM
 
-from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
+from svdq_hf import SVDQConfig, SVDQLinear, footprint, quantize_model
 from svdq_hf.evaluation.sweep import run as grid_module
 from svdq_hf.evaluation.sweep.plan import GRIDS, OURS, Key, SweepPlan, with_bits
 from svdq_hf.evaluation.sweep.run import Sweep, overlap
 from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished
-from svdq_hf.quantize import footprint
 
 PLAN = SweepPlan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random"), seeds=2)
 X = torch.arange(40).reshape(4, 10) % 90
