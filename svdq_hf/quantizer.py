@@ -1,7 +1,7 @@
 """The door to transformers: its hooks, answered.
 
 Policy, not mechanism: which tensors a layer is loaded from, what is refused, what is said. The hooks
-are those of transformers 5.20 to 5.23.
+are those of transformers 5.20 to 5.24.
 """
 
 import copy
@@ -48,6 +48,7 @@ from svdq_hf.loading import (
     stored_layers,
     stored_weights,
 )
+from svdq_hf.names import Stored
 from svdq_hf.on_load import SVDQQuantize, check_loaded, loaded_exactly, owner_of
 from svdq_hf.packed import packed_weights
 from svdq_hf.renaming import file_names, keep_own_names, name_k, named_k, restore_names, unconverted
@@ -78,6 +79,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         """The model's own list of what stays in FP32, which loading adds to for a while."""
         self.partners: set[str] = set()
         """Tensors that come out of one tensor of a file together with a weight to quantize."""
+        self.packed: list[Stored] = []
+        """The packed weights of the model that is being loaded."""
 
     # What transformers asks about the method.
 
@@ -138,6 +141,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         replace_layers(model, chosen, self.config)
         weights = self._note_packed(model, checkpoint)
         if not self.pre_quantized:
+            _load_dense(model, weights)
             dense = {key for name in choices_of(head, table) for key in dense_names(model, name)}
             self._keep_precision(model, (weights | dense) - exact)
         return model
@@ -183,8 +187,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def _note_packed(self, model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
         """Tell packed weights what the files say of them; their names in the model."""
-        weights = set()
+        self.packed, weights = [], set()
         for stored, parts, facts in packed_weights(model):
+            self.packed.append(stored)
             weights.add(stored.key("weight"))
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
             for tensor in parts.values():
@@ -204,10 +209,13 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         exactly = {f"^{re.escape(key)}$" for key in keys}
         model._keep_in_fp32_modules_strict = set(self.strict or ()) | exactly
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
-        plain = unconverted(conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """The tensors of packed experts are loaded as they are, whatever the family does to dense ones.
+
+        model: as transformers gives it since 5.21.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        plain = unconverted(conversions, self.packed)
         if self.pre_quantized:
             return plain
         return [c if c in plain else one_by_one(c) for c in conversions]
@@ -224,6 +232,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
+            del model._get_dtype_plan  # the one of `_load_dense`; its class has another
             model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
@@ -296,6 +305,13 @@ DENSE_REMEDY = (
     "The checkpoint is damaged or does not fit its config.json; where a layer is to start anew, "
     "modules_to_not_convert keeps it dense"
 )
+
+
+def _load_dense(model: PreTrainedModel, weights: Iterable[str]) -> None:
+    """Have weights to quantize loaded in the dtype asked for; before 5.23 it would be that of their bytes."""
+    exactly = [f"^{re.escape(key)}$" for key in weights]
+    plan = model._get_dtype_plan
+    model._get_dtype_plan = lambda dtype: {**dict.fromkeys(exactly, dtype), **plan(dtype)}
 
 
 def _refuse_sharded(model: PreTrainedModel) -> None:
