@@ -202,9 +202,13 @@ def read() -> dict[str, Found]:
     """What was found, by release, the oldest first, and by model type."""
     records: dict[str, Found] = {}
     found: Found = {}
-    for release in sorted((file.stem.partition("-")[2] for file in RECORDS.glob("breadth-*.json")), key=Version):
+    for release in sorted(
+        (file.stem.partition("-")[2] for file in RECORDS.glob("breadth-*.json")), key=Version
+    ):
         for name, values in json.loads(_file(release).read_text()).items():
-            found = {**found, name: Outcome(*values)} if values else {n: o for n, o in found.items() if n != name}
+            found = (
+                {**found, name: Outcome(*values)} if values else {n: o for n, o in found.items() if n != name}
+            )
         records[release] = found
     return records
 
