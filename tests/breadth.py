@@ -1,8 +1,10 @@
 """Walks the model types of transformers: each is built tiny, quantized, saved, reloaded, dequantized.
 
-`python tests/breadth.py [TYPE ...]` walks those or all of them and writes what it found (breadth.json, and
-the README's block between the two comments); `test_breadth.py` walks them too and compares. A type is
-walked once, as the first class that the tasks below name for it.
+`python tests/breadth.py [TYPE ...]` walks those or all of them and writes what it found: the record of the
+transformers release at hand (breadth-RELEASE.json, in which a release after the first has only what differs
+from the one before it; null: the type is gone), and from the newest record the block of README between the
+two comments. `test_breadth.py` walks them too and compares. A type is walked once, as the first class that
+the tasks below name for it.
 """
 
 import json
@@ -10,14 +12,16 @@ import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tiny_models as tiny
 import torch
 import transformers as hf
 from made_up_inputs import Inputs, complete, made_up_inputs
+from packaging.version import Version
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
@@ -26,7 +30,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from svdq_hf import SVDQConfig, footprint
 from svdq_hf.nn.inventory import svdq_layers
 
-FOUND = Path(__file__).with_name("breadth.json")
+RECORDS = Path(__file__).parent
+RELEASE = hf.__version__
 README = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- breadth: python tests/breadth.py -->\n", "<!-- end of breadth -->"
 MOST = 4_000_000
@@ -111,20 +116,19 @@ def _reason(error: Exception) -> str:
 
 def _walked(dense: hf.PreTrainedModel, folder: Path) -> tuple[str, bool, int]:
     """Result, ran, share of `Outcome`."""
-    load, config = type(dense).from_pretrained, SVDQConfig(k=8)
     dense.save_pretrained(folder / "dense")
     try:
-        quantized, first = load(folder / "dense", quantization_config=config, output_loading_info=True)
+        quantized, first = _load(dense, folder / "dense", quantization_config=SVDQConfig(k=8))
     except ValueError as error:
         if "has no linear layer to quantize" in str(error):
             return "no linear layer outside its heads", False, 0
         raise
     except (AttributeError, OSError):
         with pytest.raises((AttributeError, OSError)):
-            load(folder / "dense", output_loading_info=True)
+            _load(dense, folder / "dense")
         return "does not load without quantization", False, 0
     quantized.save_pretrained(folder / "quantized")
-    reloaded, second = load(folder / "quantized", output_loading_info=True)
+    reloaded, second = _load(dense, folder / "quantized")
     assert [tiny.problems(first), tiny.problems(second)] == [{}, {}]
     assert tiny.different_tensors(reloaded, quantized) == []
     inputs, expected = inputs_of(dense)
@@ -136,6 +140,16 @@ def _walked(dense: hf.PreTrainedModel, folder: Path) -> tuple[str, bool, int]:
     if inputs is not None:
         assert near(answer(reloaded, inputs), ours, 0.999)
     return PASSES, inputs is not None, _share(quantized, dense)
+
+
+def _load(like: hf.PreTrainedModel, folder: Path, **choices: Any) -> tuple[hf.PreTrainedModel, Any]:
+    """A model from a folder, and what the loader says of it.
+
+    A family that borrows another's class is loaded with its own config, as the auto classes do.
+    """
+    if type(like.config) is not like.config_class:
+        choices["config"] = hf.AutoConfig.from_pretrained(folder)
+    return type(like).from_pretrained(folder, output_loading_info=True, **choices)
 
 
 def inputs_of(model: hf.PreTrainedModel) -> tuple[Inputs, Tensor] | tuple[None, None]:
@@ -179,20 +193,46 @@ def _share(quantized: nn.Module, dense: nn.Module) -> int:
     return round(100 * footprint(quantized).weights / sum(matrices))
 
 
-# What was found, in a file and as text.
+# What was found, in files and as text.
+
+Found = dict[str, Outcome]
 
 
-def read() -> dict[str, Outcome]:
-    """What was found, by model type."""
-    return {name: Outcome(*values) for name, values in json.loads(FOUND.read_text()).items()}
+def read() -> dict[str, Found]:
+    """What was found, by release, the oldest first, and by model type."""
+    records: dict[str, Found] = {}
+    found: Found = {}
+    for release in sorted(
+        (file.stem.partition("-")[2] for file in RECORDS.glob("breadth-*.json")), key=Version
+    ):
+        for name, values in json.loads(_file(release).read_text()).items():
+            found = (
+                {**found, name: Outcome(*values)} if values else {n: o for n, o in found.items() if n != name}
+            )
+        records[release] = found
+    return records
 
 
-def write(found: dict[str, Outcome]) -> None:
-    """The file, one model type a line, and the README's block."""
-    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(found.items())]
-    FOUND.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    before, _, rest = README.read_text().partition(START)
-    README.write_text(before + START + as_text(found) + END + rest.partition(END)[2])
+def write(records: dict[str, Found]) -> None:
+    """The files, one model type a line, and the README's block."""
+    ordered = [("", {}), *sorted(records.items(), key=lambda record: Version(record[0]))]
+    for (_, before), (release, found) in pairwise(ordered):
+        changes = differences(before, found)
+        lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in changes.items()]
+        _file(release).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    above, _, rest = README.read_text().partition(START)
+    newest = ordered[-1][1]
+    README.write_text(above + START + as_text(newest) + END + rest.partition(END)[2])
+
+
+def differences(before: Found, after: Found) -> dict[str, Outcome | None]:
+    """By model type what is new or has changed; None where it is gone."""
+    names = sorted({*before, *after})
+    return {name: after.get(name) for name in names if before.get(name) != after.get(name)}
+
+
+def _file(release: str) -> Path:
+    return RECORDS / f"breadth-{release}.json"
 
 
 def as_text(found: dict[str, Outcome]) -> str:
@@ -209,9 +249,6 @@ def as_text(found: dict[str, Outcome]) -> str:
     failing = [
         f"| {reason} | {len(names)} | {', '.join(names)} |" for reason, names in sorted(reasons.items())
     ]
-    left = sorted(set(MODEL_TYPES) - set(found))
-    if left:
-        failing.append(f"| not walked yet | {len(left)} | {', '.join(left)} |")
     table = ["| as | pass | of them run |", "|---|---|---|", *rows, total]
     others = ["| not walked | | model types |", "|---|---|---|", *failing]
     lists = [
@@ -221,14 +258,21 @@ def as_text(found: dict[str, Outcome]) -> str:
     return "\n".join([*table, "", *others, "", *folded, ""])
 
 
+def walk(names: list[str]) -> Found:
+    """What those model types come to; one that is ours to mend is told, and not to be written down."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = outcome(name)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            print(f"{name}: {error!r}", file=sys.stderr)
+    return found
+
+
 if __name__ == "__main__":
     hf.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    found = {}
-    for name in sys.argv[1:] or MODEL_TYPES:
-        try:
-            found[name] = outcome(name)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            print(f"{name}: {error!r}", file=sys.stderr)  # ours to mend, and not to be written down
-    write({**(read() if sys.argv[1:] else {}), **found})
+    records = read()
+    kept = records.get(RELEASE, {}) if sys.argv[1:] else {}
+    write({**records, RELEASE: {**kept, **walk(sys.argv[1:] or MODEL_TYPES)}})

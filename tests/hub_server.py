@@ -36,6 +36,8 @@ class HubServer(ThreadingHTTPServer):
         """Objects whose upload loses its connection in the middle."""
         self.broken_downloads = 0
         """How many downloads of large files from now on end in the middle."""
+        self.broken_commits = 0
+        """How many commits from now on are refused when all of their files have arrived."""
         self.lock = threading.RLock()
 
     @property
@@ -251,6 +253,9 @@ def receive(page: Handler, oid: str) -> None:
 def commit(page: Handler, name: str, revision: str) -> None:
     lines = [json.loads(line) for line in page.body().splitlines()]
     page.owner(name.split("/")[0])
+    if page.server.broken_commits:
+        page.server.broken_commits -= 1
+        raise Answer(413, "", "the commit is too large")
     files = dict(page.tree(name, revision)[1])
     for line in lines:
         key, value = line["key"], line["value"]

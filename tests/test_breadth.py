@@ -1,13 +1,18 @@
 """Breadth: every model type of transformers, built tiny, is quantized, or it is known why not.
 
-What each came to is written down in breadth.json; one that fares worse fails here, and so does one that
-fares better, until `python tests/breadth.py` has written it down.
+What each came to is recorded by release. On a release that has a record, a type that fares worse fails here,
+and so does one that fares better, until `python tests/breadth.py` has written it down. On another release the
+newest record is looked at: a type that passes there must not fail in our code here; what else differs (a new
+type, one that this release cannot build) is told as a skipped test.
 """
+
+from contextlib import nullcontext
 
 import breadth
 import pytest
 import torch
 import transformers as hf
+from breadth import PASSES, Outcome
 from tiny_configs import tiny_config
 from torch import nn
 from torch.nn import functional as F
@@ -16,32 +21,94 @@ from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.quantize.code_inspection import is_linear, layers_read
 
-FOUND = breadth.read()
-same_release = pytest.mark.skipif(
-    not hf.__version__.startswith("5.23."),
-    reason=f"breadth.json is of transformers 5.23, not {hf.__version__}",
-)
+RECORDS = breadth.read()
+NEWEST = list(RECORDS.values())[-1]
 
 
-@same_release
+def compare(model_type, expected, found, *, recorded):
+    """Hold an outcome, or the error in its place, against the one on record.
+
+    Raises:
+        The error, or AssertionError: worse than on record, or, with `recorded`, another.
+    """
+    passed = expected is not None and expected.result == PASSES
+    if isinstance(found, Exception) and (recorded or passed):
+        raise found
+    if recorded:
+        assert found == expected
+    elif isinstance(found, Exception) or found.result != (expected and expected.result):
+        before = expected.result if expected else "not there"
+        now = repr(found) if isinstance(found, Exception) else found.result
+        pytest.skip(f"of transformers {breadth.RELEASE} there is no record: {model_type} {now} ({before})")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # a hundred families' own
-@pytest.mark.parametrize("model_type", FOUND)
-def test_a_model_type_fares_as_written_down(model_type):
-    assert breadth.outcome(model_type) == FOUND[model_type]
+@pytest.mark.parametrize("model_type", breadth.MODEL_TYPES)
+def test_a_model_type_fares_as_on_record(model_type):
+    try:
+        found = breadth.outcome(model_type)
+    except Exception as error:
+        found = error
+    recorded = breadth.RELEASE in RECORDS
+    expected = RECORDS.get(breadth.RELEASE, NEWEST).get(model_type)
+    compare(model_type, expected, found, recorded=recorded)
 
 
-@same_release
-def test_every_model_type_is_written_down():
-    assert sorted(FOUND) == sorted(breadth.MODEL_TYPES)
+def test_a_record_has_every_model_type_of_its_release():
+    assert sorted(RECORDS.get(breadth.RELEASE, breadth.MODEL_TYPES)) == sorted(breadth.MODEL_TYPES)
 
 
-def test_the_readme_says_what_is_written_down():
-    assert breadth.as_text(FOUND) in breadth.README.read_text()
+GOOD, BAD, NONE = Outcome("causal", "A", PASSES), Outcome("causal", "A", "needs timm"), None
+WORSE = AssertionError("ours")
+UNLIKE = (AssertionError,)
+TOLD = (pytest.skip.Exception,)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "on_record", "elsewhere"),
+    [
+        (GOOD, GOOD, (), ()),
+        (GOOD, BAD, UNLIKE, TOLD),
+        (GOOD, WORSE, UNLIKE, UNLIKE),
+        (BAD, GOOD, UNLIKE, TOLD),
+        (BAD, WORSE, UNLIKE, TOLD),
+        (NONE, GOOD, UNLIKE, TOLD),
+        (NONE, BAD, UNLIKE, TOLD),
+        (NONE, WORSE, UNLIKE, TOLD),
+    ],
+)
+def test_what_differs_from_a_record_fails_or_is_told(expected, found, on_record, elsewhere):
+    for recorded, raised in ((True, on_record), (False, elsewhere)):
+        with pytest.raises(raised) if raised else nullcontext():
+            compare("a", expected, found, recorded=recorded)
+
+
+def test_records_are_written_as_differences_and_read_whole(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before\n{breadth.START}old{breadth.END}\nafter")
+    monkeypatch.setattr(breadth, "RECORDS", tmp_path)
+    monkeypatch.setattr(breadth, "README", readme)
+    first = {"a": GOOD, "b": GOOD, "c": BAD}
+    records = {"5.9.0": first, "5.10.0": {"a": GOOD, "b": BAD, "d": GOOD}}
+    breadth.write(records)
+    assert breadth.read() == records
+    assert list(breadth.read()) == ["5.9.0", "5.10.0"]
+    lines = (tmp_path / "breadth-5.10.0.json").read_text().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["{", '"b"', '"c"', '"d"', "}"]
+    between = {"5.9.1": {**first, "c": GOOD}}
+    breadth.write({**records, **between})
+    assert breadth.read() == {**records, **between}
+    text = readme.read_text()
+    assert text == f"Before\n{breadth.START}{breadth.as_text(records['5.10.0'])}{breadth.END}\nafter"
+
+
+def test_the_readme_says_what_is_on_the_newest_record():
+    assert breadth.as_text(NEWEST) in breadth.README.read_text()
 
 
 def test_at_least_150_model_types_pass():
-    assert sum(one.result == breadth.PASSES for one in FOUND.values()) >= 150
+    assert sum(one.result == PASSES for one in NEWEST.values()) >= 150
 
 
 def test_an_outcome_tells_what_is_missing():

@@ -256,6 +256,27 @@ def test_interrupted_push_is_completed_by_the_next(server, folder, tmp_path, mon
     assert sent == objects - arrived
 
 
+def test_a_push_that_stops_before_its_commit_leaves_what_was_there(server, folder, tmp_path, monkeypatch):
+    monkeypatch.delattr(HfApi, "upload_folder")  # huggingface_hub 2 makes several commits of a folder
+    sharded = tmp_path / "sharded"
+    BertModel.from_pretrained(folder).save_pretrained(sharded, max_shard_size="30KB")
+    server.broken_commits = 1
+    with pytest.raises(ConnectionError, match="alice/model: the Hub answered 413"):
+        push_folder(sharded, "alice/model")
+    assert on_hub(server, "alice/model") == {}
+    with pytest.raises(OSError, match="alice/model does not appear to have a file named"):
+        BertModel.from_pretrained("alice/model")
+    push_folder(sharded, "alice/model")
+    assert on_hub(server, "alice/model") == on_disk(sharded)
+    server.broken_commits = 1
+    with pytest.raises(ConnectionError, match="413"):
+        push_folder(folder, "alice/model")
+    assert on_hub(server, "alice/model") == on_disk(sharded)  # not a file of another model among them
+    push_folder(folder, "alice/model")
+    assert on_hub(server, "alice/model") == on_disk(folder)
+    assert len(server.repositories["alice/model"].commits) == 3  # created, pushed, and pushed
+
+
 def test_connection_lost_once_is_not_noticed(server, folder, monkeypatch):
     content = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     server.broken_uploads.add(content)

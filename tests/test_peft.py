@@ -9,7 +9,9 @@ import pytest
 import tiny_models as tiny
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, mark_trainable, quantize_model
@@ -20,6 +22,10 @@ from svdq_hf.integrations.peft.adapters import init_adapters_from_error, merge_a
 from svdq_hf.integrations.peft.lora import SVDQLoraLinear, adapted_layers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT's own
+own_integration = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {hf.__version__} wants PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}",
+)
 CONFIG = SVDQConfig(k=32)
 
 
@@ -132,6 +138,7 @@ def test_all_linear_leaves_a_quantized_output_head_alone():
     assert [name for name, _ in adapted_layers(model)] == names
 
 
+@own_integration
 def test_transformers_own_adapters_work():
     model = quantized("llama")
     plain = logits(model)
@@ -375,6 +382,7 @@ def test_what_cannot_be_merged_is_named_before_anything_changes(choices, told):
     assert torch.equal(logits(model), answers)
 
 
+@own_integration
 def test_merging_adapters_of_transformers_own_integration_says_the_way():
     model = quantized("llama")
     model.add_adapter(lora_config("llama"))

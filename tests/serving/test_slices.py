@@ -109,7 +109,9 @@ def test_stack_is_one_matrix_of_all_rows(grid):
 def test_matrices_with_column_scales_of_their_own_stay_apart():
     pieces = [stored(16, 96, seed=seed, **DEFAULT) for seed in range(3)]
     assert stack_conflict(pieces[0], pieces[1]) == "each has its own column_scale"
-    with pytest.raises(ValueError, match=r"cannot be stacked: each has its own column_scale.*stack_where_possible"):
+    with pytest.raises(
+        ValueError, match=r"cannot be stacked: each has its own column_scale.*stack_where_possible"
+    ):
         stack(pieces)
     apart = stack_where_possible(pieces)
     assert len(apart) == 3
