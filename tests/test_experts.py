@@ -20,6 +20,8 @@ from svdq_hf.kernels import experts as kernel
 from svdq_hf.packed import packed_weights
 from svdq_hf.weight import quantize_weight
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = SVDQConfig(k=32)
 
 

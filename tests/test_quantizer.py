@@ -26,6 +26,8 @@ from svdq_hf import (
 )
 from svdq_hf.convert import svdq_layers
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = SVDQConfig(k=32)
 
 
