@@ -39,7 +39,7 @@ def unknown(reasons: Counter[str]) -> list[str]:
 
 
 def reasons_of(config: pytest.Config) -> Counter[str]:
-    """Reason -> how many were skipped for it; empty in a worker, which reports to another process."""
+    """Reason -> how many were skipped for it, in all processes; a worker itself says nothing."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter and not hasattr(config, "workerinput") else []
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)

@@ -1,4 +1,4 @@
-"""Streamed checkpoints beside those that from_pretrained and save_pretrained give: the same, byte for byte."""
+"""Streamed checkpoints beside those that from_pretrained and save_pretrained give: the same bytes."""
 
 import json
 from collections.abc import Callable

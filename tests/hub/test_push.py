@@ -32,7 +32,7 @@ from svdq_hf.hub.push import push_folder, push_model
 from svdq_hf.hub.readme import BEGIN, metadata_of, own_text, section_of
 
 # huggingface_hub 2.4 hands an open file to httpx2 in a way that httpx2 wants to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")

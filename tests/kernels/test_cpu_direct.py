@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdq_hf.format.parts import PARTS
+from svdq_hf.kernels import cpu
 from svdq_hf.kernels import cpu_direct as direct
 from svdq_hf.kernels import linear_op as op
 from svdq_hf.kernels.native import library as native
@@ -133,6 +134,15 @@ def test_under_vmap_and_in_a_trace_it_is_not_taken(layer):
 )
 def test_an_input_that_it_does_not_read_is_left_to_the_op(x, layer):
     assert short(layer, x) is None
+
+
+@pytest.mark.parametrize("amx", [False, True], ids=["no AMX", "AMX"])
+@pytest.mark.parametrize("tokens", [16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_meets_dense_rows_is_left_to_the_op(dtype, tokens, amx, layer, monkeypatch):
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    decoded = cpu.way(tokens, dtype, cpu.chosen_path(False), amx) == cpu.DECODED
+    assert (short(layer, torch.randn(tokens, 129).to(dtype)) is not None) == decoded
 
 
 def damaged(part):

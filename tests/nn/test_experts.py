@@ -21,6 +21,8 @@ from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.inventory import packed_weights, svdq_experts
 from svdq_hf.quantize.weight import quantize_weight
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = SVDQConfig(k=32)
 
 

@@ -67,6 +67,7 @@ def test_streamed_equals_saved_in_every_dtype(name, dtype, size, tmp_path):
     streams(STREAMED[name], tmp_path, dtype, size)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("said", ["bfloat16", "float32", None])
 def test_dtype_that_config_json_says_is_the_one_of_what_stays_dense(stored, said, tmp_path):
@@ -75,6 +76,7 @@ def test_dtype_that_config_json_says_is_the_one_of_what_stays_dense(stored, said
     check(tmp_path)
 
 
+@pytest.mark.oldest
 def test_tensors_that_the_model_does_not_know_are_not_written(tmp_path):
     classifier().save_pretrained(tmp_path / "dense")
     edit_tensors(tmp_path / "dense", lambda tensors: tensors.update(stray=torch.ones(3)))
@@ -89,12 +91,14 @@ def test_head_that_is_not_asked_for_is_left_out_and_names_are_the_files_own(tmp_
     assert not any("classifier" in name for name in contents(tmp_path / "ours")[0])
 
 
+@pytest.mark.oldest
 def test_class_is_found_where_config_json_names_none(tmp_path):
     bert().save_pretrained(tmp_path / "dense")
     edit_config(tmp_path / "dense", architectures=None)
     check(tmp_path, kind=AutoModel)
 
 
+@pytest.mark.oldest
 def test_a_shard_holds_whole_layers_and_no_more_than_was_asked(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     plan = make_plan(type(llama()), tmp_path / "dense", CONFIG, 20_000)
@@ -110,6 +114,7 @@ def test_family_whose_files_join_tensors_is_quantized_in_memory(build, tmp_path,
     memory_only(tmp_path, "become one|join|cut", caplog)
 
 
+@pytest.mark.oldest
 def test_head_that_is_made_new_is_quantized_in_memory(tmp_path, caplog):
     bert().save_pretrained(tmp_path / "dense")
     edit_config(tmp_path / "dense", architectures=["BertForSequenceClassification"])
@@ -125,6 +130,7 @@ def test_tied_tensors_that_are_both_there_are_compared_in_memory(tmp_path, caplo
     memory_only(tmp_path, "tied and both in the files", caplog)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gemma3", "qwen3", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantized_head_is_streamed_tied_or_not(name, dtype, tmp_path):
@@ -159,6 +165,7 @@ def test_choice_that_needs_data_is_refused_before_anything_is_written(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
 
 
+@pytest.mark.oldest
 def test_a_streamed_model_answers_as_the_loaded_one(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", CONFIG)

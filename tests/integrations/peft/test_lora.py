@@ -21,7 +21,10 @@ peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'svdq_hf[peft
 from svdq_hf.integrations.peft.adapters import init_adapters_from_error, merge_adapters  # noqa: E402  # it imports PEFT
 from svdq_hf.integrations.peft.lora import SVDQLoraLinear, adapted_layers  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT's own
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning"),  # PEFT's own
+]
 own_integration = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers {hf.__version__} wants PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}",

@@ -26,6 +26,8 @@ from svdq_hf import (
 from svdq_hf.core import saliency
 from svdq_hf.nn.inventory import svdq_layers
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = SVDQConfig(k=32)
 
 
