@@ -2,9 +2,9 @@
 
 `python tests/helpers/breadth.py [TYPE ...]` walks those or all of them and writes what it found: the record
 of the transformers release at hand (breadth-RELEASE.json, in which a release after the first has only what
-differs from the one before it; null: the type is gone), and from the newest record the block of the page between
-the two comments. `test_breadth.py` walks them too and compares. A type is walked once, as the first class that
-the tasks below name for it.
+differs from the one before it; null: the type is gone), and from the newest record the block of the page
+between the two comments. `test_breadth.py` walks them too and compares. A type is walked once, as the first
+class that the tasks below name for it.
 """
 
 import json
