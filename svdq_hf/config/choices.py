@@ -177,7 +177,9 @@ CHOICES: dict[str, Choice] = {
         of="grid",
         option=Option(values=("linear", "normal")),
     ),
-    "column_scale": Choice(True, _FLAG, "each column has a scale of its own too", 2, False, "grid"),
+    "column_scale": Choice(
+        True, _FLAG, "each column has a scale of its own too", since=2, before=False, of="grid"
+    ),
     "scale_bits": Choice(
         8,
         Check(lambda bits: is_one_of(bits, SCALE_BITS), "8 or 16"),

@@ -1,12 +1,11 @@
 """SVDQConfig: every choice of the user, checked, as transformers wants a quantization config.
 
-Not here: what each may be (`choices`, `checks`), what they do (`core`, `format`), registration
-(`integrations.transformers`).
+Not here: what each may be (`choices`, `checks`), what follows from them (`chosen`), what they do (`core`,
+`format`), registration (`integrations.transformers`).
 """
 
 import copy
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -16,27 +15,22 @@ from svdq_hf.config.checks import check_choices, check_stored, check_together
 from svdq_hf.config.choices import (
     CHOICES,
     QUANT_METHOD,
-    SYNTHETIC,
     VERSION_1,
     dtype_name,
     not_stored,
-    part_of_grid,
     stored_in,
 )
+from svdq_hf.config.chosen import Chosen, ErrorFeedback, score_data
 from svdq_hf.config.presets import PRESETS
-from svdq_hf.core.grid import Grid
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
-from svdq_hf.core.saliency import check_name, data_needs, no_data, saliency_names
-from svdq_hf.format.parts import Scheme
+from svdq_hf.core.saliency import check_name
 from svdq_hf.format.versions import EXPERTS_VERSION
 
 REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
 """Stored in config.json, where a user looks whose transformers does not know the method."""
 
-ErrorFeedback = bool | Literal["synthetic"]
 
-
-class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
     """Quantize linear layers to 4 bits (or 3, or 8) and keep the k most salient weights of each in FP32.
 
     It does not change once it is made: `replace` makes another one. (`update` is transformers' own door.)
@@ -86,26 +80,6 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     0.01
     """
 
-    k: int | float
-    rank: int
-    saliency: str
-    bits: Literal[3, 4, 8]
-    group_size: GroupSize
-    scale: ScaleRule
-    clip_sigma: float
-    levels: Levels
-    column_scale: bool
-    scale_bits: Literal[16, 8]
-    error_feedback: ErrorFeedback
-    lm_head: bool
-    embeddings: bool
-    target_bits: float | None
-    layer_k: dict[str, int] | None
-    modules_to_not_convert: list[str] | None
-    compute_dtype: str | None
-    seed: int
-    damping: float | None
-    compute: Literal["exact", "fast"]
     quant_method: str
     format_version: int
 
@@ -139,7 +113,7 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         check_choices(choices)
         if "format_version" not in stored:  # a stored model loads where its author's own score is not known
             check_name(saliency)
-        check_together(choices, _data_needs(saliency))
+        check_together(choices, score_data(saliency))
         self.__dict__.update(choices, quant_method=QUANT_METHOD, compute_dtype=dtype_name(compute_dtype))
         has_experts = stored.get("format_version", 0) >= EXPERTS_VERSION
         self.__dict__["format_version"] = max(self._oldest_version(), EXPERTS_VERSION if has_experts else 1)
@@ -179,44 +153,6 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         ['input_gram', 'input_norm']
         """
         return cls(**{**PRESETS["calibrated"].changes, **choices})
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether the batches that are needed are made, not given."""
-        return self.error_feedback == SYNTHETIC
-
-    @property
-    def extra_damping(self) -> float:
-        """`damping`; where nobody chose, synthetic batches are trusted less than real ones."""
-        return float(self.synthetic) if self.damping is None else float(self.damping)
-
-    @property
-    def data_needs(self) -> list[str]:
-        """What only batches can give, of `saliency.NEEDS`; empty where the model need not be run."""
-        feedback = ["input_gram"] if self.error_feedback else []
-        return sorted({*feedback, *_data_needs(self.saliency)})
-
-    def no_data(self) -> ValueError:
-        """The error for a config that needs batches, where there are none and the model cannot be run."""
-        if self.synthetic:
-            return ValueError(
-                "error_feedback 'synthetic' runs the dense model: load it dense and call "
-                "quantize_model(model, config)"
-            )
-        of_score = data_needs(self.saliency)
-        if of_score:
-            return no_data(f"saliency {self.saliency!r}", of_score)
-        return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")
-
-    @property
-    def scheme(self) -> Scheme:
-        """How one weight is stored under this config."""
-        return Scheme(self.k, _grid(tuple((name, getattr(self, name)) for name in part_of_grid())))
-
-    @property
-    def torch_compute_dtype(self) -> torch.dtype | None:
-        """`compute_dtype` as torch's own."""
-        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
 
     # Other configs, made of this one.
 
@@ -301,11 +237,6 @@ class SVDQConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         return max([self.scheme.format_version, *asked])
 
 
-@cache
-def _grid(values: tuple[tuple[str, Any], ...]) -> Grid:
-    return Grid(**dict(values))
-
-
 def _completed(choices: Mapping[str, Any]) -> dict[str, Any]:
     """The choices with what follows from others filled in, and in containers of their own."""
     names, layers, levels = (choices[name] for name in ("modules_to_not_convert", "layer_k", "levels"))
@@ -316,8 +247,3 @@ def _completed(choices: Mapping[str, Any]) -> dict[str, Any]:
         # The levels of a table have 8 bits themselves, so 8 bits of code leave no choice.
         "levels": ("linear" if choices["bits"] == 8 else "normal") if levels is None else levels,
     }
-
-
-def _data_needs(saliency: str) -> list[str]:
-    """What a score needs of data: of a stored model's author's own, which is not known here, nothing."""
-    return data_needs(saliency) if saliency in saliency_names() else []
