@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import svdq_hf
 from svdq_hf import SVDQConfig
 from svdq_hf.config.choices import CHOICES
 from svdq_hf.config.presets import PRESETS
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
