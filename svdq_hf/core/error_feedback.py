@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core.grid import Grid
+from svdq_hf.core.hessian import damped_inverse
 from svdq_hf.core.levels import codes
 from svdq_hf.core.packing import RANGES
 from svdq_hf.core.rounding import LARGEST, Quantized, whole_numbers
 from svdq_hf.core.scales import fit
-
-DAMPING = 0.01
-"""Share of H's mean diagonal that is always added to it: GPTQ's."""
 
 
 def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tensor) -> Quantized:
@@ -102,13 +100,6 @@ ROOM = 1.25
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular U, float32, with `U^T U = H^-1`; rows of U are what the feedback needs.
-
-    An input that was always zero has no say: its diagonal is the damping alone.
-    """
-    hessian = gram.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal += DAMPING * float(diagonal.mean()) or 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    """Upper triangular U, float32, with `U^T U = H^-1`; rows of U are what the feedback needs."""
+    factor: Tensor = torch.linalg.cholesky(damped_inverse(gram.double().clone()), upper=True)
     return factor.float()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES
 from svdq_hf.hub.client import local_folder
 
 

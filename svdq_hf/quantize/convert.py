@@ -15,7 +15,8 @@ from transformers.utils import logging as hf_logging
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import COMPUTE, require
+from svdq_hf.config.choices import COMPUTE
+from svdq_hf.core.grid_values import require
 from svdq_hf.nn.embedding import SVDQEmbedding
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts

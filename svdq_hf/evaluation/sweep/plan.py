@@ -6,11 +6,12 @@ Only which cells there are and the config of each; `grid` runs them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.saliency import check_name, score_needs
+from svdq_hf.evaluation.sweep.defaults import KS, METHODS
 
 DEFAULT, OURS = "default", "group 64, mse"
 GRIDS: dict[str, dict[str, Any]] = {
@@ -43,8 +44,8 @@ BASELINES = ("fp32", "none")
 class SweepPlan:
     """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
 
-    ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
-    methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
+    ks: Sequence[int | float] = KS
+    methods: Sequence[str] = METHODS
     grids: Sequence[str] = (OURS, "tensor, absmax")
     seeds: int = 3
     ranks: Sequence[int] = (8,)
@@ -98,8 +99,3 @@ class Key(NamedTuple):
         sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
         depends = self.method not in BASELINES and sees_grid
         return self.method, self.seed, self.rank, self.grid if depends else None
-
-
-KS: Final = (1, 16, 64, 256, 1024, 4096)
-METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-GRID_NAMES: Final = {"default": "default", "group": "group 64, mse", "tensor": "tensor, absmax"}

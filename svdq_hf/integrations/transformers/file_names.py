@@ -98,11 +98,13 @@ def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQCon
     strange = sorted(set(config.layer_k) - set(names)) if names else []
     if strange:
         raise ValueError(f"layer_k names {strange[0]!r}, which is no quantized layer of the files. {REMEDY}")
-    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+    return config.replace(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
 
 
 def write_layer_k_by_file_name(model: PreTrainedModel, config: SVDQConfig) -> None:
-    """Let `layer_k` say what the layers of `model` hold, by their names in files."""
+    """Let the model's config say in `layer_k` what its layers hold, by their names in files."""
     if config.layer_k is not None:
         names = file_names(model)
-        config.layer_k = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}
+        held = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}
+        config = config.replace(layer_k=held)
+        model.config.quantization_config = model.hf_quantizer.quantization_config = config

@@ -70,7 +70,7 @@ def quantize_model(
     if table is not None:
         quantize_embedding(model, table, config)
     if any(svdq_experts(model)):
-        config.say_experts()
+        config = config.with_experts()
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
         config = model.hf_quantizer.quantization_config

@@ -210,7 +210,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 # A family's own initialisation may reach for weights by name, and not know packed ones.
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         if any(svdq_experts(model)):
-            self.quantization_config.say_experts()
+            self.quantization_config = self.quantization_config.with_experts()
         self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
         return weights
 
@@ -257,8 +257,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         if not self.pre_quantized:
             self._quantize_loaded(model)
         keep_own_names(model)
-        self.quantization_config.layer_k = self.config.layer_k
-        write_layer_k_by_file_name(model, self.quantization_config)
+        config = self.quantization_config.replace(layer_k=self.config.layer_k)
+        write_layer_k_by_file_name(model, config)
         model.add_model_tags(tags(self.quantization_config.bits))  # for the card that push_to_hub writes
         return model
 
