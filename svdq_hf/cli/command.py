@@ -287,14 +287,12 @@ def _push(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, object]:
-    from svdq_hf.evaluation.run import run
+    from svdq_hf.evaluation import evaluate
 
-    result = run(options)
+    result = evaluate(command_line.request_of(options))
     if not options.json:
-        console().print(
-            f"{result['cells']} cells in {result['seconds']:.0f} s; read {options.out}/report.html"
-        )
-    return result
+        console().print(f"{result.cells} cells in {result.seconds:.0f} s; read {options.out}/report.html")
+    return result.to_dict()
 
 
 def _demo(options: argparse.Namespace) -> dict[str, object]:

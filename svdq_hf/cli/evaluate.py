@@ -2,9 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import fields
+from typing import TYPE_CHECKING, Final
 
 from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS
+
+if TYPE_CHECKING:
+    from svdq_hf.evaluation import EvaluationRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric-script",
         help="a local copy of the evaluate library's metric 'glue', to compute the scores (our own code)",
     )
+
+
+def request_of(options: argparse.Namespace) -> "EvaluationRequest":
+    """The request that the options spell: its fields have their names."""
+    from svdq_hf.evaluation import EvaluationRequest
+
+    return EvaluationRequest(**{one.name: getattr(options, one.name) for one in fields(EvaluationRequest)})
 
 
 def _shown(values: Sequence[object]) -> str:
