@@ -2,12 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Final
 
 from svdq_hf.cli.options import several
-from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
 
 EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
+
+if TYPE_CHECKING:
+    from svdq_hf.evaluation import EvaluationRequest
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -40,8 +44,15 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     grids = "of scales: that of SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's)"
     add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help=f"{grids} (default)")
     add("--bits", help="of codes, on each grid (4)", **several("bits", [4]))
-    add("--rank", help="ranks of the svd score (8)", **several("rank", [8]))
-    add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
+    add("--rank", help="ranks of the svd score (8)", **several("rank", RANKS))
+    add("--seeds", type=int, default=SEEDS, help="seeds of the random choice (3)")
+
+
+def request_of(options: argparse.Namespace) -> "EvaluationRequest":
+    """The request that the options spell: its fields have their names."""
+    from svdq_hf.evaluation import EvaluationRequest
+
+    return EvaluationRequest(**{one.name: getattr(options, one.name) for one in fields(EvaluationRequest)})
 
 
 def _shown(values: Sequence[object]) -> str:
@@ -57,15 +68,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from svdq_hf.cli.tables import console
 
     try:
-        from svdq_hf.evaluation import run as evaluation
+        from svdq_hf.evaluation import evaluate
 
-        result = evaluation.run(options)
+        result = evaluate(request_of(options))
     except ModuleNotFoundError as error:
         text = " ".join(str(error).split())
         more = "evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
         raise ImportError(f"{text}; {more}") from error
     if not options.json:
-        console().print(
-            f"{result['cells']} cells in {result['seconds']:.0f} s; read {options.out}/report.html"
-        )
-    return result
+        console().print(f"{result.cells} cells in {result.seconds:.0f} s; read {options.out}/report.html")
+    return result.to_dict()

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.saliency import check_name, score_needs
-from svdq_hf.evaluation.sweep.defaults import KS, METHODS
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
 
-DEFAULT, OURS = "default", "group 64, mse"
+DEFAULT, OURS, PAPERS = GRID_NAMES.values()
 GRIDS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
-    "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
+    PAPERS: {"group_size": "tensor", "scale": "absmax", **VERSION_1},
 }
 """Grids of scales by name, of 4 bits: that of SVDQConfig(), that of format version 1, and the paper's."""
 
@@ -46,9 +46,9 @@ class SweepPlan:
 
     ks: Sequence[int | float] = KS
     methods: Sequence[str] = METHODS
-    grids: Sequence[str] = (OURS, "tensor, absmax")
-    seeds: int = 3
-    ranks: Sequence[int] = (8,)
+    grids: Sequence[str] = (OURS, PAPERS)
+    seeds: int = SEEDS
+    ranks: Sequence[int] = RANKS
 
     def __post_init__(self) -> None:
         for method in self.methods:

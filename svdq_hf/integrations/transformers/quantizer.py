@@ -52,7 +52,6 @@ from svdq_hf.nn.inventory import layer_facts, packed_weights, svdq_experts, svdq
 from svdq_hf.quantize.budget import spend
 from svdq_hf.quantize.convert import (
     check_layer_k,
-    empty_layer,
     is_spread,
     refuse_offloaded,
     replace_layers,
@@ -74,6 +73,7 @@ from svdq_hf.quantize.head import (
     quantize_head,
     restore_head,
 )
+from svdq_hf.quantize.layer import empty_layer
 from svdq_hf.quantize.selection import layers_to_convert, linear_layers, weights_of
 
 
