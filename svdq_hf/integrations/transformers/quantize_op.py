@@ -1,6 +1,6 @@
-"""While a model loads: each dense tensor becomes stored parts; and when it has loaded, is all of it there?
+"""SVDQQuantize: the load-time conversion (transformers' `ConversionOps`) of a dense tensor to stored parts.
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
 
         An error raised here would be reduced to a line in transformers' log, so it goes into `failures`, and
-        the quantizer raises it when loading ends.
+        `DenseLoad.finish` raises it when loading ends.
         """
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
