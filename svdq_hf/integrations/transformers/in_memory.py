@@ -11,7 +11,7 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
-from svdq_hf.integrations.peft.register import has_adapters
+from svdq_hf.integrations.peft.patches import has_adapters
 from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
