@@ -87,7 +87,7 @@ class DenseLoad(Load):
         self.note_packed(model, checkpoint)
         weights = {stored.key("weight") for stored in self.packed}
         self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
-        self.undo = load_exactly(model, weights.union(*dense.values()) - exact)
+        self.undo = load_exactly(model, weights, weights.union(*dense.values()) - exact)
 
     def _ends(self) -> dict[str, str]:
         """The choice that asks for the head, and for the embedding, by its name in the model."""
