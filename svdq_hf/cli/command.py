@@ -17,7 +17,6 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
-from svdq_hf import __version__
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import DTYPES, export_dense
 from svdq_hf.checkpoint.folders import SHARD_SIZE
@@ -26,6 +25,7 @@ from svdq_hf.cli import evaluate as command_line
 from svdq_hf.cli import lm_eval as harness
 from svdq_hf.cli.tables import console, estimate_table, layer_table, totals_table
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.release import VERSION, how_to_install
 from svdq_hf.demo import SENTENCES, DemoResult, default_model, run_demo
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.client import local_folder
@@ -71,7 +71,7 @@ def _explained(error: Exception, options: argparse.Namespace) -> str:
     """What went wrong in one line, and the remedy where the error does not say it."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and options.command == "evaluate":
-        return f"{text}; evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
+        return f"{text}; evaluating needs more packages: {how_to_install('evaluate')}"
     told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
     if isinstance(error, told) and not isinstance(error, RecursionError):
         return text
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="svdq", description="Data-free low-bit quantization for Transformers.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"svdq_hf {__version__}")
+    parser.add_argument("--version", action="version", version=f"svdq_hf {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
     quantize = commands.add_parser(
         "quantize", allow_abbrev=False, help="a model -> a folder with the quantized model"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from svdq_hf.core.release import how_to_install
 from svdq_hf.format.parts import FORMAT_VERSION
 
 QUANT_METHOD = "svdq"
@@ -100,7 +101,7 @@ def check_stored(stored: Mapping[str, Any], known: Sequence[str]) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"format_version={version}: this release of svdq_hf reads up to {FORMAT_VERSION}; "
-            "`pip install --upgrade svdq_hf` for one that reads it"
+            f"install a newer one: {how_to_install()}"
         )
     method = stored.get("quant_method", QUANT_METHOD)
     require(method == QUANT_METHOD, "quant_method", method, repr(QUANT_METHOD))

@@ -20,10 +20,14 @@ from svdq_hf.config.choices import (
 )
 from svdq_hf.core.grid import Grid, GroupSize, ScaleRule
 from svdq_hf.core.levels import Levels
+from svdq_hf.core.release import VERSION, how_to_install
 from svdq_hf.core.saliency import check_name, data_needs, no_data, saliency_names
 from svdq_hf.format.parts import EXPERTS_VERSION, Scheme
 
-REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
+REQUIRES = (
+    f"the Python package svdq_hf, {VERSION} or newer ({how_to_install()}), "
+    "then `import svdq_hf` before from_pretrained"
+)
 """Stored in config.json, where a user looks whose transformers does not know the method."""
 
 VERSION_1: dict[str, Any] = {"levels": "linear", "column_scale": False, "scale_bits": 16}

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.metadata import layers_metadata, numbers, tags
 from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.checkpoint_headers import (
@@ -322,7 +315,3 @@ def _refuse_sharded(model: PreTrainedModel) -> None:
 
 
 patches.patch_main_dtype()
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice
-    register_quantizer(QUANT_METHOD)(SVDQHfQuantizer)
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(QUANT_METHOD)(SVDQConfig)
