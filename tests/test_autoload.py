@@ -41,7 +41,6 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
     "first",
     [
         "from transformers import AutoModel",
-        "import transformers.modeling_utils",
         "import transformers.quantizers",
     ],
 )
