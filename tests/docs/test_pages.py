@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import svdq_hf
 from svdq_hf import SVDQConfig
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]

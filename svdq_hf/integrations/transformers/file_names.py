@@ -1,6 +1,6 @@
 """Which names do quantized layers have in files? transformers renames tensors on the way in and out.
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
 import re
@@ -39,10 +39,9 @@ def keep_own_names(model: PreTrainedModel) -> None:
     model._weight_conversions = [] if any(_splits_parts_of(c, flat) for c in conversions) else kept
 
 
-def unconverted(conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-    """Those `conversions` of a file's tensors that do not make packed experts: these are as they are."""
-    weights = [packed.stored for packed in packed_weights(model)]
-    stacks = [stored for stored in weights if len(stored.shape) == 3]
+def unconverted(conversions: list[Any], packed: Iterable[WeightName]) -> list[Any]:
+    """Those `conversions` of a file's tensors that make no packed experts: those are loaded as they are."""
+    stacks = [stored for stored in packed if len(stored.shape) == 3]
     return [c for c in conversions if not _produces(c, stacks)]
 
 

@@ -1,6 +1,6 @@
 """While a model loads: each dense tensor becomes stored parts; and when it has loaded, is all of it there?
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
 from typing import Any

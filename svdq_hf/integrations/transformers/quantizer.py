@@ -1,7 +1,7 @@
 """The door to transformers: its hooks, answered.
 
 Policy, not mechanism: which tensors a layer is loaded from, what is refused, what is said. The hooks
-are those of transformers 5.20 to 5.23.
+are those of transformers 5.20 to 5.24.
 """
 
 import copy
@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.metadata import layers_metadata, numbers, tags
+from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.checkpoint_headers import (
     REMEDY,
@@ -85,6 +86,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         """The model's own list of what stays in FP32, which loading adds to for a while."""
         self.partners: set[str] = set()
         """Tensors that come out of one tensor of a file together with a weight to quantize."""
+        self.packed: list[WeightName] = []
+        """The packed weights of the model that is being loaded."""
 
     # What transformers asks about the method.
 
@@ -145,6 +148,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         replace_layers(model, chosen, self.config)
         weights = self._note_packed(model, checkpoint)
         if not self.pre_quantized:
+            _load_dense(model, weights)
             dense = {key for name in config_key_by_module(head, table) for key in dense_names(model, name)}
             self._keep_precision(model, (weights | dense) - exact)
         return model
@@ -190,8 +194,9 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def _note_packed(self, model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
         """Tell packed weights what the files say of them; their names in the model."""
-        weights = set()
+        self.packed, weights = [], set()
         for stored, parts, facts in packed_weights(model):
+            self.packed.append(stored)
             weights.add(stored.key("weight"))
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
             for tensor in parts.values():
@@ -211,10 +216,13 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         exactly = {f"^{re.escape(key)}$" for key in keys}
         model._keep_in_fp32_modules_strict = set(self.strict or ()) | exactly
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The tensors of packed experts are loaded as they are, whatever the family does to dense ones."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
-        plain = unconverted(conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """The tensors of packed experts are loaded as they are, whatever the family does to dense ones.
+
+        model: as transformers gives it since 5.21.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        plain = unconverted(conversions, self.packed)
         if self.pre_quantized:
             return plain
         return [c if c in plain else without_stacking(c) for c in conversions]
@@ -231,6 +239,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
+            del model._get_dtype_plan  # the one of `_load_dense`; its class has another
             model._keep_in_fp32_modules_strict = self.strict
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
@@ -303,6 +312,13 @@ DENSE_REMEDY = (
     "The checkpoint is damaged or does not fit its config.json; where a layer is to start anew, "
     "modules_to_not_convert keeps it dense"
 )
+
+
+def _load_dense(model: PreTrainedModel, weights: Iterable[str]) -> None:
+    """Have weights to quantize loaded in the dtype asked for; before 5.23 it would be that of their bytes."""
+    exactly = [f"^{re.escape(key)}$" for key in weights]
+    plan = model._get_dtype_plan
+    model._get_dtype_plan = lambda dtype: {**dict.fromkeys(exactly, dtype), **plan(dtype)}
 
 
 def _refuse_sharded(model: PreTrainedModel) -> None:
