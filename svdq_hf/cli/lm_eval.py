@@ -13,6 +13,9 @@ def add(commands: Any) -> None:
     commands.add_parser(NAME, help=told)
 
 
+from svdq_hf.core.release import how_to_install
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run the harness as its own command would.
 
@@ -24,6 +27,6 @@ def run(arguments: Sequence[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; the harness is not installed: pip install 'svdq_hf[lm-eval]'") from error
+        raise ImportError(f"{error}; the harness is not installed: {how_to_install('lm-eval')}") from error
     sys.argv = ["svdq lm-eval", *arguments]  # where it looks
     cli_evaluate()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import AutoModel, BertModel
 
+import svdq_hf.cli
 import svdq_hf.hub.client
-import svdq_hf_command
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint.folders import SHARD_SIZE
 from svdq_hf.checkpoint.source import named_class
@@ -325,19 +325,18 @@ def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
                 raise KeyboardInterrupt
 
     monkeypatch.delitem(sys.modules, "svdq_hf.cli.command")
-    monkeypatch.delattr(svdq_hf, "cli")
+    monkeypatch.delattr(svdq_hf.cli, "command")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-        assert svdq_hf_command.main() == 130
+        assert svdq_hf.cli.main() == 130
     assert capsys.readouterr().err == "svdq: interrupted\n"
 
 
-def test_console_script_is_the_module_beside_the_package(monkeypatch, capsys):
+def test_console_script_is_the_entry_point_of_the_package(monkeypatch, capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"svdq": "svdq_hf_command:main"}
-    assert "svdq_hf_command" in project["tool"]["setuptools"]["py-modules"]
+    assert project["project"]["scripts"] == {"svdq": "svdq_hf.cli:main"}
     monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
-    assert svdq_hf_command.main() == 1
+    assert svdq_hf.cli.main() == 1
     assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"
 
 
