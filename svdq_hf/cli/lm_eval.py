@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from svdq_hf.core.release import how_to_install
+
 NAME: Final = "lm-eval"
 
 
@@ -13,17 +15,12 @@ def add(commands: Any) -> None:
     commands.add_parser(NAME, help=told)
 
 
-from svdq_hf.core.release import how_to_install
-
-
 def run(arguments: Sequence[str]) -> None:
     """Run the harness as its own command would.
 
     Raises:
         ImportError: it is not installed.
     """
-    import svdq_hf.integrations.transformers.quantizer  # noqa: F401  # the harness loads by transformers
-
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:

@@ -24,6 +24,7 @@ FLOORS = (
 """From the lowest on: a package imports only from lower ones."""
 OUTSIDE = {"__init__", "__main__", "adapters", "card", "demo"}
 """Flat files: the door of the package, and public paths into it."""
+MOST_FLAT_FILES, MOST_PACKAGES, MOST_FLOORS = 6, 13, 8
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -58,6 +59,12 @@ def floor_of(room: str) -> int:
 def test_every_package_stands_on_a_floor_and_few_files_outside():
     rooms = {room_of(file) for file in FILES}
     assert rooms == set().union(*FLOORS) | OUTSIDE
+
+
+def test_the_house_stays_small():
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_FLAT_FILES
+    assert len([path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]) <= MOST_PACKAGES
+    assert len(FLOORS) <= MOST_FLOORS
 
 
 def test_a_package_imports_only_from_lower_floors():
