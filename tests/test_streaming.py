@@ -30,7 +30,7 @@ from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 import svdq_hf.checkpoint.streaming.shard
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
-from svdq_hf.checkpoint.source import model_class
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.byte_ranges import (
     DTYPE_NAMES,
     header_bytes,
@@ -81,9 +81,10 @@ def same(streamed: Path, saved: Path) -> None:
 
 def check(folder: Path, size: str = "1GB", *, kind: type | None = None, config: SVDQConfig = CONFIG) -> None:
     """Assert that `folder / "dense"` is streamed, and that it is the same then."""
-    kind = kind or model_class(folder / "dense")
-    make_plan(kind, folder / "dense", config, 10**9)  # or it would be Unstreamable
-    quantize_checkpoint(folder / "dense", folder / "ours", config, shard_size=size)
+    source = Source.resolve(folder / "dense")
+    kind = kind or source.kind
+    make_plan(source, config, 10**9)  # or it would be Unstreamable
+    quantize_checkpoint(source, folder / "ours", config, shard_size=size)
     loaded = kind.from_pretrained(folder / "dense", quantization_config=config)
     loaded.save_pretrained(folder / "theirs", max_shard_size=size)
     same(folder / "ours", folder / "theirs")
@@ -154,7 +155,7 @@ def test_class_is_found_where_config_json_names_none(tmp_path):
 
 def test_a_shard_holds_whole_layers_and_no_more_than_was_asked(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
-    plan = make_plan(type(llama()), tmp_path / "dense", CONFIG, 20_000)
+    plan = make_plan(Source.resolve(tmp_path / "dense"), CONFIG, 20_000)
     assert all(shard.size <= 20_000 or len(shard.units) == 1 for shard in plan.shards)
     assert sum(one.size + next_.units[0].size > 20_000 for one, next_ in pairwise(plan.shards)) == (
         len(plan.shards) - 1
@@ -165,10 +166,11 @@ def memory_only(
     folder: Path, words: str, caplog: pytest.LogCaptureFixture, config: SVDQConfig = CONFIG
 ) -> None:
     """Assert that a model is not streamed, that one line says why, and that it is quantized all the same."""
-    kind = model_class(folder / "dense")
+    source = Source.resolve(folder / "dense")
+    kind = source.kind
     with pytest.raises(Unstreamable, match=words):
-        make_plan(kind, folder / "dense", config, 10**9)
-    quantize_checkpoint(folder / "dense", folder / "ours", config)
+        make_plan(source, config, 10**9)
+    quantize_checkpoint(source, folder / "ours", config)
     told = [record.getMessage() for record in caplog.records if "not streamed" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith(f"{folder / 'dense'} is quantized in memory, not streamed: ")

@@ -18,10 +18,10 @@ import svdq_hf.checkpoint.streaming.shard
 import svdq_hf.quantize.weight
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
-from svdq_hf.checkpoint.folders import unfinished_folder
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
 from svdq_hf.checkpoint.streaming.byte_ranges import Place
 from svdq_hf.checkpoint.streaming.unit import Unstreamable, expert_places
+from svdq_hf.checkpoint.unfinished import unfinished_folder
 from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, HeaderEntry
 

@@ -21,14 +21,13 @@ from svdq_hf import __version__
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import DTYPES, export_dense
 from svdq_hf.checkpoint.folders import SHARD_SIZE
-from svdq_hf.checkpoint.quantize import check_names, quantize_checkpoint
+from svdq_hf.checkpoint.quantize import check_names, quantize_source
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.cli import evaluate as command_line
 from svdq_hf.cli import lm_eval as harness
 from svdq_hf.cli.tables import console, estimate_table, layer_table, totals_table
 from svdq_hf.config import SVDQConfig
 from svdq_hf.demo import SENTENCES, DemoResult, default_model, run_demo
-from svdq_hf.format.files import folder_bytes
-from svdq_hf.hub.client import local_folder
 from svdq_hf.hub.push import push_folder
 from svdq_hf.quantize.footprint import read_footprint
 
@@ -114,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--error-feedback", choices=("synthetic",), default=argparse.SUPPRESS, help=help_feedback
     )
     _add_work(quantize)
+    _add_drop(quantize)
     quantize.set_defaults(run=_quantize)
     inspect = commands.add_parser(
         "inspect", allow_abbrev=False, help="what a quantized folder holds, layer by layer"
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     help_to = "a Hugging Face checkpoint of dense weights; llama.cpp's converter to GGUF reads it as it is"
     export.add_argument("--to", choices=("dense",), default="dense", help=help_to)
     export.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
+    _add_drop(export)
     export.set_defaults(run=_export)
     help_harness = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
     commands.add_parser(HARNESS, allow_abbrev=False, help=help_harness)
@@ -188,6 +189,11 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     add("--skip", action="append", default=missing, dest="modules_to_not_convert", help=help_skip)
 
 
+def _add_drop(command: argparse.ArgumentParser) -> None:
+    help_drop = "tensor or module of the files that the model's class does not know, and that may be left out"
+    command.add_argument("--drop", action="append", default=[], metavar="NAME", help=help_drop)
+
+
 def _add_work(command: argparse.ArgumentParser) -> None:
     """How the work is done; none of it changes the result."""
     group = command.add_argument_group("work", "a run that is cut off is just run again, and goes on")
@@ -216,17 +222,17 @@ def _group_size(text: str) -> int | str:
 
 def _quantize(options: argparse.Namespace) -> dict[str, object]:
     config, started = _config(options), time.perf_counter()
-    source = local_folder(options.model)
+    source = Source.resolve(options.model, drop=options.drop)
     check_names(source, config)
     if options.dry_run:
-        return _estimate(options, config)
+        return _estimate(source, options, config)
     work = {"shard_size": options.shard_size, "workers": options.workers, "restart": options.restart}
-    result = quantize_checkpoint(options.model, options.out, config, **work)
+    result = quantize_source(source, options.out, config, **work)
     seconds = time.perf_counter() - started
-    before, after = folder_bytes(source), folder_bytes(options.out)
+    before, after = result.bytes_before, result.bytes_after
     if not options.quiet:
         screen = console()
-        screen.print(totals_table(result))
+        screen.print(totals_table(result.footprint))
         screen.print(
             f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
             f"see its layers with: svdq inspect {options.out}",
@@ -234,12 +240,12 @@ def _quantize(options: argparse.Namespace) -> dict[str, object]:
         )
         if after > before:
             screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
-    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
+    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
 
 
-def _estimate(options: argparse.Namespace, config: SVDQConfig) -> dict[str, object]:
+def _estimate(source: Source, options: argparse.Namespace, config: SVDQConfig) -> dict[str, object]:
     work = {"shard_size": options.shard_size, "workers": options.workers}
-    result = estimate_checkpoint(options.model, options.out, config, **work)
+    result = estimate_checkpoint(source, options.out, config, **work)
     if not options.quiet:
         screen = console()
         if result.footprint is not None:
@@ -258,7 +264,8 @@ def _inspect(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _export(options: argparse.Namespace) -> dict[str, object]:
-    size = export_dense(options.folder, options.out, options.dtype)
+    source = Source.resolve(options.folder, drop=options.drop, packed=True)
+    size = export_dense(source, options.out, options.dtype)
     if not options.json:
         print(f"{options.out}: {size / MEGABYTE:.1f} MB, dense, {options.dtype}")
     return {"bytes": size}

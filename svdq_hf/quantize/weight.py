@@ -17,9 +17,17 @@ from svdq_hf.core.column_scale import column_scale
 from svdq_hf.core.error_feedback import damped
 from svdq_hf.core.saliency import data_needs, score
 from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.format.checks import check_range
 from svdq_hf.format.encode import decompose, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
+
+SMALLEST_TOP = 2.0**-110
+"""Least size of a matrix's largest weight: its row's scale, `top / 8 / 127`, has 2**6 of room above the smallest
+normal bfloat16, 2**-126, below which a scale loses digits and then is zero."""
+
+LARGEST_TOP = 2.0**120
+"""Largest weight: level 127 times a scale, times a column's scale that is not its own, is still a float32."""
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -93,7 +101,7 @@ def _quantize(
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
+    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN, or out of range."""
     check_source_dtype(name, weight.dtype)
     if hasattr(weight, "full_tensor"):  # a DTensor
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
@@ -102,6 +110,13 @@ def check_weight(name: str, weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
+        )
+    top = float(max(-weight.min(), weight.max())) if weight.numel() else 0.0
+    if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
+        raise ValueError(
+            f"could not quantize {name}: its largest weight is {top:.3g}, and the scales, of 16 bits, hold "
+            f"weights from {SMALLEST_TOP:.1g} to {LARGEST_TOP:.1g}: the checkpoint is damaged, or keep the layer "
+            f"dense with modules_to_not_convert=[{name!r}]"
         )
 
 
@@ -115,6 +130,7 @@ def quantize_chosen(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weight` `[out, in]`, float32, with the entries at `rows`, `columns` `[k]` kept exactly."""
     parts = decompose(weight, rows, columns, config.scheme, per_column, gram)
+    check_range(parts)  # or it would be refused when it is loaded
     return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
 
 
