@@ -48,7 +48,8 @@ def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
     """The class of a model whose config.json names none; None: there is not even one without a head.
 
     A class with a head is taken where it has all tensors and makes none up; and where the base model would
-    lose one, or the files' names say that there was a head: then they begin with a name for the base model.
+    lose one, or the files' names say that there was a head: then they begin with a name for the base model, but
+    in families (T5's) whose names never do.
 
     Args:
         config: as transformers reads it.
@@ -58,10 +59,11 @@ def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
         base = Choice(AutoModel, built(AutoModel, config))
     except ValueError:  # transformers' word for a type that has no such class
         return whole_class(config, accounted)
-    found = accounted(base.model)
-    if found.lost or found.prefixed:
-        return whole_class(config, accounted) or base
-    return base
+    found, headed = accounted(base.model), whole_class(config, accounted)
+    if headed is None:
+        return base
+    unnamed = headed.model.base_model is headed.model
+    return headed if found.lost or found.prefixed or unnamed else base
 
 
 def whole_class(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:

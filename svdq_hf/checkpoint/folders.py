@@ -35,9 +35,7 @@ def check_target(out: str | Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
     if _is_mount_point(target):
-        raise ValueError(
-            f"{out} is a mount point, which cannot be replaced; name a folder in it: {out}/model"
-        )
+        raise ValueError(f"{out} is a mount point, and cannot be replaced; name a folder in it: {out}/model")
     if target.name in ("", ".."):
         raise ValueError(f"{out} does not end with the name of a folder; name the folder to write")
     there = _nearest(target.parent)

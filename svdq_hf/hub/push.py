@@ -118,8 +118,8 @@ def _check_saved(model: Any, folder: str | Path) -> Footprint:
     if len(names) < len(held.layers) or written.total_bytes < held.total_bytes - sum(never.values()):
         raise ValueError(
             f"{type(model).__name__}: {held.total_bytes:,} bytes in {len(held.layers)} quantized layers are "
-            f"in memory, and {written.total_bytes:,} in {len(names)} were saved: a tensor is lost, and nothing "
-            "was pushed; save_pretrained of this class writes less than it holds"
+            f"in memory, and {written.total_bytes:,} in {len(written.layers)} were saved: a tensor is lost, "
+            "and nothing was pushed; save_pretrained of this class writes less than it holds"
         )
     return written
 
@@ -142,7 +142,8 @@ class _Push:
             return
         if private and not info.private:
             raise ValueError(
-                f"{self.repo_id} is there and public: make it private in its settings, or push to another name"
+                f"{self.repo_id} is there and public: make it private in its settings, or push to another "
+                "name"
             )
         stored = None if self.replace else self._remote("config.json")
         if stored is not None:

@@ -23,11 +23,8 @@ from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
 
 SMALLEST_TOP = 2.0**-110
-"""Least size of a matrix's largest weight: its row's scale, `top / 8 / 127`, has 2**6 of room above the smallest
-normal bfloat16, 2**-126, below which a scale loses digits and then is zero."""
-
-LARGEST_TOP = 2.0**120
-"""Largest weight: level 127 times a scale, times a column's scale that is not its own, is still a float32."""
+"""Least size of a matrix's largest weight. Its row's scale, `top / 8 / 127`, is then 2**6 times the smallest
+normal bfloat16, 2**-126: below that a scale loses digits, and then it is zero."""
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,12 +109,14 @@ def check_weight(name: str, weight: Tensor) -> None:
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
         )
     top = float(max(-weight.min(), weight.max())) if weight.numel() else 0.0
-    if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
+    if top and not SMALLEST_TOP <= top <= torch.finfo(torch.float32).max:
         raise ValueError(
-            f"could not quantize {name}: its largest weight is {top:.3g}, and the scales, of 16 bits, hold "
-            f"weights from {SMALLEST_TOP:.1g} to {LARGEST_TOP:.1g}: the checkpoint is damaged, or keep the layer "
-            f"dense with modules_to_not_convert=[{name!r}]"
+            f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those of "
+            f"float32 from {SMALLEST_TOP:.1g} on: the checkpoint is damaged, or {_KEEP_DENSE}"
         )
+
+
+_KEEP_DENSE = "keep this layer dense with modules_to_not_convert"
 
 
 def quantize_chosen(
@@ -130,7 +129,11 @@ def quantize_chosen(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Quantize `weight` `[out, in]`, float32, with the entries at `rows`, `columns` `[k]` kept exactly."""
     parts = decompose(weight, rows, columns, config.scheme, per_column, gram)
-    check_range(parts)  # or it would be refused when it is loaded
+    try:
+        check_range(parts)  # or it would be refused when it is loaded
+    except ValueError as error:
+        top = float(weight.abs().max())
+        raise ValueError(f"{error}: its largest weight is {top:.3g}; {_KEEP_DENSE}") from error
     return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
 
 
