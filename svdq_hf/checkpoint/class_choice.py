@@ -48,8 +48,8 @@ def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
     """The class of a model whose config.json names none; None: there is not even one without a head.
 
     A class with a head is taken where it has all tensors and makes none up; and where the base model would
-    lose one, or the files' names say that there was a head: then they begin with a name for the base model, but
-    in families (T5's) whose names never do.
+    lose one, or the files' names say that there was a head: then they begin with a name for the base model,
+    but in families (T5's) whose names never do.
 
     Args:
         config: as transformers reads it.

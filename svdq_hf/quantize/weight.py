@@ -26,6 +26,10 @@ SMALLEST_TOP = 2.0**-110
 """Least size of a matrix's largest weight. Its row's scale, `top / 8 / 127`, is then 2**6 times the smallest
 normal bfloat16, 2**-126: below that a scale loses digits, and then it is zero."""
 
+LARGEST_TOP = 2.0**123
+"""Most that a weight may be: 2**5 below the end of float32, since level times row's times column's scale is
+more than the weight where these are not of one row and column."""
+
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,15 +108,16 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    if not torch.isfinite(weight).all():
+    low, high = map(float, weight.detach().aminmax()) if weight.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
         )
-    top = float(max(-weight.min(), weight.max())) if weight.numel() else 0.0
-    if top and not SMALLEST_TOP <= top <= torch.finfo(torch.float32).max:
+    top = max(-low, high)
+    if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
         raise ValueError(
-            f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those of "
-            f"float32 from {SMALLEST_TOP:.1g} on: the checkpoint is damaged, or {_KEEP_DENSE}"
+            f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those "
+            f"from {SMALLEST_TOP:.1g} to {LARGEST_TOP:.1g}: the checkpoint is damaged, or {_KEEP_DENSE}"
         )
 
 
