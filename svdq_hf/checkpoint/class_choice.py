@@ -4,6 +4,7 @@ Not here: what a class makes of a folder's tensors (`accounting`).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ def named_class(architectures: object) -> Any:
 def built(kind: Any, config: Any) -> Any:
     """A model on the meta device, without weights, as `from_pretrained` builds it first."""
     build = kind.from_config if kind is AutoModel else kind
-    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # of newer releases
+    with torch.device("meta"), safe():
         return build(config)
 
 

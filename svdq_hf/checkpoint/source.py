@@ -7,7 +7,7 @@ loading it (`load`), the choice of its class (`class_choice`).
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from svdq_hf.checkpoint.companion_files import check_modules
 from svdq_hf.checkpoint.folders import check_text
 from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
 from svdq_hf.format.files import REMEDY, folder_bytes, weight_files
+from svdq_hf.format.names import weight_of_part
 from svdq_hf.hub.client import local_folder
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,14 @@ class Source:
     def resolve(
         cls, model: "str | Path | Source", *, drop: Sequence[str] = (), packed: bool = False
     ) -> "Source":
-        """The source of a folder or a Hub name; of a source, itself.
+        """The source of a folder or a Hub name; of a source, the same, packed or not.
 
         Raises:
             ValueError: no such folder, or its name is not UTF-8.
             OSError: the Hub does not have it, or cannot be reached.
         """
         if isinstance(model, Source):
-            return model
+            return model if model.packed is packed else replace(model, packed=packed)
         check_text(model)
         name = None if Path(model).is_dir() else str(model)
         return cls(local_folder(model), name, tuple(drop), packed)
@@ -155,6 +156,11 @@ class Source:
         _ = self.places
         found = self._account(self.empty)
         lost, dropped = split_dropped(found.lost, self.drop, self.folder)
+        if any(weight_of_part(name) is not None for name in lost):
+            raise ValueError(
+                f"{self.folder}: quantized already, by svdq, and config.json has lost its quantization_config; "
+                "put that back"
+            )
         if lost:
             raise ValueError(self._told(lost))
         for names, why in (
@@ -163,6 +169,9 @@ class Source:
         ):
             if names:
                 logger.warning("%s: %s in its files and not in the output: %s", self, listed(names), why)
+        unread = self._unread()
+        if unread:
+            logger.warning("%s: %s not of the model's files, and left there", self, listed(unread))
 
     def check_written(self, work: Path) -> None:
         """Refuse an output that lacks a tensor of the source: the last look, at what is really there.
@@ -184,6 +193,12 @@ class Source:
         if stored is not None and not self.packed:
             method = stored.get("quant_method") if isinstance(stored, dict) else stored
             raise ValueError(f"{self.folder}: quantized already, by {method!r}; quantize the original model")
+
+    def _unread(self) -> list[str]:
+        """Safetensors files that are none of the model's."""
+        extra = getattr(getattr(self.kind, "config_class", None), "extra_files", ())
+        read = {Path(file).name for file in self.files} | set(extra)
+        return sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in read)
 
     def _account(self, model: Any) -> Account:
         return account(model, self.files, packed=self.packed)
