@@ -15,11 +15,11 @@ from svdq_hf.checkpoint.load import load_complete
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.unfinished import work_folder
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.config.choices import COMPUTE_DTYPES, QUANT_METHOD
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.readme import README, base_metadata, merge, read_text
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = COMPUTE_DTYPES
 
 _CARD = """\
 ## {dtype} weights, dequantized by svdq_hf

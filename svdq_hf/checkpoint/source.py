@@ -158,8 +158,8 @@ class Source:
         lost, dropped = split_dropped(found.lost, self.drop, self.folder)
         if any(weight_of_part(name) is not None for name in lost):
             raise ValueError(
-                f"{self.folder}: quantized already, by svdq, and config.json has lost its quantization_config; "
-                "put that back"
+                f"{self.folder}: quantized already, by svdq, and config.json has lost its "
+                "quantization_config; put that back"
             )
         if lost:
             raise ValueError(self._told(lost))

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HFValidationError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it lists no names
+    DEFAULT_IGNORE_PATTERNS,
+    filter_repo_objects,
 )
 
 from svdq_hf.config.choices import QUANT_METHOD
@@ -41,7 +45,9 @@ def push_folder(
 ) -> str:
     """Upload the quantized model in `folder` to `repo_id` ("user/model") on the Hub; returns its URL.
 
-    A folder without README.md gets one first. A push that was interrupted is just run again.
+    A folder without README.md gets one first. Everything arrives in one commit: whoever loads the model
+    meanwhile, or after a push that was interrupted, finds what was there before, or nothing, and never half a
+    model. An interrupted push is just run again; what has arrived is not sent twice.
 
     private: of a repository that is not there yet; None: as the account's settings say.
     token: None: the one of `hf auth login`, or of HF_TOKEN.
@@ -159,17 +165,14 @@ class _Push:
         url = self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         if self.revision is not None and not self.revision.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        text = None if self.replace else self._merged_readme()
-        place: dict[str, Any] = {"repo_id": self.repo_id, "revision": self.revision}
-        self.api.upload_folder(
-            folder_path=self.folder,
+        added = _additions(self.folder, None if self.replace else self._merged_readme())
+        there = self.api.list_repo_files(self.repo_id, revision=self.revision)
+        self.api.create_commit(
+            self.repo_id,
+            [*added, *_deletions(there, added, "*" if self.replace else WEIGHTS)],
             commit_message=message,
-            delete_patterns="*" if self.replace else WEIGHTS,
-            ignore_patterns=None if text is None else README,
-            **place,
+            revision=self.revision,
         )
-        if text is not None:
-            self.api.upload_file(path_or_fileobj=text.encode(), path_in_repo=README, **place)
         return str(url)
 
     def _merged_readme(self) -> str | None:
@@ -199,6 +202,31 @@ def _difference(theirs: str, ours: str) -> str:
         return "not quantized by svdq"
     keys = [key for key in ("model_type", "architectures") if remote.get(key) != local.get(key)]
     return ", ".join(f"{key} {remote.get(key)!r}, not {local.get(key)!r}" for key in keys)
+
+
+def _additions(folder: Path, readme: str | None) -> list[CommitOperationAdd]:
+    """Every file of the folder, as the Hub's client chooses them; readme: the text of README.md in its place.
+
+    Its `upload_folder` is not asked: release 2 of it makes several commits of a large folder.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    contents: dict[str, str | bytes] = {
+        name: str(files[name]) for name in filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
+    }
+    if readme is not None:
+        contents[README] = readme.encode()
+    return [CommitOperationAdd(name, content) for name, content in contents.items()]
+
+
+def _deletions(
+    there: Sequence[str], added: Sequence[CommitOperationAdd], patterns: str | list[str]
+) -> list[CommitOperationDelete]:
+    """What of the files that are there must not stay beside the new ones."""
+    stay = {".gitattributes", *(each.path_in_repo for each in added)}
+    gone = filter_repo_objects(there, allow_patterns=patterns)
+    return [CommitOperationDelete(name) for name in gone if name not in stay]
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:

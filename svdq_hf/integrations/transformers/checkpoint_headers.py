@@ -3,7 +3,7 @@
 transformers loads tensor by tensor: a part that is missing ends as a line in a log, one of a wrong
 dtype is cast, one that nobody asked for is dropped. So every tensor of every quantized layer is
 compared with `part_specs` first, and one error names the layer. Like `quantizer`, this file touches
-transformers' internals (5.20 to 5.23). Not here: the values of tensors (`checks`), and the names that layers
+transformers' internals (5.20 to 5.24). Not here: the values of tensors (`checks`), and the names that layers
 have in files when they are saved (`renaming`).
 """
 
