@@ -23,7 +23,7 @@ from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.budget import BudgetItem, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
-from svdq_hf.quantize.selection import dense_weight, layers_to_convert, shape_of
+from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
 from svdq_hf.quantize.weight import check_weight, quantize_weight
 
 Item = TypeVar("Item")
@@ -97,7 +97,9 @@ def convert_layers(
             stay done.
     """
     chosen = layers_to_convert(model, config)
-    for name, module in chosen.items():  # before the first is changed
+    for name, module in {**chosen, **(others or {})}.items():  # before the first is changed
+        check_biases(name, module)
+    for name, module in chosen.items():
         if layout_of(module) is None:
             check_weight(name, dense_weight(module))
         else:

@@ -113,14 +113,17 @@ def config_in_memory(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
     return config if config.layer_k is None else config.changed(layer_k=_held(model))
 
 
-def write_layer_k_by_file_name(model: PreTrainedModel, config: SVDQConfig) -> None:
-    """Write each layer's number of salient weights into `config.layer_k`, keyed by its name in saved files.
+def config_for_files(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
+    """The config that is saved with a quantized model: `layer_k` is what its layers hold, by names in files.
 
-    In place; does nothing where the config has no `layer_k`. Inverse: `config_in_memory`.
+    Args:
+        model: quantized.
+        config: with a `layer_k` of any names, or none: then it is as it is. Inverse: `config_in_memory`.
     """
-    if config.layer_k is not None:
-        names = file_names(model)
-        config.layer_k = {names[name]: k for name, k in _held(model).items()}
+    if config.layer_k is None:
+        return config
+    names = file_names(model)
+    return config.changed(layer_k={names[name]: k for name, k in _held(model).items()})
 
 
 def _held(model: PreTrainedModel) -> dict[str, int]:

@@ -17,7 +17,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.format.metadata import numbers, tags
 from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, read_checkpoint
-from svdq_hf.integrations.transformers.file_names import keep_own_names, write_layer_k_by_file_name
+from svdq_hf.integrations.transformers.file_names import config_for_files, keep_own_names
 from svdq_hf.integrations.transformers.load_checks import check_filled
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
 from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
@@ -96,5 +96,10 @@ def declare(model: PreTrainedModel, config: SVDQConfig) -> None:
     if any(svdq_experts(model)):
         config.say_experts()
     keep_own_names(model)
-    write_layer_k_by_file_name(model, config)
+    set_config(model, config_for_files(model, config))
     model.add_model_tags(tags(config.bits))  # for the card that push_to_hub writes
+
+
+def set_config(model: PreTrainedModel, config: SVDQConfig) -> None:
+    """Let a model, and what saves it, have this config."""
+    model.config.quantization_config = model.hf_quantizer.quantization_config = config

@@ -13,14 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.integrations.transformers.checkpoint_headers import (
-    Checkpoint,
-    check_dense,
-    check_source,
-    stored_weights,
-)
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, stored_weights
 from svdq_hf.integrations.transformers.expert_conversions import without_stacking
 from svdq_hf.integrations.transformers.file_names import unconverted
+from svdq_hf.integrations.transformers.header_checks import check_dense, check_source
+from svdq_hf.integrations.transformers.inference_mode import make_trainable, trainable_tensors
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.patches import load_exactly
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, module_of
@@ -122,9 +119,10 @@ class DenseLoad(Load):
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
         super().finish(model)
-        self._quantize_ends(model)
-        self.saved.layer_k = self.config.layer_k
-        declare(model, self.saved)
+        make_trainable(model)
+        with trainable_tensors():
+            self._quantize_ends(model)
+        declare(model, self.config)
 
     def _quantize_ends(self, model: PreTrainedModel) -> None:
         """Quantize the head and the input embedding, which are loaded dense.
