@@ -16,8 +16,8 @@ from svdq_hf.nn.embedding import TiedEmbedding, can_be_read
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.code_inspection import layers_read
-from svdq_hf.quantize.convert import dense_layer, quantized_layer
 from svdq_hf.quantize.kept_dense import KeptDense
+from svdq_hf.quantize.layer import dense_layer, quantized_layer
 from svdq_hf.quantize.weight import check_weight
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdq_hf.core import grid as grid_module
+from svdq_hf.core import rounding
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.packing import RANGES, unpack
 from svdq_hf.core.rounding import quantize
@@ -204,7 +204,7 @@ def test_reconstruct_reads_the_bytes_as_the_format_says(
 def test_blocks_reuse_one_buffer_and_never_hold_the_weight(split, monkeypatch):
     _, parts, scheme = split(40, 130, 50)
     whole = reconstruct(parts, 130, scheme)
-    monkeypatch.setattr(grid_module, "WORKING_SET", 7 * 192)
+    monkeypatch.setattr(rounding, "WORKING_SET", 7 * 192)
     pieces, buffers = [], set()
     for rows, block in dense_blocks(parts, 130, 64):
         assert block.shape == (rows.stop - rows.start, 130)

@@ -22,7 +22,7 @@ from svdq_hf.core.topk import top_positions
 from svdq_hf.format.checks import check_parts
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.encode import decompose
-from svdq_hf.format.parts import FORMAT_VERSION
+from svdq_hf.format.versions import FORMAT_VERSION
 from svdq_hf.nn.linear import SVDQLinear
 
 PARTS = ["weight", "weight_scale", "salient_values", "salient_rows", "salient_columns"]

@@ -100,7 +100,7 @@ def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQCon
     strange = sorted(set(config.layer_k) - set(names)) if names else []
     if strange:
         raise ValueError(f"layer_k names {strange[0]!r}, which is no quantized layer of the files. {REMEDY}")
-    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+    return config.replace(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
 
 
 def config_in_memory(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
@@ -110,20 +110,22 @@ def config_in_memory(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
         model: quantized.
         config: its own, as `model.hf_quantizer` has it, with names of files.
     """
-    return config if config.layer_k is None else config.changed(layer_k=_held(model))
+    return config if config.layer_k is None else config.replace(layer_k=_held(model))
 
 
-def config_for_files(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
-    """The config that is saved with a quantized model: `layer_k` is what its layers hold, by names in files.
+def config_in_files(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
+    """The config as config.json has it: its `layer_k` says what each layer holds now, by its name in files.
+
+    Inverse: `config_in_memory`.
 
     Args:
         model: quantized.
-        config: with a `layer_k` of any names, or none: then it is as it is. Inverse: `config_in_memory`.
+        config: its own; one without `layer_k` is returned as it is.
     """
     if config.layer_k is None:
         return config
     names = file_names(model)
-    return config.changed(layer_k={names[name]: k for name, k in _held(model).items()})
+    return config.replace(layer_k={names[name]: k for name, k in _held(model).items()})
 
 
 def _held(model: PreTrainedModel) -> dict[str, int]:

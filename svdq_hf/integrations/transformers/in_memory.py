@@ -85,8 +85,9 @@ def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
+    quantizer.quantization_config = declare(model, quantizer.quantization_config)
+    model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
-    declare(model, quantizer.quantization_config)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

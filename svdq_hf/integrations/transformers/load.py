@@ -17,7 +17,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.format.metadata import numbers, tags
 from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, read_checkpoint
-from svdq_hf.integrations.transformers.file_names import config_for_files, keep_own_names
+from svdq_hf.integrations.transformers.file_names import config_in_files, keep_own_names
 from svdq_hf.integrations.transformers.load_checks import check_filled
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
 from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
@@ -64,11 +64,19 @@ class Load(ABC):
     def operation(self) -> SVDQQuantize:
         """The load-time conversion from dense tensors to stored parts."""
 
-    def finish(self, model: PreTrainedModel) -> None:
-        """Check what was loaded, and let the model say how it is saved.
+    @abstractmethod
+    def finish(self, model: PreTrainedModel) -> SVDQConfig:
+        """Check what was loaded, quantize what is left; the config that the model is saved with.
 
         Raises:
-            ValueError: a layer was not filled; it is named.
+            ValueError: a layer was not filled, or could not be quantized; it is named.
+        """
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse layers that the files did not fill.
+
+        Raises:
+            ValueError: it names the layer.
         """
         check_filled(model, self.remedy)
         for _, layer in svdq_layers(model):
@@ -91,15 +99,10 @@ class Load(ABC):
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def declare(model: PreTrainedModel, config: SVDQConfig) -> None:
-    """Let a quantized model, and its config, say how it is saved: names in files, layer_k, tags, version."""
+def declare(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
+    """Let a quantized model say how it is saved (names in files, tags); the config that it is saved with."""
     if any(svdq_experts(model)):
-        config.say_experts()
+        config = config.with_experts()
     keep_own_names(model)
-    set_config(model, config_for_files(model, config))
     model.add_model_tags(tags(config.bits))  # for the card that push_to_hub writes
-
-
-def set_config(model: PreTrainedModel, config: SVDQConfig) -> None:
-    """Let a model, and what saves it, have this config."""
-    model.config.quantization_config = model.hf_quantizer.quantization_config = config
+    return config_in_files(model, config)

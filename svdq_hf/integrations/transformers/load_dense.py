@@ -113,16 +113,16 @@ class DenseLoad(Load):
         """See `Load.operation`."""
         return SVDQQuantize(self.config, self.failures)
 
-    def finish(self, model: PreTrainedModel) -> None:
+    def finish(self, model: PreTrainedModel) -> SVDQConfig:
         """Quantize the ends as well; the codes that were just made are not checked again."""
         self.undo()
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
-        super().finish(model)
+        self.check(model)
         make_trainable(model)
         with trainable_tensors():
             self._quantize_ends(model)
-        declare(model, self.config)
+        return declare(model, self.saved.replace(layer_k=self.config.layer_k))
 
     def _quantize_ends(self, model: PreTrainedModel) -> None:
         """Quantize the head and the input embedding, which are loaded dense.

@@ -16,7 +16,7 @@ from svdq_hf.integrations.transformers.header_checks import check_none_missing, 
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.load_checks import check_values
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
-from svdq_hf.quantize.convert import empty_layer, replace_layers
+from svdq_hf.quantize.convert import replace_layers
 from svdq_hf.quantize.embedding import (
     Embedding,
     find_embedding,
@@ -26,6 +26,7 @@ from svdq_hf.quantize.embedding import (
     reads_head,
 )
 from svdq_hf.quantize.head import Head, find_head, put_head
+from svdq_hf.quantize.layer import empty_layer
 from svdq_hf.quantize.selection import layers_to_convert
 
 
@@ -70,11 +71,11 @@ class PackedLoad(Load):
         """One that finds nothing to do."""
         return SVDQQuantize(self.config, [])
 
-    def finish(self, model: PreTrainedModel) -> None:
+    def finish(self, model: PreTrainedModel) -> SVDQConfig:
         """Check the values too: who wrote the files is not known."""
-        super().finish(model)
+        self.check(model)
         check_values(model)
-        declare(model, self.saved)
+        return declare(model, self.saved)
 
 
 def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig) -> Head | None:

@@ -21,8 +21,12 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.metadata import layers_metadata, tags
 from svdq_hf.integrations.transformers import patches
-from svdq_hf.integrations.transformers.file_names import config_for_files, file_names, restore_names
-from svdq_hf.integrations.transformers.load import Load, set_config
+from svdq_hf.integrations.transformers.file_names import (
+    config_in_files,
+    file_names,
+    restore_names,
+)
+from svdq_hf.integrations.transformers.load import Load
 from svdq_hf.integrations.transformers.load_dense import DenseLoad
 from svdq_hf.integrations.transformers.load_packed import PackedLoad
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
@@ -108,7 +112,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         load, self.load = self.load, None
         if load is not None:
-            load.finish(model)
+            self.quantization_config = model.config.quantization_config = load.finish(model)
         return model
 
     # Saving and the way back.
@@ -127,7 +131,8 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
                 f"{within} is inside of a LoRA layer, and saved so could not be loaded: unload() the "
                 "PeftModel and save what it returns, or save the PeftModel itself, which saves the adapter"
             )
-        set_config(model, config_for_files(model, self.quantization_config))  # config.json is written next
+        self.quantization_config = config_in_files(model, self.quantization_config)
+        model.config.quantization_config = self.quantization_config  # config.json is written after this
         return None, layers_metadata(layer_facts(model, file_names(model)))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
