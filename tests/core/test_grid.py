@@ -1,3 +1,4 @@
+from itertools import product
 from typing import get_args
 
 import numpy as np
@@ -7,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.core import grid as grid_module
+from svdq_hf.core import rounding
 from svdq_hf.core.grid import Grid, ScaleRule
 from svdq_hf.core.levels import TABLES
 from svdq_hf.core.packing import HIGHEST, LOWEST, RANGES
 from svdq_hf.core.rounding import expand, quantize, row_blocks
+from svdq_hf.core.scales import RULES as FUNCTIONS
 
 RULES = list(get_args(ScaleRule))
 GROUP_SIZES = [8, 16, 32, 64, 128, 192, "row", "tensor"]
@@ -213,19 +215,18 @@ def test_a_group_of_zeros_beside_others_has_scale_zero(rule):
 
 @every_rule
 @every_grid
-@pytest.mark.parametrize("outlier", [1e38, -3e38, 1e30, 1e-30, 1e-38, -1e-45])
-@pytest.mark.parametrize("others", ["normal", "zero", "tiny"])
-def test_outliers_and_tiny_weights_stay_finite(size, rule, outlier, others):
-    weight = torch.randn(3, 140) * {"normal": 1, "zero": 0, "tiny": 1e-38}[others]
-    weight[1, 5] = outlier
-    grid = Grid(size, rule)
-    codes, scale, _ = quantize(weight, grid)
-    assert torch.isfinite(scale).all()
-    product = codes.float() * expand(scale, grid.columns(140), 140)
-    assert torch.isfinite(product).all()
-    # No farther away than zero is; below bfloat16's smallest (9.2e-41) a scale may round to zero.
-    error = (weight.double() - dequantized(weight, grid)).abs()
-    assert (error <= weight.abs().double() * (1 + 2.0**-20) + 1e-40).all()
+def test_outliers_and_tiny_weights_stay_finite(size, rule):
+    grid, normal = Grid(size, rule), torch.randn(3, 140)
+    for outlier, others in product([1e38, -3e38, 1e30, 1e-30, 1e-38, -1e-45], [1, 0, 1e-38]):
+        weight = normal * others
+        weight[1, 5] = outlier
+        codes, scale, _ = quantize(weight, grid)
+        assert torch.isfinite(scale).all(), (outlier, others)
+        dense = codes.float() * expand(scale, grid.columns(140), 140)
+        assert torch.isfinite(dense).all(), (outlier, others)
+        # No farther away than zero is; below bfloat16's smallest (9.2e-41) a scale may round to zero.
+        error = (weight.double() - dequantized(weight, grid)).abs()
+        assert (error <= weight.abs().double() * (1 + 2.0**-20) + 1e-40).all(), (outlier, others)
 
 
 def squared_error(weight, grid):
@@ -318,7 +319,7 @@ def test_the_size_of_the_working_set_does_not_change_the_result(size, rule, monk
     weight, grid = torch.randn(7, 200), Grid(size, rule)
     salient = torch.rand(7, 200) < 0.1
     whole = quantize(weight * ~salient, grid, salient)
-    monkeypatch.setattr(grid_module, "WORKING_SET", 450)
+    monkeypatch.setattr(rounding, "WORKING_SET", 450)
     in_pieces = quantize(weight * ~salient, grid, salient)
     assert torch.equal(whole[0], in_pieces[0])
     assert torch.equal(whole[1], in_pieces[1])
@@ -354,7 +355,7 @@ def test_row_blocks_cover_every_row_once_within_the_working_set(out, in_features
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(out))
     for block in blocks:
         rows = block.stop - block.start
-        assert rows == 1 or rows * in_features <= grid_module.WORKING_SET
+        assert rows == 1 or rows * in_features <= rounding.WORKING_SET
 
 
 @pytest.mark.parametrize(
@@ -423,3 +424,7 @@ def test_mse_is_not_worse_than_absmax_in_any_group(kind, size):
         error[rule] = (weight - dense).norm(dim=1)
     # the scale is rounded to bfloat16 after it is chosen: 2**-9 of the norm, for either rule
     assert (error["mse"] <= error["absmax"] + 2**-8 * weight.norm(dim=1)).all()
+
+
+def test_every_scale_rule_has_its_function():
+    assert FUNCTIONS.keys() == set(RULES)
