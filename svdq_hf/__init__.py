@@ -7,7 +7,7 @@
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored, register_saliency, saliency_names
-from svdq_hf.integrations.peft import register as _dispatch
+from svdq_hf.integrations.peft import patches as _dispatch
 from svdq_hf.integrations.transformers.in_memory import dequantize_model, quantize_model
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 from svdq_hf.nn.linear import SVDQLinear

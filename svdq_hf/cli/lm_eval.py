@@ -2,6 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any, Final
+
+NAME: Final = "lm-eval"
+
+
+def add(commands: Any) -> None:
+    """Its line in `svdq --help`; `svdq` hands on all that follows the name, unparsed."""
+    told = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
+    commands.add_parser(NAME, help=told)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -10,6 +19,8 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ImportError: it is not installed.
     """
+    import svdq_hf.integrations.transformers.quantizer  # noqa: F401  # the harness loads by transformers
+
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:

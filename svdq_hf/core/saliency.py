@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core import svd as svd_
+from svdq_hf.core.hessian import damped_inverse
 
 NEEDS = {
     "rank": "rank of the principal structure (config)",
@@ -28,9 +29,6 @@ NEEDS = {
 
 FROM_DATA = ("input_norm", "input_gram", "tokens")
 """Those of `NEEDS` that only batches can give."""
-
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean: what GPTQ and SpQR use."""
 
 OUTLIER = 3.0
 """In `relative`: entries beyond this many root mean squares of their group are outliers of it."""
@@ -193,9 +191,5 @@ def _awq(weight: Tensor, *, input_norm: Tensor) -> Tensor:
 @register_saliency("spqr")
 def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
     """W_ij^2 / [H^-1]_jj with H = 2/N X^T X, damped; its root, which orders the weights alike."""
-    hessian = input_gram.double() * (2 / tokens)
-    diagonal = hessian.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero say nothing
-    diagonal += damping
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = damped_inverse(input_gram.double() * (2 / tokens))
     return weight.abs() * inverse.diagonal().rsqrt().float()

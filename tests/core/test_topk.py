@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.core.topk import salient_count, take_out, top_positions
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.normalized import NormalizedWeight
+from svdq_hf.core.topk import salient_count, top_positions
 
 SHAPES = st.tuples(st.integers(1, 8), st.integers(1, 12))
 FEW_VALUES = st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf])  # few, so that most are ties
@@ -88,13 +90,14 @@ def test_salient_count(k, shape, count):
     assert salient_count(k, *shape) == count
 
 
-@given(SCORES, st.data())
-def test_take_out_splits_and_leaves_the_matrix_as_it_is(scores, data):
-    matrix = torch.randn(scores.shape)
-    before = matrix.clone()
+@pytest.mark.parametrize("column_scale", [False, True])
+@given(scores=SCORES, data=st.data())
+def test_a_weight_without_its_salient_entries_leaves_the_weight_as_it_is(column_scale, scores, data):
+    weight = NormalizedWeight(torch.randn(scores.shape), Grid(column_scale=column_scale))
+    before = weight.dense.clone()
     rows, columns = top_positions(scores, data.draw(st.integers(0, scores.numel())))
-    rest, values = take_out(matrix, rows, columns)
-    assert torch.equal(matrix, before)
+    rest = weight.without(rows, columns)
     assert (rest[rows.long(), columns.long()] == 0).all()
-    rest[rows.long(), columns.long()] = values
-    assert torch.equal(rest, before)
+    rest[rows.long(), columns.long()] = weight.normalized[rows.long(), columns.long()]
+    assert torch.equal(rest, weight.normalized)
+    assert torch.equal(weight.dense, before)

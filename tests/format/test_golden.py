@@ -27,7 +27,8 @@ from svdq_hf.format.checks import check_parts
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.encode import decompose
 from svdq_hf.format.names import WeightName
-from svdq_hf.format.parts import FORMAT_VERSION, Scheme, part_specs
+from svdq_hf.format.parts import Scheme, part_specs
+from svdq_hf.format.versions import FORMAT_VERSION
 from svdq_hf.nn.embedding import SVDQEmbedding
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear

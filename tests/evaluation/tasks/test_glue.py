@@ -168,5 +168,5 @@ def test_finetuning_learns_what_is_easy(data, tokenizer):
     encoded = tokenize("rte", load_split("rte", "train", data), tokenizer)
     model = tiny_classifier()
     before = score_model(model, encoded, tokenizer).loss
-    finetune(model, "rte", encoded, tokenizer, seed=0, epochs=20, learning_rate=3e-3)
+    finetune(model, encoded, tokenizer, seed=0, epochs=20, learning_rate=3e-3)
     assert score_model(model, encoded, tokenizer).loss < 0.7 * before

@@ -1,9 +1,17 @@
-"""How PEFT learns of quantized layers, with no call by the user and without importing PEFT.
+"""Every change that svdq_hf makes to PEFT (0.18 to 0.22), and why.
 
-PEFT picks the LoRA layer for a layer from a fixed list of functions, and "all-linear" from a fixed list of
-classes. Its only registration, `LoraConfig._register_custom_module`, is forgotten when the adapter is
-saved. So two of its functions are wrapped: now if PEFT is there already, else when it is imported. For
-what is not ours they answer as before.
+Two functions are wrapped, for the whole process: now if PEFT is there already, else when it is imported; the
+user calls nothing, and PEFT is not imported for it. For what is not ours they answer as before.
+
+peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.model)
+    Why: PEFT picks the LoRA layer for a layer from a fixed list of functions. Its only registration,
+    `LoraConfig._register_custom_module`, is forgotten when the adapter is saved.
+    Fails when not needed: `test_peft_has_no_layer_for_a_quantized_one`.
+peft.tuners.tuners_utils._maybe_include_all_linear_layers
+    Why: "all-linear" is made of a fixed list of classes.
+    Fails when not needed: `test_peft_does_not_count_quantized_layers_among_all_linear`.
+
+No upstream issue is known for either. Not here: transformers (`integrations.transformers.patches`).
 """
 
 import functools
