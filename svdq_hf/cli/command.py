@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf import __version__
 from svdq_hf.cli import demo, evaluate, export, inspect, lm_eval, push, quantize
 from svdq_hf.cli.options import Parser
+from svdq_hf.core.release import VERSION
 
 COMMANDS: Final = (quantize, inspect, export, push, demo, evaluate)
 """Each has `add`, its parser, and `run`, which returns what `--json` prints."""
@@ -69,7 +69,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="svdq", description="Data-free low-bit quantization for Transformers.")
-    parser.add_argument("--version", action="version", version=f"svdq_hf {__version__}")
+    parser.add_argument("--version", action="version", version=f"svdq_hf {VERSION}")
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(dest="command", required=True)
     for module in COMMANDS:

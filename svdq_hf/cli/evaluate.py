@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
 from svdq_hf.cli.options import several
+from svdq_hf.core.release import how_to_install
 from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
 
 EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         result = evaluate(request_of(options))
     except ModuleNotFoundError as error:
         text = " ".join(str(error).split())
-        more = "evaluating needs more packages: pip install 'svdq_hf[evaluate]'"
+        more = f"evaluating needs more packages: {how_to_install('evaluate')}"
         raise ImportError(f"{text}; {more}") from error
     if not options.json:
         console().print(f"{result.cells} cells in {result.seconds:.0f} s; read {options.out}/report.html")

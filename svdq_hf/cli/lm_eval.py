@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from svdq_hf.core.release import how_to_install
+
 NAME: Final = "lm-eval"
 
 
@@ -19,11 +21,9 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ImportError: it is not installed.
     """
-    import svdq_hf.integrations.transformers.quantizer  # noqa: F401  # the harness loads by transformers
-
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; the harness is not installed: pip install 'svdq_hf[lm-eval]'") from error
+        raise ImportError(f"{error}; the harness is not installed: {how_to_install('lm-eval')}") from error
     sys.argv = ["svdq lm-eval", *arguments]  # where it looks
     cli_evaluate()

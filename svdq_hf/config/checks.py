@@ -9,6 +9,7 @@ from typing import Any
 
 from svdq_hf.config.choices import CHOICES, QUANT_METHOD, is_count
 from svdq_hf.core.grid_values import LEVELS, require
+from svdq_hf.core.release import how_to_install
 from svdq_hf.format.versions import FORMAT_VERSION
 
 STORED_ONLY = ("quant_method", "format_version", "requires")
@@ -59,7 +60,7 @@ def check_stored(stored: Mapping[str, Any]) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"format_version={version}: this release of svdq_hf reads up to {FORMAT_VERSION}; "
-            "`pip install --upgrade svdq_hf` for one that reads it"
+            f"install a newer one: {how_to_install()}"
         )
     method = stored.get("quant_method", QUANT_METHOD)
     require(method == QUANT_METHOD, "quant_method", method, repr(QUANT_METHOD))

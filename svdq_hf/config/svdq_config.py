@@ -23,10 +23,14 @@ from svdq_hf.config.choices import (
 from svdq_hf.config.chosen import Chosen, ErrorFeedback, score_data
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
+from svdq_hf.core.release import VERSION, how_to_install
 from svdq_hf.core.saliency import check_name
 from svdq_hf.format.versions import EXPERTS_VERSION
 
-REQUIRES = "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
+REQUIRES = (
+    f"the Python package svdq_hf, {VERSION} or newer ({how_to_install()}), "
+    "then `import svdq_hf` before from_pretrained"
+)
 """Stored in config.json, where a user looks whose transformers does not know the method."""
 
 

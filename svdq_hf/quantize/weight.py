@@ -114,8 +114,13 @@ def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
+    """Refuse a weight that cannot be quantized: no plain float, empty, without data, a NaN or an infinity."""
     check_source_dtype(name, weight.dtype)
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"could not quantize {name}: its weight has the shape {tuple(weight.shape)}, which must be [out, "
+            f"in] and not empty; keep it dense with modules_to_not_convert=[{name!r}]"
+        )
     if hasattr(weight, "full_tensor"):  # a DTensor
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
@@ -154,6 +159,11 @@ def quantize_stack(
     sizes: list[float] = []
     for expert, weight in enumerate(weights):
         one = weight.T if transposed else weight
+        if one.shape != (out, in_features):
+            raise ValueError(
+                f"could not quantize {name}, expert {expert}: its weight is {list(one.shape)}, of the others "
+                f"{[out, in_features]}: the checkpoint is damaged"
+            )
         parts, found = quantize_weight(one, config, f"{name}, expert {expert}")
         for part, stack in stacks.items():
             stack[expert] = parts[part]

@@ -166,3 +166,36 @@ def test_layers_without_usable_inputs_are_named_and_the_model_is_left_alone(batc
 def test_what_is_no_list_of_batches_is_refused(batches, message):
     with pytest.raises(ValueError, match=message):
         quantize_model(nn.Sequential(nn.Linear(64, 8)), SVDQConfig(saliency="awq"), batches)
+
+
+IDS = [[1, 2, 3], [4, 5, 6]]
+NOT_BATCHES = {
+    "a number": (5, TypeError, "batches=5: must be a list of batches"),
+    "numbers": ([1, 2], ValueError, r"batch 1 \(int\) has no tensor"),
+    "lists of ids": (IDS, ValueError, r"batch \[1, 2, 3\] \(list\) has no tensor: give what the model takes"),
+    "tuples of lists": ([(IDS,)], ValueError, r"\(tuple\) has no tensor"),
+    "arrays": ([torch.tensor(IDS).numpy()], ValueError, r"\(ndarray\) has no tensor"),
+    "lists of texts": ([["a b", "c"]], ValueError, r"batch \['a b', 'c'\] \(list\) has no tensor"),
+    "nothing": ([None], ValueError, r"batch None \(NoneType\) has no tensor"),
+    "no tensors": ([{"input_ids": IDS}], ValueError, "a batch's 'input_ids' is a list, not a tensor"),
+}
+
+
+@pytest.mark.parametrize(("batches", "error", "message"), NOT_BATCHES.values(), ids=NOT_BATCHES)
+def test_what_is_no_batch_is_named_with_the_remedy(batches, error, message):
+    model = BertModel(bert_config())
+    with pytest.raises(error, match=message):
+        quantize_model(model, SVDQConfig(saliency="awq", k=4), batches)
+    assert not any(isinstance(module, SVDQLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"input_ids": torch.tensor(IDS), "attention_mask": None, "use_cache": False}, (torch.tensor(IDS), None)],
+    ids=["mapping", "tuple"],
+)
+def test_a_batch_may_hold_more_than_tensors(batch):
+    model = BertModel(bert_config())
+    name = "encoder.layer.0.output.dense"
+    seen = collect_inputs(model, {name: model.get_submodule(name)}, [batch])
+    assert seen[name].tokens == 6

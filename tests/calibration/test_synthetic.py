@@ -137,3 +137,23 @@ def test_a_models_own_way_of_writing_does_not_change_the_batches():
     found, expected = (synthetic_batches(each, tokens=256) for each in (model, plain))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, expected, strict=True))
     assert model.generation_config is own
+
+
+@pytest.mark.parametrize("build", [tiny.bert, tiny.llama], ids=["reads", "writes"])
+def test_the_tokens_are_where_the_model_computes_whatever_its_first_parameter(build):
+    model = build()
+    expected = ids(model, tokens=80)
+    model.register_parameter("offloaded", nn.Parameter(torch.empty(1, device="meta")))
+    assert next(model.parameters()).is_meta
+    assert torch.equal(ids(model, tokens=80), expected)
+
+
+def test_a_model_of_buffers_alone_gets_tokens():
+    model = tiny.bert()
+    expected = ids(model, tokens=80)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+    assert list(model.parameters()) == []
+    assert torch.equal(ids(model, tokens=80), expected)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import AutoModel, BertModel
 
+import svdq_hf.cli
 import svdq_hf.hub.client
-import svdq_hf_command
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint.folders import SHARD_SIZE
 from svdq_hf.checkpoint.source import named_class
@@ -325,19 +325,18 @@ def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
                 raise KeyboardInterrupt
 
     monkeypatch.delitem(sys.modules, "svdq_hf.cli.command")
-    monkeypatch.delattr(svdq_hf, "cli")
+    monkeypatch.delattr(svdq_hf.cli, "command")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-        assert svdq_hf_command.main() == 130
+        assert svdq_hf.cli.main() == 130
     assert capsys.readouterr().err == "svdq: interrupted\n"
 
 
-def test_console_script_is_the_module_beside_the_package(monkeypatch, capsys):
+def test_console_script_is_the_entry_point_of_the_package(monkeypatch, capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"svdq": "svdq_hf_command:main"}
-    assert "svdq_hf_command" in project["tool"]["setuptools"]["py-modules"]
+    assert project["project"]["scripts"] == {"svdq": "svdq_hf.cli:main"}
     monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
-    assert svdq_hf_command.main() == 1
+    assert svdq_hf.cli.main() == 1
     assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"
 
 
@@ -359,20 +358,17 @@ def test_a_budget_and_k_are_one_choice(source, tmp_path, capsys):
 
 # Options from the table, and parsing without torch.
 
-STUB = (
-    "import sys, types; package = types.ModuleType('svdq_hf'); package.__path__ = [sys.argv[1]]; "
-    "package.__version__ = '1'; sys.modules['svdq_hf'] = package\n"
-    "from svdq_hf.cli import main\n"
-    "try: main(sys.argv[2:])\n"
+COMMAND = (
+    "import sys\nfrom svdq_hf.cli import main\n"
+    "try: sys.exit(main(sys.argv[1:]))\n"
     "finally: print({'torch', 'transformers', 'rich', 'numpy'} & sys.modules.keys())"
 )
-"""The command line below a package that imports nothing itself."""
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--version"], 0, "svdq_hf 1"),
+        (["--version"], 0, f"svdq_hf {svdq_hf.__version__}"),
         (["--help"], 0, "lm-eval"),
         (["quantize", "--help"], 0, "--group-size"),
         (["evaluate", "--help"], 0, "--metric-script"),
@@ -383,8 +379,7 @@ STUB = (
     ],
 )
 def test_parsing_imports_no_torch_and_a_typo_is_told_what_was_meant(arguments, code, said):
-    folder = str(Path(svdq_hf.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", STUB, folder, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert done.stdout.endswith("set()\n")

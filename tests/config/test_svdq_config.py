@@ -86,7 +86,10 @@ def test_a_stored_config_says_method_version_and_remedy(choices):
     assert stored["quant_method"] == QUANT_METHOD == "svdq"
     other_bits = choices.get("bits", 4) != 4
     assert stored["format_version"] == (3 if other_bits else 1 if choices.get("levels") == "linear" else 2)
-    assert "pip install svdq_hf" in stored["requires"]
+    assert stored["requires"] == (
+        "the Python package svdq_hf, 0.1.0 or newer (pip install -e . in a checkout of svdq_hf), "
+        "then `import svdq_hf` before from_pretrained"
+    )
 
 
 def test_a_changed_dict_does_not_change_the_config():
@@ -264,7 +267,7 @@ def test_an_unknown_key_far_from_any_is_refused_with_all_of_them():
 
 def test_a_format_of_the_future_is_refused_with_the_remedy():
     future = FORMAT_VERSION + 1
-    with pytest.raises(ValueError, match=f"^format_version={future}: .*pip install --upgrade svdq_hf"):
+    with pytest.raises(ValueError, match=f"^format_version={future}: .*install a newer one: pip install -e"):
         SVDQConfig.from_dict({**SVDQConfig().to_dict(), "format_version": future})
 
 

@@ -13,6 +13,7 @@ from svdq_hf.core.grid import Grid, ScaleRule
 from svdq_hf.core.levels import TABLES
 from svdq_hf.core.packing import HIGHEST, LOWEST, RANGES
 from svdq_hf.core.rounding import expand, quantize, row_blocks
+from svdq_hf.core.scales import RULES as FUNCTIONS
 
 RULES = list(get_args(ScaleRule))
 GROUP_SIZES = [8, 16, 32, 64, 128, 192, "row", "tensor"]
@@ -423,3 +424,7 @@ def test_mse_is_not_worse_than_absmax_in_any_group(kind, size):
         error[rule] = (weight - dense).norm(dim=1)
     # the scale is rounded to bfloat16 after it is chosen: 2**-9 of the norm, for either rule
     assert (error["mse"] <= error["absmax"] + 2**-8 * weight.norm(dim=1)).all()
+
+
+def test_every_scale_rule_has_its_function():
+    assert FUNCTIONS.keys() == set(RULES)

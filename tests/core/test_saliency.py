@@ -180,3 +180,42 @@ def test_a_score_that_is_not_one_number_a_weight_is_refused(returned, said):
 def test_registering_without_a_name_says_how():
     with pytest.raises(TypeError, match=r'write @register_saliency\("name"\)'):
         register_saliency(lambda weight: weight)
+
+
+def _by_data(weight):
+    weight.data.mul_(2)
+
+
+def _by_numpy(weight):
+    weight.numpy()[0, 0] += 1
+
+
+def _by_sorting(weight):
+    weight.numpy().sort()
+
+
+@pytest.mark.usefixtures("_registry")
+@pytest.mark.parametrize("change", [_by_data, _by_numpy, _by_sorting])
+def test_a_score_that_changes_the_weight_out_of_torchs_sight_is_refused(change):
+    @register_saliency("sly")
+    def sly(weight):
+        scores = weight.abs()
+        change(weight)
+        return scores
+
+    with pytest.raises(ValueError, match="saliency 'sly' changed the weight in place; work on a copy"):
+        score("sly", torch.randn(4, 6), INPUTS)
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_score_of_the_users_that_leaves_the_weight_alone_is_taken():
+    register_saliency("honest")(lambda weight: weight.abs())
+    weight = torch.randn(6, 4, dtype=torch.bfloat16).T
+    assert torch.equal(score("honest", weight, INPUTS).scores, weight.abs().float())
+
+
+@every_score
+def test_a_weight_of_inference_mode_is_scored(name):
+    with torch.inference_mode():
+        weight = torch.randn(4, 6)
+        assert score(name, weight, INPUTS).scores.shape == (4, 6)

@@ -1,6 +1,7 @@
 """Promises about the house itself: public names, floors of packages, imports, the version."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_public_names_are_all_sorted_and_there():
     assert svdq_hf.__all__ == sorted(svdq_hf.__all__)
     assert all(getattr(svdq_hf, name).__doc__ for name in svdq_hf.__all__)
     assert all(getattr(svdq_hf, name).__module__.startswith("svdq_hf.") for name in svdq_hf.__all__)
+
+
+def test_public_names_are_where_type_checkers_are_told():
+    """`__init__` imports them for type checkers, and names their homes once more for Python."""
+    (checked,) = [
+        node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)
+    ]
+    told = {(node.module, alias.name) for node in checked.body for alias in node.names}
+    assert told == {(home, name) for home, names in svdq_hf._HOMES.items() for name in names}
+    assert sorted(name for _, name in told) == svdq_hf.__all__
+
+
+def test_public_names_are_listed_and_star_imported():
+    assert set(svdq_hf.__all__) <= set(dir(svdq_hf))
+    names: dict[str, object] = {}
+    exec("from svdq_hf import *", names)
+    assert all(names[name] is getattr(svdq_hf, name) for name in svdq_hf.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'svdq_hf' has no attribute 'quantise_model'"):
+        svdq_hf.quantise_model  # noqa: B018
+    with pytest.raises(ModuleNotFoundError, match=r"svdq_hf\.footprint"):
+        importlib.import_module("svdq_hf.footprint")
+
+
+def test_nothing_says_that_the_package_is_in_a_registry():
+    files = [*FILES, *(ROOT / "examples").glob("*.py")]
+    told = [file for file in files if re.search(r"pip install (-\S+ )*['\"]?svdq_hf", file.read_text())]
+    assert told == [PACKAGE / "core" / "release.py"]  # which says that no text may
 
 
 def test_version_is_that_of_the_package():

@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.metadata import layers_metadata, tags
 from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.file_names import (
@@ -155,9 +148,3 @@ def _refuse_sharded(model: PreTrainedModel) -> None:
             "matrix has as many salient weights as fall into it. Load it whole; fully_shard(model) of "
             "FSDP2 and DistributedDataParallel wrap it as it is"
         )
-
-
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module must not register twice
-    register_quantizer(QUANT_METHOD)(SVDQHfQuantizer)
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(QUANT_METHOD)(SVDQConfig)

@@ -5,7 +5,7 @@ import tiny_models as tiny
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 
-pytest.importorskip("peft", reason="needs PEFT: pip install 'svdq_hf[peft]'")
+pytest.importorskip("peft", reason="needs PEFT: pip install -e '.[peft]'")
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
