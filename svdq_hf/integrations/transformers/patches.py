@@ -65,8 +65,9 @@ OWN_DTYPE, OWN_SAVE, OWN_RESIZE = (
 """What is changed, as transformers has it."""
 
 
+@functools.cache
 def apply() -> None:
-    """Change transformers' class; a second call changes nothing."""
+    """Change transformers' class, once: what others change of it afterwards is theirs."""
     PreTrainedModel.dtype = property(main_dtype)
     PreTrainedModel.save_pretrained = save_as_it_is
     PreTrainedModel.resize_token_embeddings = resize_dense_ends
