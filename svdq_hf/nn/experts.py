@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.names import WeightName
-from svdq_hf.format.parts import PARTS, Scheme
+from svdq_hf.format.parts import PARTS, Scheme, StoredWeight
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
 from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes
@@ -143,9 +143,9 @@ class SVDQExperts(nn.Module):
         stored = WeightName(matrix, self.stacks[matrix])
         in_features = stored.shape[2]
         x, result = as_computed(x, self.compute_dtype)
-        parts = [getattr(self, stored.key(part)) for part in PARTS]
+        weight = StoredWeight(*(getattr(self, stored.key(part)) for part in PARTS))
         group = self.scheme.grid.columns(in_features)
-        y = expert_linear(x, *parts, ends, in_features, group, not self.layout.routed).to(result)
+        y = expert_linear(x, *weight, ends, in_features, group, not self.layout.routed).to(result)
         bias = getattr(self, f"{matrix}_bias", None)
         return y if bias is None or chosen is None else y + bias[chosen].to(result)
 
