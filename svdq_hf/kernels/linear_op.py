@@ -117,10 +117,7 @@ def _input_gradient_shape(*inputs: Any) -> Tensor:
 
 def gradients_of(values: Tensor | None) -> StoredWeight:
     """What backward answers for the stored parts: only salient values have a gradient."""
-    return _WITHOUT_GRADIENT._replace(salient_values=values)  # type: ignore[arg-type]
-
-
-_WITHOUT_GRADIENT = StoredWeight(*[None] * len(PARTS))  # type: ignore[arg-type]
+    return StoredWeight(None, None, values, None, None)  # type: ignore[arg-type]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -3,9 +3,9 @@
 A column beyond the last would change the next row in a kernel that adds salient weights into dense rows, and
 rows out of order would be left out by one that looks for a stretch of them. Files are checked as they are
 read, but a state dict, or a hand, can put anything into a module. The C library looks at each position as it
-uses it; the others ask here. On a CPU a few positions are looked at each time, as they cost less than the
-product. Many of them, and those on another device, where a look waits for it, are looked at once for each
-version of the two tensors.
+uses it; the others ask here. A few positions on a CPU are looked at each time. More of them would cost a
+small layer a quarter of its time, and on a GPU a look waits for it: those are looked at once for each version
+of the two tensors, so a change that torch does not count (by `.data` or NumPy, after a call) is not seen.
 """
 
 from typing import Final, NamedTuple
@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-EACH_TIME: Final = 1 << 14
-"""Positions on a CPU that are looked at each time; more are remembered. 16,384 take some 25 microseconds."""
+EACH_TIME: Final = 64
+"""Positions on a CPU that are looked at each time, in three microseconds; more are remembered."""
 
 REMEMBERED: Final = 1 << 16
 """Weights that are remembered at most."""
@@ -38,8 +38,11 @@ def check_positions(rows: Tensor, columns: Tensor, out: int, in_features: int) -
     """
     if not rows.numel() or rows.is_meta:
         return
-    few = rows.is_cpu and rows.numel() <= EACH_TIME
-    if few or rows.is_inference() or columns.is_inference():  # the latter count no versions
+    if rows.is_cpu and rows.numel() <= EACH_TIME:
+        if not _are_few_and_good(rows.tolist(), columns.tolist(), out, in_features):
+            refuse_wrong(rows, columns, out, in_features)
+        return
+    if rows.is_inference() or columns.is_inference():  # which count no versions
         refuse_wrong(rows, columns, out, in_features)
         return
     key = _key(rows, columns, out, in_features)
@@ -61,7 +64,8 @@ def _key(rows: Tensor, columns: Tensor, out: int, in_features: int) -> tuple[int
 
 def refuse_wrong(rows: Tensor, columns: Tensor, out: int, in_features: int) -> None:
     """Look at all positions `[k]`, k > 0, int32, and raise as `check_positions` does."""
-    if (_are_good_on_cpu if rows.is_cpu else _are_good)(rows, columns, out, in_features):
+    inside = (columns >= 0).all() & (columns < in_features).all() & (rows[0] >= 0) & (rows[-1] < out)
+    if inside & (rows[1:] >= rows[:-1]).all():  # one wait for the device
         return
     for name, index, size in (("salient_rows", rows, out), ("salient_columns", columns, in_features)):
         wrong = index[(index < 0) | (index >= size)]
@@ -75,14 +79,7 @@ def refuse_wrong(rows: Tensor, columns: Tensor, out: int, in_features: int) -> N
     )
 
 
-def _are_good_on_cpu(rows: Tensor, columns: Tensor, out: int, in_features: int) -> bool:
-    least, most = columns.aminmax()
-    if least.item() < 0 or most.item() >= in_features or rows[0].item() < 0 or rows[-1].item() >= out:
-        return False
-    return not (rows[1:] < rows[:-1]).any().item()
-
-
-def _are_good(rows: Tensor, columns: Tensor, out: int, in_features: int) -> bool:
-    """On another device, waiting for it once."""
-    inside = (columns >= 0).all() & (columns < in_features).all() & (rows[0] >= 0) & (rows[-1] < out)
-    return bool(inside & (rows[1:] >= rows[:-1]).all())
+def _are_few_and_good(rows: list[int], columns: list[int], out: int, in_features: int) -> bool:
+    """In Python's own numbers: a fifth of the time that torch takes for so few."""
+    inside = min(columns) >= 0 and max(columns) < in_features and rows[0] >= 0 and rows[-1] < out
+    return inside and sorted(rows) == rows

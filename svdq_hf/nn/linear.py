@@ -5,13 +5,16 @@ whatever dtype the model is cast to, the scales and the salient weights stay wha
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.parts import PARTS, Scheme, StoredWeight, part_specs
 from svdq_hf.kernels import cpu_direct as direct
+from svdq_hf.kernels import transforms
 from svdq_hf.kernels.backends import Choice, choice
 from svdq_hf.kernels.linear_op import linear
 
@@ -109,8 +112,13 @@ class SVDQLinear(nn.Module):
             y = direct.linear(x, stored, bias, self.in_features, self.group, self.fast)
             if y is not None:
                 return y
+        if isinstance(x, Proxy):
+            return leaf_of_a_trace(self, x)
         x, result = as_computed(x, self.compute_dtype)
-        y = linear(x, *stored, bias, self.in_features, self.group, self.fast)
+        if transforms.is_transforming():
+            y = transforms.linear(x, stored, bias, self.in_features, self.group)
+        else:
+            y = linear(x, *stored, bias, self.in_features, self.group, self.fast)
         return y if y.dtype == result else y.to(result)
 
     def stored_and_bias(self) -> tuple[StoredWeight, Tensor | None]:
@@ -155,6 +163,12 @@ class SVDQLinear(nn.Module):
         )
         text += f", bits={grid.bits}" if grid.bits != 4 else ""
         return text + (", transposed=True" if self.transposed else "")
+
+
+def leaf_of_a_trace(module: nn.Module, *inputs: Any) -> Any:
+    """A node of `torch.fx.symbolic_trace` that calls the module, as it makes of torch's own modules."""
+    tracer: Any = next(one for one in inputs if isinstance(one, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
 def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:

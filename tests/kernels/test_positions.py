@@ -63,9 +63,9 @@ def test_a_state_dict_cannot_bring_it_in_unseen(grid, split):
 
 
 @pytest.mark.parametrize("k", [40, 600], ids=["looked at each time", "remembered"])
-def test_what_changes_after_a_call_is_seen(k, split, monkeypatch):
+def test_what_changes_after_a_call_is_seen(k, split):
     _, parts, scheme = split(OUT, IN, k, bits=8)
-    monkeypatch.setattr(positions, "EACH_TIME", 100)
+    assert (k > positions.EACH_TIME) == (k == 600)
     layer = SVDQLinear(IN, OUT, scheme, bias=False)
     layer.load_parts(parts)
     x = torch.randn(2, IN)
@@ -112,13 +112,16 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_one_that_was_seen(m
         positions.check_positions(rows, torch.from_numpy(memory), 1, 4)
 
 
-def test_the_look_for_other_devices_finds_the_same(split):
+def test_a_look_at_few_and_a_look_at_many_find_the_same(split):
     _, parts, _ = split(OUT, IN, 40)
-    places = parts["salient_rows"], parts["salient_columns"]
-    assert positions._are_good(*places, OUT, IN)
+    few = parts["salient_rows"], parts["salient_columns"]
+    positions.refuse_wrong(*few, OUT, IN)
     for kind in WRONG:
         bad = with_wrong(parts, kind)
-        assert not positions._are_good(bad["salient_rows"], bad["salient_columns"], OUT, IN)
+        few = bad["salient_rows"], bad["salient_columns"]
+        assert not positions._are_few_and_good(few[0].tolist(), few[1].tolist(), OUT, IN)
+        with pytest.raises(ValueError, match="a salient position is out of"):
+            positions.refuse_wrong(*few, OUT, IN)
 
 
 def test_order_within_a_few_rows_makes_no_difference_to_the_native_library(split):
