@@ -27,7 +27,8 @@ class SVDQLinear(nn.Module):
 
     The stored tensors are those of `part_specs`; made empty, and filled by `load_parts` or by
     loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
-    parameter of packed bytes; the rest are buffers.
+    parameter of packed bytes, since FSDP shards parameters alone and accelerate moves to disk parameters
+    alone; the rest are buffers.
 
     scheme: what is stored. dtype: of the bias. compute_dtype: None, or what the input is cast to
     for the product (the output has the input's dtype). transposed: the layer stands for one that
