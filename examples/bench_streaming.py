@@ -27,14 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig, read_footprint
 from svdq_hf.checkpoint.streaming.byte_ranges import header_bytes, layout, size_of
-from svdq_hf.core.column_scale import column_scale
-from svdq_hf.core.saliency import score
 from svdq_hf.core.topk import top_positions
 from svdq_hf.format.checks import check_parts
-from svdq_hf.format.encode import decompose, relative_error
+from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.files import INDEX
 from svdq_hf.format.parts import PartSpec
-from svdq_hf.quantize.weight import weight_for_score
+from svdq_hf.quantize.prepared import Prepared, score
 
 FILE_BYTES = 2_000_000_000
 PIECE = 1 << 24
@@ -111,14 +109,12 @@ def steps(weight: Tensor, config: SVDQConfig) -> dict[str, float]:
         times[name] = time.perf_counter() - started
         return result
 
-    dense = timed("to float32", weight.float)
-    per_column = timed("column scale", lambda: column_scale(dense))
-    seen = timed("the score's view", lambda: weight_for_score(dense, config, per_column))
-    inputs = {"rank": config.rank, "seed": config.seed}
-    scored = timed("svd saliency", lambda: score("svd", seen, inputs))
+    prepared = timed("to float32", lambda: Prepared(weight, config))
+    timed("column scale", lambda: prepared.column_scale)
+    scored = timed("svd saliency", lambda: score(prepared))
     rows, columns = timed("which are the highest", lambda: top_positions(scored.scores, config.k))
-    parts = timed("4-bit rounding", lambda: decompose(dense, rows, columns, config.scheme, per_column))
-    error = timed("what was lost", lambda: relative_error(dense, parts, config.scheme))
+    parts = timed("4-bit rounding", lambda: encode(prepared, rows, columns))
+    error = timed("what was lost", lambda: relative_error(prepared.dense, parts, config.scheme))
     check_parts(parts, weight.shape[1], config.scheme)
     assert 0.05 < error < 0.09, error
     return times

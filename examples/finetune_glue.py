@@ -74,7 +74,7 @@ def main() -> None:
     if options.examples:
         train = train.select(range(min(options.examples, len(train))))
     finetune(
-        model, options.task, tokenize(options.task, train, tokenizer), tokenizer,
+        model, tokenize(options.task, train, tokenizer), tokenizer,
         seed=options.seed, epochs=options.epochs, learning_rate=options.learning_rate,
     )  # fmt: skip
     model.save_pretrained(options.out)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from skips import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401  # its hooks
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,15 +57,16 @@ def collect_inputs(
     one tensor. The model runs without gradients and in evaluation mode, and is left as it was.
 
     Raises:
-        ValueError: no batch, a layer that never ran, or inputs that are NaN or infinite.
+        TypeError: `batches` is nothing that batches can be taken from.
+        ValueError: no batch, one that holds no tensor, a layer that never ran, or inputs that are NaN or
+            infinite.
 
     >>> layer = nn.Linear(2, 1)
     >>> seen = collect_inputs(layer, {"": layer}, [torch.tensor([[3.0, 0.0], [4.0, 1.0]])])
     >>> seen[""].tokens, seen[""].norm.tolist()
     (2, [5.0, 1.0])
     """
-    if isinstance(batches, Mapping | Tensor | str):
-        raise ValueError("batches must be a list of batches; put a single one into a list: [batch]")
+    _check_batches(batches)
     seen = {name: InputStatistics() for name in layers}
     masks: list[Tensor] = []
     hooks = [
@@ -130,14 +132,52 @@ def _reads_encoder(name: str) -> bool:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """What the model answers to a batch: a mapping of keyword arguments, a tuple or list, or one tensor."""
+    """What the model answers to a batch: a mapping of keyword arguments, a tuple or list, or one tensor.
+
+    Raises:
+        ValueError: the batch holds plain numbers or texts where a model takes tensors.
+    """
     if isinstance(batch, str):
         raise ValueError(f"batch {batch[:20]!r} is a text; give what the model takes: tokenizer(text, ...)")
     if isinstance(batch, Mapping):
+        for name in TENSORS & batch.keys():
+            if batch[name] is not None and _is_plain(batch[name]):
+                kind = type(batch[name]).__name__
+                raise ValueError(f"a batch's {name!r} is a {kind}, not a tensor: {_REMEDY}")
         return model(**batch)
+    if _is_plain(batch) or (isinstance(batch, tuple | list) and all(map(_is_plain, batch))):
+        shown = repr(batch)
+        shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
+        raise ValueError(f"batch {shown} ({type(batch).__name__}) has no tensor: {_REMEDY}")
     if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
+
+
+_REMEDY = (
+    'give what the model takes, tokenizer(texts, padding=True, return_tensors="pt") or torch.tensor(ids)'
+)
+
+TENSORS = {
+    "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "decoder_input_ids",
+    "decoder_attention_mask", "pixel_values", "input_values", "input_features",
+}  # fmt: skip
+"""Keyword arguments of transformers' models that are always tensors."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is numbers or texts, in lists or arrays or alone: nothing that torch computes with."""
+    while isinstance(value, list | tuple | set) and value:
+        value = next(iter(value))
+    plain = (int, float, str, list, tuple, set, np.ndarray, np.generic)
+    return value is None or isinstance(value, plain)
+
+
+def _check_batches(batches: Any) -> None:
+    if isinstance(batches, Mapping | Tensor | str):
+        raise ValueError("batches must be a list of batches; put a single one into a list: [batch]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches={batches!r}: must be a list of batches, each what the model takes")
 
 
 @contextmanager

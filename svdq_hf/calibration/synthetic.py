@@ -5,6 +5,7 @@ tokens say most of it; of a causal model hardly any, and its own words do (measu
 idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: what is measured on them (`calibration`).
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
             "quantize_model(model, config, batches) with batches of your own and error_feedback=True"
         )
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same tokens for every device
-    device = next(model.parameters()).device
+    device = _device_of(model)
     most = getattr(text, "max_position_embeddings", None) or tokens
     writes = _writes(model)
     length = min(OWN_WORDS if writes else RANDOM_TOKENS, most, tokens)
@@ -52,6 +53,17 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
     if getattr(model.config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     return [dict.fromkeys(names, part) for part in torch.split(ids, ROWS)]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its first weight is that is not offloaded (those are "meta").
+
+    Packed weights are buffers: a model may have no parameter at all.
+    """
+    return next((one.device for one in chain(model.parameters(), model.buffers()) if not one.is_meta), CPU)
+
+
+CPU = torch.device("cpu")
 
 
 def _text_config(model: nn.Module) -> Any:

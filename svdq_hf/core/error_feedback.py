@@ -7,17 +7,17 @@ once). The scales are fitted group by group, to the weights as they are by then.
 salient, and how codes are stored.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from svdq_hf.core.grid import Grid
+from svdq_hf.core.hessian import damped_inverse
 from svdq_hf.core.levels import codes
 from svdq_hf.core.packing import RANGES
 from svdq_hf.core.rounding import LARGEST, Quantized, whole_numbers
 from svdq_hf.core.scales import fit
-
-DAMPING = 0.01
-"""Share of H's mean diagonal that is always added to it: GPTQ's."""
 
 
 def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tensor) -> Quantized:
@@ -32,23 +32,18 @@ def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tenso
     if not isinstance(grid.group_size, int):
         raise ValueError(f"error feedback needs scales of groups, not group_size={grid.group_size!r}")
     out, in_features = weight.shape
-    columns = grid.columns(in_features)
-    found = torch.empty_like(weight, dtype=torch.int8)
+    group_columns = grid.columns(in_features)
     scale = torch.empty(grid.scale_shape(out, in_features), dtype=grid.scale_dtype, device=weight.device)
     unit = _row_units(weight, grid, kept) if grid.row_scale else None
-    factor = _inverse_factor(gram)
-    rest = weight.clone()
-    for group, start in enumerate(range(0, in_features, columns)):
-        part = slice(start, min(start + columns, in_features))
-        free = rest[:, part].masked_fill(kept[:, part], 0)
-        fitted = fit(free, kept[:, part], grid)
+    columns = _Columns(weight, kept, grid, _inverse_factor(gram))
+    for group, start in enumerate(range(0, in_features, group_columns)):
+        part = slice(start, min(start + group_columns, in_features))
+        fitted = columns.fitted(part)
         if unit is not None:
             fitted = whole_numbers(fitted, unit)
         scale[:, group] = fitted.squeeze(1).to(scale.dtype)
-        step = scale[:, group].float() * (1.0 if unit is None else unit.float())
-        lost = _round_group(rest, weight, kept, part, step, factor, found, grid)
-        rest[:, part.stop :] -= lost @ factor[part, part.stop :]
-    return Quantized(found, scale, unit)
+        columns.round_group(part, scale[:, group].float() * (1.0 if unit is None else unit.float()))
+    return Quantized(columns.codes, scale, unit)
 
 
 def damped(gram: Tensor, per_column: Tensor | None, share: float) -> Tensor:
@@ -62,29 +57,50 @@ def damped(gram: Tensor, per_column: Tensor | None, share: float) -> Tensor:
     return gram + torch.diag(share * mean / square)
 
 
-def _round_group(
-    rest: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    part: slice,
-    step: Tensor,
-    factor: Tensor,
-    found: Tensor,
-    grid: Grid,
-) -> Tensor:
-    """Round one group's columns in turn, each error spread over the group; the errors `[out, columns]`."""
-    levels = torch.tensor(grid.table, dtype=torch.float32, device=weight.device)
-    lost, lowest = torch.empty_like(rest[:, part]), RANGES[grid.bits][0]
-    for place, column in enumerate(range(part.start, part.stop)):
-        now = rest[:, column]
-        code = codes(torch.where(step == 0, 0.0, now / step), grid.levels, grid.bits)
-        code[kept[:, column]] = 0
-        stands_for = torch.where(kept[:, column], weight[:, column], step * levels[code.long() - lowest])
-        found[:, column] = code
-        lost[:, place] = (now - stands_for) / factor[column, column]
-        later = slice(column + 1, part.stop)
-        rest[:, later] -= torch.outer(lost[:, place], factor[column, later])
-    return lost
+@dataclass
+class _Columns:
+    """A weight `[out, in]` of which the first columns are rounded, and the later ones moved for it.
+
+    kept: as `quantize_with_feedback` has it. factor: of `_inverse_factor`, `[in, in]`. codes: `[out, in]`,
+    int8, those of the columns that are rounded. rest: `[out, in]`, the weight with what feedback added.
+    """
+
+    weight: Tensor
+    kept: Tensor
+    grid: Grid
+    factor: Tensor
+    codes: Tensor = field(init=False)
+    rest: Tensor = field(init=False)
+    levels: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.codes = torch.empty_like(self.weight, dtype=torch.int8)
+        self.rest = self.weight.clone()
+        self.levels = torch.tensor(self.grid.table, dtype=torch.float32, device=self.weight.device)
+
+    def fitted(self, part: slice) -> Tensor:
+        """The scales `[out, 1]` of one group, fitted to what its weights are by now."""
+        kept = self.kept[:, part]
+        return fit(self.rest[:, part].masked_fill(kept, 0), kept, self.grid)
+
+    def round_group(self, part: slice, step: Tensor) -> None:
+        """Round one group's columns in turn, in units of `step` `[out]`, each error spread over all later."""
+        lost = torch.empty_like(self.rest[:, part])
+        for place, column in enumerate(range(part.start, part.stop)):
+            lost[:, place] = self._round(column, step)
+            later = slice(column + 1, part.stop)
+            self.rest[:, later] -= torch.outer(lost[:, place], self.factor[column, later])
+        self.rest[:, part.stop :] -= lost @ self.factor[part, part.stop :]
+
+    def _round(self, column: int, step: Tensor) -> Tensor:
+        """Round one column; its error `[out]` in the factor's units."""
+        now, kept = self.rest[:, column], self.kept[:, column]
+        code = codes(torch.where(step == 0, 0.0, now / step), self.grid.levels, self.grid.bits)
+        code[kept] = 0
+        self.codes[:, column] = code
+        level = self.levels[code.long() - RANGES[self.grid.bits][0]]
+        stands_for = torch.where(kept, self.weight[:, column], step * level)
+        return (now - stands_for) / self.factor[column, column]
 
 
 def _row_units(weight: Tensor, grid: Grid, kept: Tensor) -> Tensor:
@@ -102,13 +118,6 @@ ROOM = 1.25
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular U, float32, with `U^T U = H^-1`; rows of U are what the feedback needs.
-
-    An input that was always zero has no say: its diagonal is the damping alone.
-    """
-    hessian = gram.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal += DAMPING * float(diagonal.mean()) or 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    """Upper triangular U, float32, with `U^T U = H^-1`; rows of U are what the feedback needs."""
+    factor: Tensor = torch.linalg.cholesky(damped_inverse(gram.double().clone()), upper=True)
     return factor.float()

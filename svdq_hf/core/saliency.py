@@ -8,6 +8,7 @@ Not here: how many are kept (`sparse`), and how (`decompose`).
 """
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core import svd as svd_
+from svdq_hf.core.hessian import damped_inverse
 
 NEEDS = {
     "rank": "rank of the principal structure (config)",
@@ -28,9 +30,6 @@ NEEDS = {
 
 FROM_DATA = ("input_norm", "input_gram", "tokens")
 """Those of `NEEDS` that only batches can give."""
-
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean: what GPTQ and SpQR use."""
 
 OUTLIER = 3.0
 """In `relative`: entries beyond this many root mean squares of their group are outliers of it."""
@@ -93,20 +92,32 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
 
     Raises:
         ValueError: no such score, it needs data and there is none, or it returned something that is
-            not one number per weight.
+            not one number per weight, or it changed the weight.
     """
     if any(need not in inputs for need in score_needs(name)):
         raise no_data(f"saliency {name!r}", data_needs(name))
     function = _SCORES[name]
-    version = weight._version
+    before = _fingerprint(weight, function)
     result = function(weight, **{need: inputs[need] for need in _needs(function)})
-    if weight._version != version:
+    if _fingerprint(weight, function) != before:
         raise ValueError(f"saliency {name!r} changed the weight in place; work on a copy (abs, not abs_)")
     scored = result if isinstance(result, Scored) else Scored(result, {})
     shape = tuple(scored.scores.shape) if isinstance(scored.scores, Tensor) else type(scored.scores)
     if shape != tuple(weight.shape):
         raise ValueError(f"saliency {name!r} returned {shape} for a weight {tuple(weight.shape)}")
     return Scored(scored.scores.to(weight.device, torch.float32), scored.facts)
+
+
+def _fingerprint(weight: Tensor, function: ScoreFunction) -> tuple[int, int]:
+    """What differs once a score has changed the weight: torch's count of changes, a checksum of the bytes.
+
+    The count does not see changes through `.data` or NumPy; the checksum does, and is left out for the
+    scores of this file, since it reads the whole weight.
+    """
+    count = 0 if weight.is_inference() else weight._version
+    if function.__module__ == __name__:
+        return count, 0
+    return count, zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def score_needs(name: str) -> list[str]:
@@ -193,9 +204,5 @@ def _awq(weight: Tensor, *, input_norm: Tensor) -> Tensor:
 @register_saliency("spqr")
 def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
     """W_ij^2 / [H^-1]_jj with H = 2/N X^T X, damped; its root, which orders the weights alike."""
-    hessian = input_gram.double() * (2 / tokens)
-    diagonal = hessian.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero say nothing
-    diagonal += damping
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = damped_inverse(input_gram.double() * (2 / tokens))
     return weight.abs() * inverse.diagonal().rsqrt().float()

@@ -2,7 +2,7 @@
 
 Sources: absmax is the rule of arXiv 2512.01343 section 3 and sigma its clipped variant; the scale's sign as
 part of the search is llama.cpp's Q4_0 (the side with the largest weight gets the code -8, of which there is
-one more). A new rule is one function and one row of `RULES`.
+one more). A new rule is one function, one row of `RULES` and its name in `grid.ScaleRule`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def fit(groups: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     """
     top = groups.abs().amax(-1, keepdim=True)
     unit = groups / torch.where(top > 0, top, 1.0)  # in -1..1: squares neither overflow nor vanish
-    return top * _RULES[grid.scale](unit, salient, grid)
+    return top * RULES[grid.scale](unit, salient, grid)
 
 
 def _absmax(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
@@ -75,7 +75,7 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     return best
 
 
-_RULES: dict[str, Callable[[Tensor, Tensor, Grid], Tensor]] = {
+RULES: dict[str, Callable[[Tensor, Tensor, Grid], Tensor]] = {
     "absmax": _absmax,
     "sigma": _sigma,
     "mse": _mse,

@@ -1,4 +1,4 @@
-"""k entries of a matrix: how many, which, take out.
+"""k entries of a matrix: how many, and which.
 
 The positions are (row, column), sorted by row and then by column, because a slice of rows (tensor
 parallelism) or a stack of matrices (fused q, k, v) then is a slice or a concatenation of positions.
@@ -58,17 +58,3 @@ def _kth_largest(flat: Tensor, k: int) -> Tensor:
     candidates = flat[flat >= guess]
     pool = candidates if candidates.numel() >= k else flat
     return pool.topk(k, sorted=False).values.min()
-
-
-def take_out(matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Split `matrix` `[out, in]` into a copy with zeros at the positions and the values there, `[k]`.
-
-    >>> rest, values = take_out(torch.ones(2, 2), torch.tensor([0]), torch.tensor([1]))
-    >>> rest.tolist(), values.tolist()
-    ([[1.0, 0.0], [1.0, 1.0]], [1.0])
-    """
-    rows, columns = rows.long(), columns.long()
-    values = matrix[rows, columns]
-    rest = matrix.clone()
-    rest[rows, columns] = 0
-    return rest, values

@@ -1,57 +1,55 @@
-"""`svdq evaluate`: its arguments, and the run from a model's folder to the report.
+"""The run of an evaluation, from the models' folders to the report.
 
-The libraries of the extra `evaluate` are imported when it runs, so that the rest of the command line
-works without them.
+The libraries of the extra `evaluate` are imported when it runs, so that the rest of the package works
+without them. Not here: what can be asked for (`request`), and the cells themselves (`sweep`).
 """
 
-import argparse
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES
+from svdq_hf.evaluation.request import PERPLEXITY, EvaluationRequest, EvaluationResult
 from svdq_hf.hub.client import local_folder
 
 
-def run(options: argparse.Namespace) -> dict[str, object]:
-    """Run what is not finished and write the report; what was done.
+def evaluate(request: EvaluationRequest) -> EvaluationResult:
+    """Run what is not finished of an evaluation, and write its report.
+
+    Args:
+        request: the models, the task, and the ways to quantize that are compared.
+
+    Returns:
+        How many cells were computed, in how many seconds, and the files of the report.
 
     Raises:
         ImportError: the extra `evaluate` is not installed.
-        ValueError: whatever is wrong with the arguments, the data or the model.
+        TypeError: it is no request.
+        ValueError: whatever is wrong with the request, the data or the model.
     """
+    if not isinstance(request, EvaluationRequest):
+        raise TypeError(f"evaluate takes an EvaluationRequest, not {type(request).__name__}")
     from datasets import disable_progress_bars
 
     from svdq_hf.evaluation.report.report import write_report
-    from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
     from svdq_hf.evaluation.sweep.store import check_inputs, model_facts
 
-    folders = _folders(options)
+    folders = _folders(request)
     disable_progress_bars()  # one bar, that of the cells, is enough
-    plan = SweepPlan(
-        ks=options.k,
-        methods=options.saliency,
-        grids=[with_bits(GRID_NAMES[grid], bits) for bits in options.bits for grid in options.grid],
-        seeds=options.seeds,
-        ranks=options.rank,
-    )
-    out, started, cells = Path(options.out), time.perf_counter(), 0
+    out, started = Path(request.out), time.perf_counter()
     models = {name: model_facts(folder) for name, folder in folders.items()}
-    check_inputs(out, options.task, _data_facts(options, plan), models)
-    for name, folder in folders.items():
-        cells += _run_model(options, name, folder, plan, out)
+    check_inputs(out, request.task, _data_facts(request), models)
+    cells = sum(_run_model(request, name, folder) for name, folder in folders.items())
     seconds = time.perf_counter() - started
-    written = [str(file) for file in write_report(out)]
-    return {"cells": cells, "seconds": seconds, "report": written}
+    return EvaluationResult(cells, seconds, write_report(out))
 
 
-def _run_model(options: argparse.Namespace, name: str, folder: Path, plan: Any, out: Path) -> int:
+def _run_model(request: EvaluationRequest, name: str, folder: Path) -> int:
     from svdq_hf.evaluation.sweep.run import Sweep
 
-    model, evaluator = _load(options, folder)
+    model, evaluator = _load(request, folder)
     try:
-        return Sweep(model, name, evaluator, plan, out).run()
+        return Sweep(model, name, evaluator, request.plan, Path(request.out)).run()
     except ValueError as error:
         if "padding token" not in str(error):  # transformers' words, of a model that finds a text's end by it
             raise
@@ -61,39 +59,41 @@ def _run_model(options: argparse.Namespace, name: str, folder: Path, plan: Any, 
         raise ValueError(f"{folder}: {str(error).rstrip('.')}; {remedy}") from error
 
 
-def _data_facts(options: argparse.Namespace, plan: Any) -> dict[str, Any]:
+def _data_facts(request: EvaluationRequest) -> dict[str, Any]:
     """What the text or the examples are known by; those of calibration only where a score asks for them."""
     from svdq_hf.core.saliency import data_needs
     from svdq_hf.evaluation.sweep.store import digest
 
-    if options.task == "perplexity":
-        return {"text": digest([_text(options)]), "tokens": options.tokens}
+    if request.task == PERPLEXITY:
+        return {"text": digest([_text(request)]), "tokens": request.tokens}
     from svdq_hf.evaluation.tasks.classification import CALIBRATION_TEXTS
     from svdq_hf.evaluation.tasks.glue import load_split
 
-    facts = {"dev examples": digest(map(str, load_split(options.task, "dev", options.data)))}
-    if any(data_needs(method) for method in plan.methods):
-        train = load_split(options.task, "train", options.data)
+    facts = {"dev examples": digest(map(str, load_split(request.task, "dev", request.data)))}
+    if any(data_needs(method) for method in request.saliency):
+        train = load_split(request.task, "train", request.data)
         seen = train.select(range(min(CALIBRATION_TEXTS, len(train))))
         facts["train examples"] = digest(map(str, seen))
     return facts
 
 
-def _text(options: argparse.Namespace) -> str:
-    return Path(options.text).read_text(encoding="utf-8")
+def _text(request: EvaluationRequest) -> str:
+    if request.text is None or not Path(request.text).is_file():
+        found = "" if request.text is None else f" {request.text}: no such file"
+        raise ValueError(f"--text{found}: perplexity needs a text file")
+    return Path(request.text).read_text(encoding="utf-8")
 
 
-def _folders(options: argparse.Namespace) -> dict[str, Path]:
+def _folders(request: EvaluationRequest) -> dict[str, Path]:
     """Name and folder of each model: a wrong task, text or model is told before anything is loaded."""
-    if options.task != "perplexity":
+    if request.task == PERPLEXITY:
+        _text(request)
+    else:
         from svdq_hf.evaluation.tasks.glue import task_of
 
-        task_of(options.task)
-    elif options.text is None or not Path(options.text).is_file():
-        found = "" if options.text is None else f" {options.text}: no such file"
-        raise ValueError(f"--text{found}: perplexity needs a text file")
-    given: dict[str, str] = {}
-    for model in options.model:
+        task_of(request.task)
+    given: dict[str, str | Path] = {}
+    for model in request.model:
         name = Path(os.path.abspath(model)).name
         if name in given:
             raise ValueError(
@@ -101,23 +101,23 @@ def _folders(options: argparse.Namespace) -> dict[str, Path]:
                 "rename one of the folders"
             )
         given[name] = model
-    return {name: local_folder(model) for name, model in given.items()}
+    return {name: local_folder(str(model)) for name, model in given.items()}
 
 
-def _load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
     """A dense model and what evaluates it."""
     from transformers import AutoTokenizer
 
-    if options.task == "perplexity":
-        return _load_language_model(options, folder, AutoTokenizer.from_pretrained(folder))
+    if request.task == PERPLEXITY:
+        return _load_language_model(request, folder, AutoTokenizer.from_pretrained(folder))
     from svdq_hf.evaluation.tasks.classification import GlueEvaluator, classifier
 
-    model = classifier(folder, options.task)
+    model = classifier(folder, request.task)
     tokenizer = _tokenizer(folder, model)
-    return model, GlueEvaluator(options.task, tokenizer, options.data, script=options.metric_script)
+    return model, GlueEvaluator(request.task, tokenizer, request.data, script=request.metric_script)
 
 
-def _load_language_model(options: argparse.Namespace, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
+def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from svdq_hf.evaluation.tasks.perplexity import PerplexityEvaluator, context_of
@@ -125,8 +125,8 @@ def _load_language_model(options: argparse.Namespace, folder: Path, tokenizer: A
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
     model = kind.from_pretrained(folder)
-    context = context_of(model, options.context)
-    return model, PerplexityEvaluator(_text(options), tokenizer, context=context, limit=options.tokens)
+    context = context_of(model, request.context)
+    return model, PerplexityEvaluator(_text(request), tokenizer, context=context, limit=request.tokens)
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:

@@ -5,29 +5,67 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from svdq_hf.core.column_scale import column_scale
 from svdq_hf.core.error_feedback import quantize_with_feedback
+from svdq_hf.core.normalized import NormalizedWeight
 from svdq_hf.core.packing import pack
-from svdq_hf.core.rounding import quantize
-from svdq_hf.core.topk import take_out
+from svdq_hf.core.rounding import Quantized, quantize
 from svdq_hf.format.decode import dense_blocks
 from svdq_hf.format.parts import Scheme
 
 
-def decompose(
-    weight: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    scheme: Scheme,
-    per_column: Tensor | None = None,
-    gram: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Split `weight` `[out, in]`, float32, into the parts of `part_specs`.
+def encode(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Split a weight `[out, in]` into the parts of `part_specs`.
 
-    The entries at (rows, columns), `[k]` each, sorted as `top_positions` sorts them, are taken out
-    first; the scales are fitted to the rest. At a salient position the code is zero, so the weight
-    is the sum of the two parts. per_column: its `column_scale`, where that is known already. gram: of the
-    inputs, `[in, in]`, for rounding with error feedback.
+    The entries at (rows, columns) are taken out first; the scales are fitted to the rest. At a salient
+    position the code is zero, so the weight is the sum of the two parts.
+
+    Args:
+        weight: what is stored, and the grid it is rounded on.
+        rows: of the salient entries, `[k]`, int32, sorted as `top_positions` sorts them.
+        columns: likewise.
+    """
+    grid, found = weight.grid, _rounded(weight, rows, columns)
+    optional: dict[str, Tensor | None] = {"column_scale": weight.column_scale, "levels": None}
+    if grid.levels != "linear":
+        optional["levels"] = torch.tensor(grid.table, dtype=torch.int8, device=weight.dense.device)
+    optional["row_scale"] = found.row_scale
+    return {
+        "weight": pack(found.codes, grid.bits),
+        "weight_scale": found.scale,
+        "salient_values": weight.dense[rows.long(), columns.long()],
+        "salient_rows": rows,
+        "salient_columns": columns,
+        **{name: part for name, part in optional.items() if part is not None},
+    }
+
+
+def _rounded(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> Quantized:
+    """The codes and scales of what is not salient."""
+    if weight.gram is not None:  # feedback must not move what is kept
+        kept = _mask(weight.dense, rows, columns)
+        return quantize_with_feedback(weight.normalized, weight.grid, weight.gram, kept)
+    # For one rule a zero is not the same as no weight.
+    salient = _mask(weight.dense, rows, columns) if weight.grid.scale == "sigma" else None
+    return quantize(weight.without(rows, columns), weight.grid, salient)
+
+
+def _mask(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[rows.long(), columns.long()] = True
+    return mask
+
+
+def decompose(
+    weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme, gram: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`encode` of a plain weight.
+
+    Args:
+        weight: `[out, in]`, float32.
+        rows: of the salient entries, `[k]`, int32, sorted as `top_positions` sorts them.
+        columns: likewise.
+        scheme: its grid is what the rest is rounded on.
+        gram: `X^T X` `[in, in]` of the inputs, for rounding with error feedback.
 
     >>> from svdq_hf.format.decode import reconstruct
     >>> scheme, index = Scheme(k=1), torch.tensor([0], dtype=torch.int32)
@@ -35,35 +73,7 @@ def decompose(
     >>> parts["salient_values"].tolist(), reconstruct(parts, 2, scheme).tolist()
     ([100.0], [[100.0, 7.0]])
     """
-    rest, values = take_out(weight, rows, columns)
-    salient = None
-    # For one rule a zero is not the same as no weight; and feedback must not move what is kept.
-    if scheme.grid.scale == "sigma" or gram is not None:
-        salient = torch.zeros_like(weight, dtype=torch.bool)
-        salient[rows.long(), columns.long()] = True
-    optional = {}
-    if scheme.grid.column_scale:
-        optional["column_scale"] = column_scale(weight) if per_column is None else per_column
-        size = optional["column_scale"].float()
-        rest /= size  # a copy of our own
-        if gram is not None:
-            weight, gram = weight / size, gram * size * size.unsqueeze(1)
-    if scheme.grid.levels != "linear":
-        optional["levels"] = torch.tensor(scheme.grid.table, dtype=torch.int8, device=weight.device)
-    if gram is None or salient is None:
-        codes, scale, row_scale = quantize(rest, scheme.grid, salient)
-    else:
-        codes, scale, row_scale = quantize_with_feedback(weight, scheme.grid, gram, salient)
-    if row_scale is not None:
-        optional["row_scale"] = row_scale
-    return {
-        "weight": pack(codes, scheme.grid.bits),
-        "weight_scale": scale,
-        "salient_values": values,
-        "salient_rows": rows,
-        "salient_columns": columns,
-        **optional,
-    }
+    return encode(NormalizedWeight(weight, scheme.grid, gram), rows, columns)
 
 
 def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) -> float:

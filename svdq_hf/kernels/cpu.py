@@ -31,6 +31,9 @@ from svdq_hf.kernels.native.library import (
 FEW_TOKENS: Final = 16
 """Where tokens have no panels (no AVX-512) or want bfloat16 rows: more than these take dense rows instead."""
 
+DECODED, ROWS, BFLOAT16_ROWS = range(3)
+"""Ways to a product: weights decoded in registers, or blocks of dense rows, in float32 or bfloat16."""
+
 BLOCK_WEIGHTS: Final = 1 << 20
 """Weights of a block of dense rows: four megabytes, which a core's cache and its neighbours' hold."""
 
@@ -68,14 +71,15 @@ def linear_on(
 ) -> Tensor:
     """`linear` on a path of the native library."""
     out, count = stored.out, x.numel() // in_features
-    if count > FEW_TOKENS and wants_bfloat16(x):
+    taken = way(count, x.dtype, path, has_amx())
+    if taken == BFLOAT16_ROWS:
         return _by_blocks(path, x, stored, bias, in_features, group)
     tokens = x
     if x.dtype != torch.float32 or not x.is_contiguous():
         tokens = x.float().contiguous()
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    if path >= AVX512 or count <= FEW_TOKENS:
+    if taken == DECODED:
         y = tokens.new_empty((*x.shape[:-1], out))
         multiply(layer_of(stored, in_features, group, bias), tokens, y, count, path)
     else:
@@ -101,13 +105,17 @@ def _by_blocks(
     return y
 
 
-def wants_bfloat16(x: Tensor) -> bool:
-    """Whether many such tokens are better off with torch's own bfloat16 product."""
-    return x.dtype == torch.bfloat16 and _has_amx()
+def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
+    """How so many tokens of a dtype meet the weights, on a path, by a processor with or without AMX."""
+    if count <= FEW_TOKENS:
+        return DECODED
+    if amx and dtype == torch.bfloat16:
+        return BFLOAT16_ROWS
+    return DECODED if path >= AVX512 else ROWS
 
 
 @cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
     """Whether the processor multiplies bfloat16 in tiles: torch's product then beats any in float32."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return bool(supported())

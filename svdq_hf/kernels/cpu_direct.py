@@ -15,7 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
-from svdq_hf.kernels.native.library import AVX512, multiply_direct
+from svdq_hf.kernels.native.library import multiply_direct
 
 _PLAIN: Final = frozenset((Tensor, nn.Parameter, type(None)))
 _FLOAT32: Final = torch.float32
@@ -32,8 +32,7 @@ def linear(
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched() or not _is_plain(x):
         return None
     path = cpu.chosen_path(fast)
-    few = x.numel() <= cpu.FEW_TOKENS * in_features
-    if not few and (path < AVX512 or cpu.wants_bfloat16(x)):  # by blocks of dense rows
+    if cpu.way(x.numel() // in_features, x.dtype, path, cpu.has_amx()) != cpu.DECODED:
         return None
     if type(bias) not in _PLAIN or not _PLAIN.issuperset(map(type, stored)):
         return None

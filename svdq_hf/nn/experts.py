@@ -3,7 +3,7 @@
 transformers keeps all experts of a layer in two parameters of three dimensions. Their class knows the rest
 (the gate, the activation, biases, a norm), so the module here takes over whatever the dense one has but these
 two, and asks its class for the gate. Families whose class goes through transformers' experts interface
-(`use_experts_implementation`, transformers 5.20 to 5.23) need not be known by name; two that do not are.
+(`use_experts_implementation`, transformers 5.20 to 5.24) need not be known by name; two that do not are.
 Whatever implementation the model's config asks for ("grouped_mm", "eager"), packed experts run the one here.
 """
 

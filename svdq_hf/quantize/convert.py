@@ -5,69 +5,29 @@ quantized in place (`convert_layers`), and the way back (`restore_layers`). Any 
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
-from svdq_hf.calibration.synthetic import synthetic_batches
+from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import COMPUTE, require
-from svdq_hf.nn.embedding import SVDQEmbedding
+from svdq_hf.config.choices import COMPUTE
+from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.budget import BudgetItem, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
-from svdq_hf.quantize.selection import dense_weight, layers_to_convert, shape_of
-from svdq_hf.quantize.weight import check_weight, quantize_weight
+from svdq_hf.quantize.layer import dense_layer, empty_layer, matrix_of, quantized_layer
+from svdq_hf.quantize.layer_inputs import collect_for
+from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
+from svdq_hf.quantize.weight import check_weight
 
 Item = TypeVar("Item")
-
-
-def collect_for(
-    model: nn.Module, layers: Mapping[str, nn.Module], config: SVDQConfig, batches: Iterable[Any] | None
-) -> dict[str, InputStatistics]:
-    """The statistics that `config` needs of `layers`; empty where it needs no data.
-
-    Raises:
-        ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs` and
-            `synthetic_batches`.
-    """
-    needs = config.data_needs
-    if config.synthetic:
-        if batches is not None:
-            raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
-        batches = synthetic_batches(model, seed=config.seed)
-        model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed
-    if not needs and batches is not None:
-        raise ValueError(f"saliency {config.saliency!r} needs no data: leave the batches out")
-    if not needs:
-        return {}
-    if batches is None:
-        raise config.no_data()
-    return collect_inputs(model, layers, batches, gram="input_gram" in needs)
-
-
-def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQLinear:
-    """An SVDQLinear of the shape of a dense layer, with nothing in it yet."""
-    out, in_features = shape_of(module)
-    layer = SVDQLinear(
-        in_features,
-        out,
-        config.scheme,
-        bias=module.bias is not None,
-        dtype=dense_weight(module).dtype,
-        device=device,
-        compute_dtype=config.torch_compute_dtype,
-        fast=config.compute == "fast",
-        transposed=isinstance(module, Conv1D),
-    )
-    return layer.train(module.training)
 
 
 def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
@@ -97,7 +57,9 @@ def convert_layers(
             stay done.
     """
     chosen = layers_to_convert(model, config)
-    for name, module in chosen.items():  # before the first is changed
+    for name, module in {**chosen, **(others or {})}.items():  # before the first is changed
+        check_biases(name, module)
+    for name, module in chosen.items():
         if layout_of(module) is None:
             check_weight(name, dense_weight(module))
         else:
@@ -135,13 +97,8 @@ def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
 def _spent(
     modules: Mapping[str, nn.Module], config: SVDQConfig, seen: Mapping[str, InputStatistics]
 ) -> SVDQConfig:
-    def to_spend_on(module: nn.Module) -> BudgetItem:
-        transposed = isinstance(module, Conv1D)
-        return BudgetItem(
-            *shape_of(module), lambda: dense_weight(module).T if transposed else dense_weight(module)
-        )
-
-    return spend({name: to_spend_on(module) for name, module in modules.items()}, config, seen)
+    items = {name: BudgetItem(*shape_of(one), partial(matrix_of, one)) for name, one in modules.items()}
+    return spend(items, config, seen)
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -162,23 +119,6 @@ def _trains(model: nn.Module) -> bool:
     return any(flags) if flags else any(one.requires_grad for one in others)
 
 
-def quantized_layer(
-    name: str, module: nn.Module, config: SVDQConfig, inputs: InputStatistics | None = None
-) -> SVDQLinear:
-    """The quantized layer of a dense one; it trains what that trains.
-
-    Raises:
-        ValueError: see `quantize_weight`.
-    """
-    weight, layer = dense_weight(module), empty_layer(module, config.of_layer(name))
-    parts, layer.facts = quantize_weight(weight.T if layer.transposed else weight, config, name, inputs)
-    layer.load_parts(parts)
-    layer.bias = module.bias  # type: ignore[assignment]
-    trains = dense_weight(module, detach=False).requires_grad and layer.salient_values.numel() > 0
-    layer.salient_values.requires_grad_(trains)
-    return layer
-
-
 def is_spread(model: nn.Module) -> bool:
     """Whether a device_map has put a model on more than one device."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
@@ -194,29 +134,6 @@ def refuse_offloaded(model: nn.Module) -> None:
     for name, layer in layers:
         if any(part.is_meta for part in layer.parts().values()):
             raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
-
-
-def dense_layer(layer: SVDQLinear, dtype: torch.dtype, *, trains: bool = True) -> nn.Module:
-    """The `nn.Linear` (or `Conv1D`, or embedding) that an SVDQLinear stands for.
-
-    Its weight trains if the salient weights did; trains: where there are none that could.
-    """
-    if isinstance(layer, SVDQEmbedding):
-        return layer.restored(nn.Parameter(layer.dequantize().to(dtype), trains))
-    if layer.salient_values.numel():
-        trains = layer.salient_values.requires_grad
-    out, in_features = layer.out_features, layer.in_features
-    with torch.device("meta"):
-        dense: nn.Module
-        if layer.transposed:
-            dense = Conv1D(out, in_features)
-        else:
-            dense = nn.Linear(in_features, out, bias=layer.bias is not None)
-    weight = layer.dequantize().to(dtype)
-    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight, trains)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype), layer.bias.requires_grad)
-    return dense.train(layer.training)
 
 
 def set_compute(model: nn.Module, compute: str) -> nn.Module:

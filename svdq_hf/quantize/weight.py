@@ -6,36 +6,52 @@ It knows the config, the score and the format, no modules and no models: those a
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.column_scale import column_scale
-from svdq_hf.core.error_feedback import damped
-from svdq_hf.core.saliency import data_needs, score
-from svdq_hf.core.topk import salient_count, top_positions
-from svdq_hf.format.encode import decompose, relative_error
+from svdq_hf.core.saliency import Scored
+from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_range
+from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
+from svdq_hf.quantize.prepared import Prepared, choose, score
+
+SMALLEST_TOP = 2.0**-110
+"""Least size of a matrix's largest weight. Its row's scale, `top / 8 / 127`, is then 2**6 times the smallest
+normal bfloat16, 2**-126: below that a scale loses digits, and then it is zero."""
+
+LARGEST_TOP = 2.0**123
+"""Most that a weight may be: 2**5 below the end of float32, since level times row's times column's scale is
+more than the weight where these are not of one row and column."""
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def quantize_weight(
-    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
+    weight: Tensor,
+    config: SVDQConfig,
+    name: str,
+    inputs: InputStatistics | None = None,
+    scored: Scored | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Quantize `weight` `[out, in]` of the layer `name`: its stored parts, and the facts measured.
-
-    inputs: what the layer saw, for the scores that need data.
+    """Quantize one weight: its stored parts, and the facts measured.
 
     Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
     the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
 
     Of a weight on the meta device the parts have shapes and no data, and nothing is measured: so a model can
     be planned (`streaming.plan`).
+
+    Args:
+        weight: `[out, in]`.
+        config: of the whole model.
+        name: of the layer, for its k and for errors.
+        inputs: what the layer saw, for scores and error feedback that need data.
+        scored: its scores by `score_weight`, where they are known already.
 
     Raises:
         ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
@@ -45,9 +61,22 @@ def quantize_weight(
         check_source_dtype(name, weight.dtype)
         out, in_features = weight.shape
         return _empty(part_specs(out, in_features, config.of_layer(name).scheme), weight.device), {}
-    check_weight(name, weight)
-    with _errors_name_the_layer(name, weight):
-        return _quantize(weight.float().contiguous(), config.of_layer(name), inputs)
+    with _prepared(weight, config.of_layer(name), name, inputs) as prepared:
+        rows, columns, facts = choose(prepared, scored)
+        parts, error = _encoded(prepared, rows, columns)
+        return parts, {"relative_error": error} | facts
+
+
+def score_weight(
+    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
+) -> Scored:
+    """The scores `[out, in]` of one weight, for who quantizes it more than once (see `quantize_weight`).
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    with _prepared(weight, config, name, inputs) as prepared:
+        return score(prepared)
 
 
 def errors_at(
@@ -55,18 +84,36 @@ def errors_at(
 ) -> dict[int, float]:
     """The relative error of the layer `name` with each number of salient weights, scored once.
 
+    It is that of rounding without error feedback.
+
     Raises:
         ValueError: see `quantize_weight`.
     """
+    with _prepared(weight, config, name, inputs) as prepared:
+        prepared.input_gram = None
+        scores, _ = score(prepared)
+        return {k: _encoded(prepared, *top_positions(scores, k))[1] for k in ks}
+
+
+def _encoded(prepared: Prepared, rows: Tensor, columns: Tensor) -> tuple[dict[str, Tensor], float]:
+    """The stored parts, and the relative error."""
+    parts = encode(prepared, rows, columns)
+    try:
+        check_range(parts)  # or it would be refused when it is loaded
+    except ValueError as error:
+        top = float(prepared.dense.abs().max())
+        raise ValueError(f"{error}: its largest weight is {top:.3g}; {_KEEP_DENSE}") from error
+    return parts, relative_error(prepared.dense, parts, prepared.config.scheme)
+
+
+@contextmanager
+def _prepared(
+    weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None
+) -> Iterator[Prepared]:
+    """A weight that can be quantized, ready for it; errors in the block say of which layer."""
     check_weight(name, weight)
     with _errors_name_the_layer(name, weight):
-        dense = weight.float().contiguous()
-        per_column = column_scale(dense) if config.scheme.grid.column_scale else None
-        scores, _ = _scores(dense, config, inputs, per_column)
-        return {
-            k: quantize_chosen(dense, config, *top_positions(scores, k), per_column)[1]["relative_error"]
-            for k in ks
-        }
+        yield Prepared(weight, config, inputs)
 
 
 @contextmanager
@@ -80,69 +127,32 @@ def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
         raise ValueError(f"could not quantize {name}: {kind}{error}") from error
 
 
-def _quantize(
-    dense: Tensor, config: SVDQConfig, inputs: InputStatistics | None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    per_column = column_scale(dense) if config.scheme.grid.column_scale else None
-    rows, columns, facts = _choose(dense, config, inputs, per_column)
-    gram = inputs.gram if inputs is not None and config.error_feedback else None
-    if gram is not None and config.extra_damping:
-        gram = damped(gram, per_column, config.extra_damping)
-    parts, errors = quantize_chosen(dense, config, rows, columns, per_column, gram)
-    return parts, errors | facts
-
-
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, without data, a NaN or an infinity."""
+    """Refuse a weight that cannot be quantized: no plain float, empty, without data, a NaN, out of range."""
     check_source_dtype(name, weight.dtype)
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"could not quantize {name}: its weight has the shape {tuple(weight.shape)}, which must be [out, "
+            f"in] and not empty; keep it dense with modules_to_not_convert=[{name!r}]"
+        )
     if hasattr(weight, "full_tensor"):  # a DTensor
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    if not torch.isfinite(weight).all():
+    low, high = map(float, weight.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
         )
+    top = max(-low, high)
+    if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
+        raise ValueError(
+            f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those "
+            f"from {SMALLEST_TOP:.1g} to {LARGEST_TOP:.1g}: the checkpoint is damaged, or {_KEEP_DENSE}"
+        )
 
 
-def quantize_chosen(
-    weight: Tensor,
-    config: SVDQConfig,
-    rows: Tensor,
-    columns: Tensor,
-    per_column: Tensor | None = None,
-    gram: Tensor | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Quantize `weight` `[out, in]`, float32, with the entries at `rows`, `columns` `[k]` kept exactly."""
-    parts = decompose(weight, rows, columns, config.scheme, per_column, gram)
-    return parts, {"relative_error": relative_error(weight, parts, config.scheme)}
-
-
-def weight_for_score(weight: Tensor, config: SVDQConfig, per_column: Tensor | None) -> Tensor:
-    """The weight that a score sees: as the grid sees it, without its column scale; itself for awq, spqr.
-
-    Those weigh each input by its own size already, which a column scale would take away.
-    """
-    return weight if per_column is None or data_needs(config.saliency) else weight / per_column.float()
-
-
-def _choose(
-    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Rows and columns of the salient entries, and what the score measured; scores are let go at once."""
-    k = salient_count(config.k, *weight.shape)
-    if k == 0:
-        nowhere = torch.empty(0, dtype=torch.int32, device=weight.device)
-        return nowhere, nowhere, {}
-    scores, facts = _scores(weight, config, inputs, per_column)
-    return *top_positions(scores, k), facts
-
-
-def _scores(
-    weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None, per_column: Tensor | None
-) -> tuple[Tensor, dict[str, float]]:
-    seen = weight_for_score(weight, config, per_column)
-    return score(config.saliency, seen, score_inputs(config, weight.shape[1], inputs))
+_KEEP_DENSE = "keep this layer dense with modules_to_not_convert"
 
 
 def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
@@ -150,19 +160,6 @@ def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
     if dtype not in SOURCE_DTYPES:
         allowed = [str(source) for source in SOURCE_DTYPES]
         raise ValueError(f"could not quantize {name}: weight is {dtype}; it must be one of {allowed}")
-
-
-def score_inputs(
-    config: SVDQConfig, in_features: int, inputs: InputStatistics | None = None
-) -> dict[str, Any]:
-    """What a score may ask for (`saliency.NEEDS`), as far as it is known for a layer."""
-    group = config.scheme.grid.columns(in_features)
-    known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
-    if inputs is not None:
-        known |= {"input_norm": inputs.norm, "tokens": inputs.tokens}
-        if inputs.gram is not None:
-            known["input_gram"] = inputs.gram
-    return known
 
 
 def quantize_stack(
@@ -186,6 +183,11 @@ def quantize_stack(
     sizes: list[float] = []
     for expert, weight in enumerate(weights):
         one = weight.T if transposed else weight
+        if one.shape != (out, in_features):
+            raise ValueError(
+                f"could not quantize {name}, expert {expert}: its weight is {list(one.shape)}, of the others "
+                f"{[out, in_features]}: the checkpoint is damaged"
+            )
         parts, found = quantize_weight(one, config, f"{name}, expert {expert}")
         for part, stack in stacks.items():
             stack[expert] = parts[part]

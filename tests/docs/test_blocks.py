@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from places import HELPERS, ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -75,7 +75,7 @@ def test_every_block_of_a_page_prints_its_answer(page, tmp_path):
         given.append((block.language, block.code))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [*RUNS, str(Path(__file__).with_name("run_page.py"))],
+        [*RUNS, str(HELPERS / "run_page.py")],
         input=json.dumps(given),
         cwd=tmp_path,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},

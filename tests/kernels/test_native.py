@@ -73,7 +73,14 @@ def test_the_product_is_exact_to_float32(out, in_features, grid, path, split):
 
 @pytest.mark.parametrize("tokens", [3, 50])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_activations_are_summed_in_float32_and_rounded_once(dtype, tokens, path, split):
+@pytest.mark.parametrize("amx", [False, True], ids=["no AMX", "AMX"])
+def test_narrow_activations_are_summed_in_float32_and_rounded_once(
+    amx, dtype, tokens, path, split, monkeypatch
+):
+    """All but many bfloat16 tokens where there is AMX: the test after this one is of those."""
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    if cpu.way(tokens, dtype, path, amx) == cpu.BFLOAT16_ROWS:
+        tokens = cpu.FEW_TOKENS
     _, parts, scheme = split(20, 300, 9)
     x = torch.randn(tokens, 300).to(dtype)
     narrow, wide = (
@@ -83,13 +90,34 @@ def test_narrow_activations_are_summed_in_float32_and_rounded_once(dtype, tokens
     assert torch.equal(narrow, wide.to(dtype))
 
 
-def test_where_there_is_amx_many_bfloat16_tokens_are_multiplied_as_the_reference_does(split, monkeypatch):
+def test_where_there_is_amx_many_bfloat16_tokens_are_multiplied_as_the_reference_does(
+    path, split, monkeypatch
+):
     """It cannot be timed here; what it computes can be checked anywhere."""
     _, parts, scheme = split(20, 300, 9)
     x, bias, group = torch.randn(50, 300).bfloat16(), torch.randn(20), scheme.grid.columns(300)
-    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
-    found = cpu.linear(x, stored(parts), bias, 300, group)
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
+    found = cpu.linear_on(path, x, stored(parts), bias, 300, group)
     assert torch.equal(found, reference.linear(x, stored(parts), bias.bfloat16(), 300, group))
+
+
+WAYS = [  # tokens, dtype, on PLAIN, AVX2, AVX512, without AMX and with it
+    (16, torch.bfloat16, "DDD", "DDD"),
+    (17, torch.bfloat16, "RRD", "BBB"),
+    (16, torch.float32, "DDD", "DDD"),
+    (17, torch.float32, "RRD", "RRD"),
+    (17, torch.float16, "RRD", "RRD"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "without", "with_amx"), WAYS, ids=str)
+def test_the_way_to_a_product_is_chosen_by_tokens_dtype_path_and_amx(tokens, dtype, without, with_amx):
+    letters = {cpu.DECODED: "D", cpu.ROWS: "R", cpu.BFLOAT16_ROWS: "B"}
+    paths = (native.PLAIN, native.AVX2, native.AVX512)
+    for amx, expected in ((False, without), (True, with_amx)):
+        assert "".join(letters[cpu.way(tokens, dtype, path, amx)] for path in paths) == expected
+        # the path that rounds few tokens is above the exact ones
+        assert cpu.way(tokens, dtype, native.AVX512 + 1, amx) == cpu.way(tokens, dtype, native.AVX512, amx)
 
 
 def test_gradients_are_those_of_the_reference(split):

@@ -56,11 +56,11 @@ def distance(cells: Sequence[Cell], others: Sequence[Cell]) -> Distance | None:
 
 def _paired(cells: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """The first draw of each model, with its partner among the others."""
-    first = [min(part, key=lambda cell: cell.score_seed or 0) for part in _by_model(cells)]
-    return [(cell, partner) for cell in first if (partner := _partner(cell, others))]
+    first = [min(part, key=lambda cell: cell.score_seed or 0) for part in by_model(cells)]
+    return [(cell, partner) for cell in first if (partner := partner_of(cell, others))]
 
 
-def _partner(cell: Cell, others: Iterable[Cell]) -> Cell | None:
+def partner_of(cell: Cell, others: Iterable[Cell]) -> Cell | None:
     """The other method's cell of the same model; of several, that of the same draw, then of the same rank."""
     same = [other for other in others if (other.model, other.model_seed) == (cell.model, cell.model_seed)]
     near = (cell.score_seed, cell.rank)
@@ -68,7 +68,8 @@ def _partner(cell: Cell, others: Iterable[Cell]) -> Cell | None:
     return closest[0] if closest else None
 
 
-def _by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
+def by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells of each model, in the order of the models' first ones."""
     parts: dict[tuple[str, int | None], list[Cell]] = {}
     for cell in cells:
         parts.setdefault((cell.model, cell.model_seed), []).append(cell)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from svdq_hf.evaluation.report.cells import Cell, Overlap
-
-CELLS: Final = "cells.jsonl"
-OVERLAPS: Final = "overlap.jsonl"
+from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS
 
 
 class Kind(NamedTuple):

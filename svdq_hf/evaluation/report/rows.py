@@ -15,11 +15,11 @@ from svdq_hf.evaluation.report.cells import Cell, Group, Overlap, in_order
 from svdq_hf.evaluation.report.compare import (
     Comparison,
     Distance,
-    _by_model,
-    _partner,
+    by_model,
     compare,
     distance,
     mean,
+    partner_of,
 )
 from svdq_hf.evaluation.report.statistics import Band, Interval, confidence_band, wilson
 
@@ -151,7 +151,7 @@ def _row(group: Group, cells: Sequence[Cell]) -> Row:
     first = cells[0]
     counted = [cell.right for cell in cells if cell.right is not None]
     n = sum(cell.n for cell in cells)
-    seeds = len(_by_model(cells))
+    seeds = len(by_model(cells))
     right = sum(counted) if len(counted) == len(cells) else None
     salient = first.method not in (*NAMES, "magnitude")
     return Row(
@@ -196,7 +196,7 @@ def _band(group: Group, cells: Sequence[Cell]) -> Band | None:
     """Spread of the headline over models, draws of one model averaged; over draws, of one model."""
     values = [
         [cell.metrics[group.headline] for cell in part if group.headline in cell.metrics]
-        for part in _by_model(cells)
+        for part in by_model(cells)
     ]
     if len(values) == 1:
         values = [[value] for value in values[0]]
@@ -205,7 +205,7 @@ def _band(group: Group, cells: Sequence[Cell]) -> Band | None:
 
 
 def _loss_change(cells: Iterable[Cell], dense: Sequence[Cell]) -> float | None:
-    pairs = [(cell.loss, partner.loss) for cell in cells if (partner := _partner(cell, dense))]
+    pairs = [(cell.loss, partner.loss) for cell in cells if (partner := partner_of(cell, dense))]
     return mean(loss - base for loss, base in pairs if loss is not None and base is not None)
 
 

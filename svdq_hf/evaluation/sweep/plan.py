@@ -6,17 +6,18 @@ Only which cells there are and the config of each; `grid` runs them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.saliency import check_name, score_needs
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
 
-DEFAULT, OURS = "default", "group 64, mse"
+DEFAULT, OURS, PAPERS = GRID_NAMES.values()
 GRIDS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
-    "tensor, absmax": {"group_size": "tensor", "scale": "absmax", **VERSION_1},
+    PAPERS: {"group_size": "tensor", "scale": "absmax", **VERSION_1},
 }
 """Grids of scales by name, of 4 bits: that of SVDQConfig(), that of format version 1, and the paper's."""
 
@@ -43,11 +44,11 @@ BASELINES = ("fp32", "none")
 class SweepPlan:
     """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
 
-    ks: Sequence[int | float] = (1, 16, 64, 256, 1024, 4096)
-    methods: Sequence[str] = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-    grids: Sequence[str] = (OURS, "tensor, absmax")
-    seeds: int = 3
-    ranks: Sequence[int] = (8,)
+    ks: Sequence[int | float] = KS
+    methods: Sequence[str] = METHODS
+    grids: Sequence[str] = (OURS, PAPERS)
+    seeds: int = SEEDS
+    ranks: Sequence[int] = RANKS
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -98,8 +99,3 @@ class Key(NamedTuple):
         sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
         depends = self.method not in BASELINES and sees_grid
         return self.method, self.seed, self.rank, self.grid if depends else None
-
-
-KS: Final = (1, 16, 64, 256, 1024, 4096)
-METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-GRID_NAMES: Final = {"default": "default", "group": "group 64, mse", "tensor": "tensor, absmax"}

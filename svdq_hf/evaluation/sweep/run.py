@@ -16,21 +16,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.column_scale import column_scale
-from svdq_hf.core.saliency import data_needs, score
+from svdq_hf.core.saliency import Scored, data_needs
 from svdq_hf.core.topk import salient_count, top_positions
 from svdq_hf.evaluation.sweep.plan import BASELINES, Key, SweepPlan
 from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished, whole_lines
 from svdq_hf.nn.expert_layouts import layout_of
-from svdq_hf.nn.linear import SVDQLinear
-from svdq_hf.quantize.convert import empty_layer, progress
+from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
+from svdq_hf.quantize.layer import matrix_of, quantized_layer
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
-from svdq_hf.quantize.weight import quantize_chosen, score_inputs, weight_for_score
+from svdq_hf.quantize.weight import score_weight
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,9 @@ class Evaluator(Protocol):
         """Batches for the scores that need data."""
 
 
+Scores = Mapping[str, Scored]
+"""By layer: what a method scored."""
+
 Positions = dict[int | float, dict[str, Tensor]]
 """By k and layer: flat positions of the entries that a method chose."""
 
@@ -62,7 +63,6 @@ class Sweep:
     out: Path
     layers: dict[str, nn.Module] = field(init=False)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
-    column_scales: dict[str, Tensor] = field(default_factory=dict)
     svd_choice: dict[int | None, Positions] = field(default_factory=dict)  # by rank
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Sweep:
         started = time.perf_counter()
         reference = self.evaluate(self.model)
         seconds = {"quantize": 0.0, "evaluate": time.perf_counter() - started}
-        scored: tuple[object, dict[str, Tensor]] = (None, {})
+        scored: tuple[object, Scores] = (None, {})
         for key in progress(todo, "Evaluating"):
             if key.method == "fp32":
                 self._write(key, reference, None, seconds)
@@ -93,37 +93,25 @@ class Sweep:
                 self._compare(key, scored[1])
             self._run_cell(key, scored[1])
 
-    def _scores(self, key: Key) -> dict[str, Tensor]:
+    def _scores(self, key: Key) -> Scores:
         if key.method in BASELINES:
             return {}
         config = key.config
         if data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
             self.inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
-        found = {}
-        for name, weight in self._weights():
-            known = score_inputs(config, weight.shape[1], self.inputs.get(name))
-            seen = weight_for_score(weight, config, self._column_scale(name, weight, config))
-            found[name] = score(key.method, seen, known).scores
-        return found
+        return {
+            name: score_weight(matrix_of(module), config, name, self.inputs.get(name))
+            for name, module in self.layers.items()
+        }
 
-    def _column_scale(self, name: str, weight: Tensor, config: SVDQConfig) -> Tensor | None:
-        """A layer's scale for each column, found once for all scores and cells; None where there is none."""
-        if config.column_scale and name not in self.column_scales:
-            self.column_scales[name] = column_scale(weight)
-        return self.column_scales[name] if config.column_scale else None
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self.layers.items():
-            weight = dense_weight(module)
-            yield name, (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()
-
-    def _run_cell(self, key: Key, scores: Mapping[str, Tensor]) -> None:
+    def _run_cell(self, key: Key, scores: Scores) -> None:
         started = time.perf_counter()
         errors: dict[str, float] = {}
         try:
-            for name, weight in self._weights():
-                layer, errors[name] = self._quantized(name, weight, scores.get(name), key.config)
+            for name, module in self.layers.items():
+                layer = quantized_layer(name, module, key.config, scored=scores.get(name))
+                errors[name] = layer.facts["relative_error"]
                 self.model.set_submodule(name, layer)
             quantized = time.perf_counter()
             result = self.evaluate(self.model)
@@ -133,20 +121,6 @@ class Sweep:
                 self.model.set_submodule(name, module)
         seconds = {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized}
         self._write(key, {**result, "bits_per_weight": bits}, errors, seconds)
-
-    def _quantized(
-        self, name: str, weight: Tensor, scores: Tensor | None, config: SVDQConfig
-    ) -> tuple[SVDQLinear, float]:
-        """The quantized layer, and its relative error."""
-        module = self.layers[name]
-        layer = empty_layer(module, config)
-        k = salient_count(config.k, *weight.shape)
-        chosen = top_positions(weight if scores is None else scores, k)
-        per_column = self._column_scale(name, weight, config)
-        parts, layer.facts = quantize_chosen(weight, config, *chosen, per_column)
-        layer.load_parts(parts)
-        layer.bias = module.bias  # type: ignore[assignment]
-        return layer, layer.facts["relative_error"]
 
     def _write(
         self,
@@ -163,7 +137,7 @@ class Sweep:
         }  # fmt: skip
         append(self.out / CELLS, [line])
 
-    def _compare(self, key: Key, scores: Mapping[str, Tensor], ranks: Sequence[int] | None = None) -> None:
+    def _compare(self, key: Key, scores: Scores, ranks: Sequence[int] | None = None) -> None:
         """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
         if key.grid != self.plan.grids[0]:  # scored again for another grid: the first one is compared
             return
@@ -190,10 +164,10 @@ class Sweep:
                 key = Key(method, self.plan.grids[0], self.plan.ks[0], 0, None)
                 self._compare(key, self._scores(key), ranks)
 
-    def _positions(self, scores: Mapping[str, Tensor]) -> Positions:
+    def _positions(self, scores: Scores) -> Positions:
         found: Positions = {}
         for k in self.plan.ks:
-            for name, table in scores.items():
+            for name, (table, _) in scores.items():
                 rows, columns = top_positions(table, salient_count(k, *table.shape))
                 found.setdefault(k, {})[name] = rows.long() * table.shape[1] + columns.long()
         return found

@@ -102,7 +102,7 @@ def _logits(outputs: Any, labels: Any) -> Any:
 
 
 def finetune(
-    model: Any, name: str, encoded: Any, tokenizer: Any, *, seed: int, epochs: float, learning_rate: float
+    model: Any, encoded: Any, tokenizer: Any, *, seed: int, epochs: float, learning_rate: float
 ) -> None:
     """Train a classification model on a tokenized split, in place."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,27 +1,82 @@
-"""What `model.dtype` answers where salient weights come first among a model's parameters.
+"""Every change that svdq_hf makes to transformers (5.20 to 5.24), and why.
 
-transformers takes the first floating parameter's dtype, writes it into config.json and loads by it. Where
-the embedding is packed that would be a salient weight, which is FP32 whatever the model's dtype, and a
-bfloat16 model would come back in FP32. transformers has no hook here, so the property is replaced by one
-that passes salient weights over; for a model without any it answers as before.
+Of PreTrainedModel, so for the whole process, made when the first SVDQHfQuantizer is (`apply`):
+
+PreTrainedModel.dtype
+    Why: it is the first floating parameter's; config.json is written and models are loaded by it. Where that
+    is a salient weight, FP32, a bfloat16 model would come back in FP32. Since: 5.20, and before.
+    Fails when not needed: `test_transformers_takes_a_salient_weight_for_the_models_dtype`.
+PreTrainedModel.save_pretrained
+    Why: a dense model that was made from a quantized one's config writes its quantization_config, and what is
+    saved is refused when it is loaded. For a quantized model it is transformers' own.
+    Fails when not needed: `test_transformers_writes_a_dense_models_quantization_config`.
+PreTrainedModel.resize_token_embeddings
+    Why: it resizes the embedding and then finds that the head is no nn.Linear. Asked before, it refuses.
+    Fails when not needed: `test_transformers_resizes_half_of_a_model`.
+
+Private attributes of one model:
+
+_keep_in_fp32_modules_strict (`load_exactly`, while it loads)
+    Why: salient weights are the checkpoint's own values, and transformers rounds a weight to the dtype asked
+    for before it is quantized. Fails: `test_transformers_rounds_a_weight_before_it_is_quantized`.
+_get_dtype_plan (`load_exactly`, while it loads)
+    Why: before 5.23 a weight to quantize is loaded in the dtype of its packed bytes.
+    Fails: nothing on 5.23 and later; the tests marked `oldest` on 5.20 without it.
+_is_hf_initialized of tensors (`Load.note_packed`, `TiedEmbedding.weight`)
+    Why: a family's initialisation reaches for weights by name, and would start packed ones anew
+    where the loader has not marked them yet. On 5.24 no test fails without it; 5.20 is not tried without it.
+_weight_conversions (`file_names`)
+    Why: saving would join the packed parts of layers that are one tensor in a family's files; and a
+    dequantized model must be saved as the family's files are.
+    Fails: `test_transformers_joins_packed_parts_on_save`.
+_tied_weights_keys, all_tied_weights_keys (`quantize.head`, of the model and its parts)
+    Why: transformers would put the dense weight of an embedding into a packed head.
+    Fails: `test_transformers_ties_what_is_packed`.
+operations of a WeightConverter (`expert_conversions`, while it loads)
+    Why: one dense tensor of all experts would be made before the first is quantized.
+    Fails: `tests/test_arrival.py`, `test_no_dense_stack_is_ever_made`.
+is_quantized of a model and its parts (`in_memory`, by transformers' own `_assign_is_quantized`)
+    Why: `from_pretrained` alone sets it.
+
+No upstream issue is known for any of them. Not here: PEFT (`integrations.peft.patches`).
 """
 
+import functools
+import re
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.names import is_salient_values
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
+from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.nn.linear import SVDQLinear
+
+OWN_DTYPE, OWN_SAVE, OWN_RESIZE = (
+    PreTrainedModel.dtype,
+    PreTrainedModel.save_pretrained,
+    PreTrainedModel.resize_token_embeddings,
+)
+"""What is changed, as transformers has it."""
 
 
-def patch_main_dtype() -> None:
-    """Replace `PreTrainedModel.dtype`; a second call changes nothing."""
+@functools.cache
+def apply() -> None:
+    """Change transformers' class, once: what others change of it afterwards is theirs."""
     PreTrainedModel.dtype = property(main_dtype)
+    PreTrainedModel.save_pretrained = save_as_it_is
+    PreTrainedModel.resize_token_embeddings = resize_dense_ends
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating parameter that is no salient weight, if there is one.
+
+    For a model that has no salient weights it is what transformers answers.
 
     >>> values, scale = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
     >>> main_dtype(torch.nn.ParameterDict({"salient_values": values, "weight": scale}))
@@ -30,3 +85,78 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     floating = ((name, one.dtype) for name, one in model.named_parameters() if one.is_floating_point())
     first = next(floating)
     return next((dtype for name, dtype in chain([first], floating) if not is_salient_values(name)), first[1])
+
+
+@functools.wraps(OWN_SAVE)
+def save_as_it_is(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained`, by which a dense model says that it is dense, whoever's config it was made from."""
+    config = model.config
+    quantized = getattr(model, "hf_quantizer", None) is not None or any(packed_weights(model))
+    if quantized or _method(getattr(config, "quantization_config", None)) != QUANT_METHOD:
+        return OWN_SAVE(model, *args, **kwargs)
+    others = config.quantization_config
+    del config.quantization_config
+    try:
+        return OWN_SAVE(model, *args, **kwargs)
+    finally:
+        config.quantization_config = others
+
+
+def _method(config: Any) -> Any:
+    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+
+
+@functools.wraps(OWN_RESIZE)
+def resize_dense_ends(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`resize_token_embeddings`, which refuses a packed head or embedding before it changes anything.
+
+    Raises:
+        ValueError: one of the two is packed, and the size is another.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(head, SVDQLinear) or isinstance(embedding, SVDQEmbedding | TiedEmbedding)
+    if packed:
+        rows = (
+            embedding.weight.shape[0] if not isinstance(embedding, SVDQEmbedding) else embedding.out_features
+        )
+        size = rows if new_num_tokens is None else new_num_tokens
+        size += -size % (pad_to_multiple_of or 1)
+        if size != rows:
+            raise ValueError(
+                f"resize_token_embeddings: a quantized head or embedding has {rows} rows and cannot have "
+                f"{size}; resize the dense model (dequantize_model(model) gives one) and quantize that"
+            )
+    return OWN_RESIZE(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
+def load_exactly(model: Any, weights: Iterable[str], exact: Iterable[str]) -> Callable[[], None]:
+    """Have tensors of a model loaded as the files have them, for as long as it is loaded.
+
+    Args:
+        model: on the meta device.
+        weights: names of packed weights, which are loaded in the dtype asked for and not in that of bytes.
+        exact: names of tensors that are loaded in FP32, whatever dtype is asked for.
+
+    Returns:
+        What takes that back.
+    """
+    strict, plan = model._keep_in_fp32_modules_strict, model._get_dtype_plan
+    asked = [_only(key) for key in weights]
+    model._keep_in_fp32_modules_strict = set(strict or ()) | {_only(key) for key in exact}
+    model._get_dtype_plan = lambda dtype: {**dict.fromkeys(asked, dtype), **plan(dtype)}
+
+    def undo() -> None:
+        model._keep_in_fp32_modules_strict = strict
+        del model._get_dtype_plan  # its class has another
+
+    return undo
+
+
+def _only(key: str) -> str:
+    return f"^{re.escape(key)}$"

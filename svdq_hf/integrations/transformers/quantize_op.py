@@ -1,6 +1,6 @@
-"""While a model loads: each dense tensor becomes stored parts; and when it has loaded, is all of it there?
+"""SVDQQuantize: the load-time conversion (transformers' `ConversionOps`) of a dense tensor to stored parts.
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.23).
+Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.names import WeightName
+from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
@@ -29,14 +30,15 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
 
         An error raised here would be reduced to a line in transformers' log, so it goes into `failures`, and
-        the quantizer raises it when loading ends.
+        `DenseLoad.finish` raises it when loading ends.
         """
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
             dense = value[0] if isinstance(value, list) else value
             layer = module_of(model, name)
-            converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
+            with trainable_tensors():
+                converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
         return converted
 
     def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,120 @@
+"""What one evaluation is asked for, and what it gives back.
+
+The command line and Python ask for the same thing; its fields are called as the options are. Not here: the
+run (`run`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdq_hf.core.packing import RANGES
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
+
+PERPLEXITY = "perplexity"
+"""The one task that is no GLUE task: its data is a text."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """An evaluation of dense models, quantized in every way that is asked for.
+
+    Args:
+        task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity.
+        model: folders of the dense models, e.g. one per seed; cells go by a folder's name.
+        out: folder of the cells and the report; a run that stopped goes on there.
+        data: folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet); None: the Hub.
+        text: of perplexity, a text file.
+        context: of perplexity, tokens the model sees at once; None: 1024, or all that it can.
+        tokens: of perplexity, tokens of the text that are scored.
+        k: salient weights of a layer, or shares below 1.
+        saliency: scores to compare.
+        grid: grids of scales, by their names in `GRID_NAMES`.
+        bits: of codes, on each grid: 3, 4 or 8.
+        rank: ranks of the svd score.
+        seeds: seeds of the random choice.
+        metric_script: a local copy of the evaluate library's metric "glue"; None: our own code.
+
+    Raises:
+        TypeError: a field that holds several values is no list or tuple, or a path is none.
+        ValueError: a grid or a number of bits that there is not; see also `SweepPlan`.
+
+    >>> EvaluationRequest("rte", model=["rte-seed0"], out="report", k=[64], grid=["group"]).plan.grids
+    ['group 64, mse']
+    """
+
+    task: str
+    model: Sequence[str | Path]
+    out: str | Path
+    data: str | Path | None = None
+    text: str | Path | None = None
+    context: int | None = None
+    tokens: int = 16384
+    k: Sequence[int | float] = KS
+    saliency: Sequence[str] = METHODS
+    grid: Sequence[str] = ("default",)
+    bits: Sequence[int] = (4,)
+    rank: Sequence[int] = RANKS
+    seeds: int = SEEDS
+    metric_script: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "k", "saliency", "grid", "bits", "rank"):
+            _check_several(name, getattr(self, name))
+        for name in ("out", "data", "text", "metric_script"):
+            _check_path(name, getattr(self, name), optional=name != "out")
+        for name in ("tokens", "seeds"):
+            _check_count(name, getattr(self, name))
+        _check_each("grid", self.grid, list(GRID_NAMES))
+        _check_each("bits", self.bits, list(RANGES))
+        self.plan  # noqa: B018  (it checks the rest)
+
+    @property
+    def plan(self) -> SweepPlan:
+        """The cells that are asked for."""
+        return SweepPlan(
+            ks=self.k,
+            methods=self.saliency,
+            grids=[with_bits(GRID_NAMES[grid], bits) for bits in self.bits for grid in self.grid],
+            seeds=self.seeds,
+            ranks=self.rank,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a run did: cells computed now (those of earlier runs aside), seconds, files of the report."""
+
+    cells: int
+    seconds: float
+    report: Sequence[Path]
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as plain JSON values."""
+        files = [str(file) for file in self.report]
+        return {"cells": self.cells, "seconds": self.seconds, "report": files}
+
+
+def _check_several(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name}={value!r}: must be a list; for one of them write [{value!r}]")
+    if not value:
+        raise ValueError(f"{name}={value!r}: must have at least one")
+
+
+def _check_each(name: str, values: Sequence[Any], allowed: list[Any]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {allowed}")
+
+
+def _check_path(name: str, value: Any, *, optional: bool) -> None:
+    if not (isinstance(value, str | Path) or (optional and value is None)):
+        raise TypeError(f"{name}={value!r}: must be a path")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number from 1 on")

@@ -1,0 +1,72 @@
+"""Every change that svdq_hf makes to PEFT (0.18 to 0.22), and why.
+
+Two functions are wrapped, for the whole process: now if PEFT is there already, else when it is imported; the
+user calls nothing, and PEFT is not imported for it. For what is not ours they answer as before.
+
+peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.model)
+    Why: PEFT picks the LoRA layer for a layer from a fixed list of functions. Its only registration,
+    `LoraConfig._register_custom_module`, is forgotten when the adapter is saved.
+    Fails when not needed: `test_peft_has_no_layer_for_a_quantized_one`.
+peft.tuners.tuners_utils._maybe_include_all_linear_layers
+    Why: "all-linear" is made of a fixed list of classes.
+    Fails when not needed: `test_peft_does_not_count_quantized_layers_among_all_linear`.
+
+No upstream issue is known for either. Not here: transformers (`integrations.transformers.patches`).
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+LAYERS, TUNERS, USER = "peft.tuners.lora.layer", "peft.tuners.tuners_utils", "peft.tuners.lora.model"
+"""The modules that define the two functions, and one that imports the first by name."""
+WATCHED = (LAYERS, TUNERS, USER)
+
+
+def register() -> None:
+    """Let PEFT put LoRA on quantized layers, as far as it is imported; a second call does nothing."""
+    for module, name, wrap in (
+        (LAYERS, "dispatch_default", _dispatch),
+        (USER, "dispatch_default", _dispatch),
+        (TUNERS, "_maybe_include_all_linear_layers", _all_linear),
+    ):
+        found = getattr(sys.modules.get(module), name, None)
+        if found is not None and not hasattr(found, "knows_svdq"):
+            wrapper = functools.wraps(found)(wrap(found))
+            wrapper.knows_svdq = True  # type: ignore[attr-defined]
+            setattr(sys.modules[module], name, wrapper)
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT has put adapters into a model; where PEFT was never imported there are none."""
+    layer = getattr(sys.modules.get(TUNERS), "BaseTunerLayer", None)
+    return layer is not None and any(isinstance(module, layer) for module in model.modules())
+
+
+def _dispatch(default: Callable[..., Any]) -> Callable[..., Any]:
+    """The LoRA layer for a layer: ours first."""
+
+    def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+        from svdq_hf.integrations.peft.lora import lora_layer
+
+        ours = lora_layer(target, adapter_name, config, **kwargs)
+        return default(target, adapter_name, config=config, **kwargs) if ours is None else ours
+
+    return dispatch
+
+
+def _all_linear(default: Callable[..., Any]) -> Callable[..., Any]:
+    """target_modules="all-linear" made a set of names: with the quantized layers, as for a dense model."""
+
+    def include(peft_config: Any, model: Any) -> Any:
+        from svdq_hf.integrations.peft.lora import check_whole, linear_names
+
+        check_whole(model, peft_config)
+        asked = getattr(peft_config, "target_modules", None)
+        result = default(peft_config, model)
+        if isinstance(asked, str) and isinstance(result.target_modules, set):
+            result.target_modules |= linear_names(model)
+        return result
+
+    return include
