@@ -37,7 +37,6 @@ def test_importing_the_package_imports_nothing_heavy():
     assert run(f"import sys, svdq_hf\nprint({HEAVY}, svdq_hf.__version__)") == "[] 0.1.0\n"
 
 
-@pytest.mark.xfail(reason="svdq_hf.cli.command imports all that its commands need")
 def test_what_the_command_says_of_itself_imports_nothing_heavy():
     code = (
         "import contextlib, io, sys\nfrom svdq_hf.cli import main\n"
