@@ -80,7 +80,7 @@ def _paired(cells: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, C
 
 
 def partner_of(cell: Cell, others: Iterable[Cell]) -> Cell | None:
-    """The other method's cell of the same model, preferably of the same draw and rank; None: there is none."""
+    """The other method's cell of the same model, preferably of the same draw and rank; or None."""
     same = [other for other in others if (other.model, other.model_seed) == (cell.model, cell.model_seed)]
     near = (cell.score_seed, cell.rank)
     closest = sorted(same, key=lambda other: (other.score_seed != near[0], other.rank != near[1]))
