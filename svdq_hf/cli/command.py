@@ -14,15 +14,15 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf.cli import demo, evaluate, export, inspect, lm_eval, push, quantize
+from svdq_hf.cli import chat, demo, evaluate, export, inspect, lm_eval, push, quantize
 from svdq_hf.cli.options import Parser
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, inspect, export, push, demo, evaluate)
-"""Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
+COMMANDS: Final = (quantize, inspect, chat, export, push, demo, evaluate)
+"""Each has `add`, its parser, and `run`, which returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"
-"""The environment variable that switches tracebacks on."""
+"""The environment variable that asks for one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +104,7 @@ def _explained(error: Exception, options: argparse.Namespace) -> str:
     told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
     if isinstance(error, told) and not isinstance(error, RecursionError):
         return text
-    # An unforeseen error, mostly of transformers, about a damaged config.json.
+    # Nobody has foreseen this one: mostly it is transformers, of a config.json that says nonsense.
     folder = getattr(options, "model", None) or getattr(options, "folder", None)
     cause = f"{folder}'s config.json or files may be damaged; " if folder else ""
     return f"{type(error).__name__}: {text} ({cause}{TRACEBACK}=1 shows where)"
