@@ -8,11 +8,11 @@ which the function itself checks.
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,10 +49,12 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
                 raise TypeError(f"{function.__name__}: {error}") from None
-            for name, value in given.items():
-                several = signature.parameters[name].kind in _SEVERAL
-                if not several and name in hints() and not is_a(value, hints()[name]):
-                    raise TypeError(f"{function.__name__}: {_told(name, value, hints()[name], remedies)}")
+            try:
+                for name, value, hint in _singly(given, signature, hints()):
+                    if not is_a(value, hint):
+                        raise TypeError(_told(name, value, hint, remedies))
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
             return function(*args, **kwargs)
 
         return checked
@@ -60,7 +62,24 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
     return decorate
 
 
-_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def _singly(
+    given: Mapping[str, Any], signature: inspect.Signature, hints: Mapping[str, Any]
+) -> Iterator[tuple[str, object, Any]]:
+    """Each argument with its annotation; of `**kwargs: Unpack[SomeTypedDict]` each key by itself.
+
+    Raises:
+        TypeError: a key is none of the typed dict's.
+    """
+    for name, value in given.items():
+        kind, hint = signature.parameters[name].kind, hints.get(name, Any)
+        if kind is inspect.Parameter.VAR_KEYWORD and get_origin(hint) is Unpack:
+            keys = get_type_hints(get_args(hint)[0])
+            for key, one in value.items():
+                if key not in keys:
+                    raise TypeError(f"got an unexpected keyword argument {key!r}; it takes {list(keys)}")
+                yield key, one, keys[key]
+        elif kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            yield name, value, hint
 
 
 def _told(name: str, value: object, hint: Any, remedies: Mapping[str, str]) -> str:
@@ -101,6 +120,8 @@ def is_a(value: object, hint: Any) -> bool:
     (True, False, False, False)
     """
     origin, inner = get_origin(hint), get_args(hint)
+    if hint in (Any, object):
+        return True
     if _is_union(hint):
         return any(is_a(value, one) for one in inner)
     if origin is Literal:

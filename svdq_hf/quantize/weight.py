@@ -14,7 +14,7 @@ from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored
 from svdq_hf.core.topk import top_positions
-from svdq_hf.format.checks import check_scales
+from svdq_hf.format.checks import check_range
 from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
@@ -99,7 +99,7 @@ def _encoded(prepared: Prepared, rows: Tensor, columns: Tensor) -> tuple[dict[st
     """The stored parts, and the relative error."""
     parts = encode(prepared, rows, columns)
     try:
-        check_scales(parts)  # or it would be refused when it is loaded
+        check_range(parts)  # or it would be refused when it is loaded
     except ValueError as error:
         top = float(prepared.dense.abs().max())
         raise ValueError(f"{error}: its largest weight is {top:.3g}; {_KEEP_DENSE}") from error
@@ -128,7 +128,7 @@ def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, empty, without data, a NaN, or out of range."""
+    """Refuse a weight that cannot be quantized: no plain float, empty, without data, NaN, or out of range."""
     check_source_dtype(name, weight.dtype)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
