@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.checkpoint.folders import A_CONFIG, A_SIZE, A_SOURCE, SHARD_SIZE, check_target, free_bytes, parse_size
+from svdq_hf.checkpoint.folders import (
+    A_CONFIG,
+    A_SIZE,
+    A_SOURCE,
+    SHARD_SIZE,
+    check_target,
+    free_bytes,
+    parse_size,
+)
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import StreamPlan, make_plan
 from svdq_hf.checkpoint.streaming.resume import bytes_needed

@@ -22,7 +22,6 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it lists no
     DEFAULT_IGNORE_PATTERNS,
     filter_repo_objects,
 )
-
 from torch import nn
 
 from svdq_hf.config.choices import QUANT_METHOD
@@ -115,8 +114,9 @@ def push_model(
             "the model has adapters, which are pushed by themselves: model.push_to_hub(repo_id) sends the "
             "adapter; to push all in one, merge_adapters(model) first"
         )
+    saved: Any = model
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        saved.save_pretrained(folder)
         written = _check_saved(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

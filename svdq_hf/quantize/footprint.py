@@ -121,7 +121,7 @@ def footprint(model: nn.Module) -> Footprint:
     """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
 
     Raises:
-        TypeError: `model` is no module, but a folder, say.
+        ValueError: `model` is no module, but a folder, say.
     """
     layers = []
     counted: set[int] = set()

@@ -21,8 +21,8 @@ from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
 
 LOAD_FIRST = "load it first, e.g. AutoModel.from_pretrained(name)"
-AS_CONFIG = "such as SVDQConfig(k=256)"
-AS_BATCHES = "a list of batches, each what the model takes; put a single one into a list: [batch]"
+AS_CONFIG = "must be an SVDQConfig, such as SVDQConfig(k=256)"
+AS_BATCHES = "must be a list of batches, each what the model takes; put a single one into a list: [batch]"
 
 
 @checked_arguments(model=LOAD_FIRST, config=AS_CONFIG, batches=AS_BATCHES)
