@@ -200,6 +200,10 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a stored dict; `kwargs` that are choices of ours go before it, checked."""
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(
+                f"config_dict={config_dict!r}: must be a dict, as the quantization_config of a config.json is"
+            )
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in CHOICES}
         if config_dict.get("format_version") == 1:  # when these were no choice
             config_dict = {**VERSION_1, **config_dict}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from svdq_hf.core.arguments import is_a
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.parts import PARTS, Scheme, part_specs
 from svdq_hf.kernels import cpu_direct as direct
@@ -55,6 +56,7 @@ class SVDQLinear(nn.Module):
         fast: bool = False,
     ) -> None:
         super().__init__()
+        _check_sizes(in_features, out_features, scheme)
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme or Scheme()
         self.compute_dtype = compute_dtype
@@ -142,6 +144,16 @@ class SVDQLinear(nn.Module):
         )
         text += f", bits={grid.bits}" if grid.bits != 4 else ""
         return text + (", transposed=True" if self.transposed else "")
+
+
+def _check_sizes(in_features: int, out_features: int, scheme: Scheme | None) -> None:
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not is_a(size, int):
+            raise TypeError(f"{name}={size!r}: must be an int from 1 on")
+        if size < 1:
+            raise ValueError(f"{name}={size!r}: must be an int from 1 on")
+    if not is_a(scheme, Scheme | None):
+        raise TypeError(f"scheme={scheme!r}: must be a Scheme, such as SVDQConfig(k=256).scheme, or None")
 
 
 def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.packing import BLOCK
 from svdq_hf.format.files import open_tensors, weight_files
 from svdq_hf.format.metadata import numbers, stored_facts
@@ -115,14 +116,13 @@ class Footprint:
         return {"totals": totals, "layers": layers}
 
 
+@checked_arguments(model="of a folder it is read_footprint(folder)")
 def footprint(model: nn.Module) -> Footprint:
     """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
 
     Raises:
         ValueError: `model` is no module, but a folder, say.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: of a folder it is read_footprint(folder)")
     layers = []
     counted: set[int] = set()
     for (name, shape), parts, facts in sorted(
@@ -139,6 +139,7 @@ def footprint(model: nn.Module) -> Footprint:
     return Footprint(layers, sum(one.nbytes for one in rest), sum(one.numel() for one in rest))
 
 
+@checked_arguments(folder="of a model in memory it is footprint(model)")
 def read_footprint(folder: str | Path) -> Footprint:
     """The footprint of a saved model, from the headers of its files alone.
 

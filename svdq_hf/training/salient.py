@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.names import is_salient_values
 from svdq_hf.nn.inventory import packed_weights
 from svdq_hf.quantize.selection import heads
@@ -55,6 +56,7 @@ class Trainable:
         return f"{self.total:,} weights train ({self.share:.2%}): {parts}"
 
 
+@checked_arguments(model="load it first, and quantize_model(model)")
 def mark_trainable(
     model: nn.Module,
     *,

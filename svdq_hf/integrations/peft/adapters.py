@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from svdq_hf.calibration.inputs import call, evaluating
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.svd import principal
 from svdq_hf.integrations.peft.lora import PeftModel, SVDQLoraLinear, adapted_layers
 from svdq_hf.nn.linear import SVDQLinear
+
+_ADAPTED = "a quantized model with adapters: get_peft_model(model, ...)"
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Merged:
         return text if self.output_change is None else f"{text}; outputs changed by {self.output_change:.2%}"
 
 
+@checked_arguments(model=_ADAPTED)
 @torch.no_grad()
-def merge_adapters(model: Any, batch: Any = None) -> Merged:
+def merge_adapters(model: nn.Module, batch: Any = None) -> Merged:
     """Add the active adapters to a quantized base and quantize the sums; the model is used up, as in PEFT.
 
     The salient weights take up the adapter exactly, the rest is rounded anew. batch: what the model takes (a
@@ -80,9 +84,10 @@ def _output(model: nn.Module, batch: Any) -> Tensor:
     return first.float()
 
 
+@checked_arguments(model=_ADAPTED, dense="the model that was quantized, its state dict or its folder")
 @torch.no_grad()
 def init_adapters_from_error(
-    model: Any, dense: Any, adapter: str = "default"
+    model: nn.Module, dense: nn.Module | Mapping[str, Tensor] | str | Path, adapter: str = "default"
 ) -> dict[str, tuple[float, float]]:
     """Start an adapter from what quantizing lost: `scaling * B @ A` is the error's best of its rank.
 
