@@ -3,19 +3,20 @@
 Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
 share the cost of writing dense rows into cache first. Either way sums are float32, whatever the dtype of the
 activations; but where the processor has AMX, many bfloat16 tokens meet bfloat16 rows, as in a dense layer.
-Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits,
-`reference` computes.
+Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits, it says
+so (`supports`), and another backend computes.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import bits_of
+from svdq_hf.core.packing import HALF, bits_of
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels.native.library import (
     AVX512,
     best_path,
@@ -36,39 +37,43 @@ DECODED, ROWS, BFLOAT16_ROWS = range(3)
 BLOCK_WEIGHTS: Final = 1 << 20
 """Weights of a block of dense rows: four megabytes, which a core's cache and its neighbours' hold."""
 
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
 _kept = threading.local()
 
 
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def computes(x: Tensor, weight: Tensor, in_features: int, group: int) -> bool:
-    """Whether this file computes the op for such activations, packed codes and groups."""
-    known = x.dtype in DTYPES and bits_of(weight) == 4 and fits(group, in_features)
-    return x.is_cpu and known and library() is not None
+def supports(x: Tensor, stored: StoredWeight, in_features: int, group: int) -> str | None:
+    """None, or why this file does not compute the op for such activations, packed codes and groups."""
+    if not x.is_cpu:
+        return f"the tensors are on {x.device.type}, not on a CPU"
+    if x.dtype not in DTYPES:
+        return f"activations are {x.dtype}, and it sums in float32"
+    if (bits := bits_of(stored.weight)) != 4:
+        return f"codes are of {bits} bits, not 4"
+    if not fits(group, in_features):
+        return f"groups of {group} are no multiples of {HALF} columns, nor whole rows"
+    return None if library() is not None else "the native library was not built, or does not load"
 
 
 def linear(
-    x: Tensor,
-    stored: Sequence[Any],
-    bias: Tensor | None,
-    in_features: int,
-    group: int,
-    path: int | None = None,
-    fast: bool = False,
+    x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor:
-    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; stored: the parts, in the order of `PARTS`.
-
-    path: of the native library; None: the best, or with `fast` the one that rounds few tokens to 16 bits.
+    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; fast: activations of few tokens may be rounded.
 
     Raises:
-        ValueError: parts that are not the format's.
+        ValueError: a salient position is out of range or out of order; a part is not contiguous.
     """
-    path = chosen_path(fast) if path is None else path
-    out, count = stored[0].shape[0], x.numel() // in_features
+    return linear_on(chosen_path(fast), x, stored, bias, in_features, group)
+
+
+def linear_on(
+    path: int, x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int
+) -> Tensor:
+    """`linear` on a path of the native library."""
+    out, count = stored.out, x.numel() // in_features
     taken = way(count, x.dtype, path, has_amx())
     if taken == BFLOAT16_ROWS:
-        return _by_blocks(x, stored, bias, in_features, group, path)
+        return _by_blocks(path, x, stored, bias, in_features, group)
     tokens = x
     if x.dtype != torch.float32 or not x.is_contiguous():
         tokens = x.float().contiguous()
@@ -78,7 +83,7 @@ def linear(
         y = tokens.new_empty((*x.shape[:-1], out))
         multiply(layer_of(stored, in_features, group, bias), tokens, y, count, path)
     else:
-        y = _by_blocks(tokens, stored, bias, in_features, group, path)
+        y = _by_blocks(path, tokens, stored, bias, in_features, group)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -88,10 +93,10 @@ def chosen_path(fast: bool) -> int:
 
 
 def _by_blocks(
-    x: Tensor, stored: Sequence[Any], bias: Tensor | None, in_features: int, group: int, path: int
+    path: int, x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int
 ) -> Tensor:
     """`linear` in the dtype of x, by torch's own product with a block of dense rows at a time."""
-    y = x.new_empty((*x.shape[:-1], stored[0].shape[0]))
+    y = x.new_empty((*x.shape[:-1], stored.out))
     tokens, flat = x.reshape(-1, in_features), y.view(-1, y.shape[-1])
     for rows, block in dense_blocks(stored, in_features, group, path):
         torch.mm(tokens, block.to(x.dtype).T, out=flat[:, rows])
@@ -116,7 +121,7 @@ def has_amx() -> bool:
     return bool(supported())
 
 
-def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, group: int) -> Tensor:
+def input_gradient(gradient: Tensor, stored: StoredWeight, in_features: int, group: int) -> Tensor:
     """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
     tokens = gradient.reshape(-1, gradient.shape[-1]).float()
     total = tokens.new_zeros(tokens.shape[0], in_features)
@@ -126,11 +131,11 @@ def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, gr
 
 
 def dense_blocks(
-    stored: Sequence[Any], in_features: int, group: int, path: int | None = None
+    stored: StoredWeight, in_features: int, group: int, path: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again."""
     layer = layer_of(stored, in_features, group)
-    out = stored[0].shape[0]
+    out = stored.out
     height = max(1, min(out, BLOCK_WEIGHTS // in_features))
     buffer = _buffer(height * in_features)
     for start in range(0, out, height):

@@ -13,6 +13,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
 from svdq_hf.kernels.native.library import multiply_direct
 
@@ -21,11 +22,9 @@ _FLOAT32: Final = torch.float32
 
 
 def linear(
-    x: Tensor, inputs: tuple[Tensor | None, ...], in_features: int, group: int, fast: bool = False
+    x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor | None:
     """`x @ W.T + bias` as the op `svdq::linear` computes it, bit for bit; None: ask the op.
-
-    inputs: the parts in the order of `PARTS`, and the bias.
 
     Raises:
         ValueError: a salient position is out of range or out of order.
@@ -35,15 +34,14 @@ def linear(
     path = cpu.chosen_path(fast)
     if cpu.way(x.numel() // in_features, x.dtype, path, cpu.has_amx()) != cpu.DECODED:
         return None
-    if not _PLAIN.issuperset(map(type, inputs)):
+    if type(bias) not in _PLAIN or not _PLAIN.issuperset(map(type, stored)):
         return None
-    *stored, bias = inputs
     tokens = x if x.dtype is _FLOAT32 else x.float()
     if bias is not None and bias.dtype is not _FLOAT32:
-        inputs = (*stored, bias.float())
+        bias = bias.float()
     try:
-        y = tokens.new_empty((*x.shape[:-1], inputs[0].shape[0]))  # type: ignore[union-attr]
-        done = multiply_direct(inputs, tokens, y, in_features, group, path)
+        y = tokens.new_empty((*x.shape[:-1], stored.weight.shape[0]))
+        done = multiply_direct((*stored, bias), tokens, y, in_features, group, path)
     except (BufferError, IndexError, RuntimeError):  # one of them has no data, no rows, or is elsewhere
         return None
     if not done:

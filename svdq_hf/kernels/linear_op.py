@@ -1,20 +1,21 @@
-"""`svdq::linear`, the one op: its schema, shapes without data, gradients, and default kernel.
+"""`svdq::linear`, the one op: its schema, shapes without data, and gradients.
 
 Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
 `y = x @ W.T + bias` with `W = row_scale * scale * level(code) * column_scale + salient`. Gradients
 exist for x, bias and salient_values; backward keeps no dense weight. `fast` lets a kernel round the
-activations of a few tokens to 16 bits; one that has nothing to win by it does not. Faster kernels register
-themselves for their device and nothing else changes.
+activations of a few tokens to 16 bits; one that has nothing to win by it does not. Not here: what arguments
+must be (`contract`), what computes (`backends`).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdq_hf.format.parts import PARTS
-from svdq_hf.kernels import cpu, reference
+from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.kernels.backends import backend_for
+from svdq_hf.kernels.contract import check_input_gradient, check_linear
 
 STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
@@ -42,116 +43,119 @@ def linear(*inputs: Any) -> Tensor:
         return _OP(*inputs)  # type: ignore[no-any-return]
 
 
+class LinearArguments(NamedTuple):
+    """The arguments of `svdq::linear`: fast, which torch leaves out where it is false, is always there."""
+
+    x: Tensor
+    stored: StoredWeight
+    bias: Tensor | None
+    in_features: int
+    group: int
+    fast: bool = False
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "LinearArguments":
+        """Of what the op is called with, or of one thing for each of these (torch adds one for itself)."""
+        return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 4])
+
+
+class GradientArguments(NamedTuple):
+    """The arguments of `svdq::input_gradient`."""
+
+    gradient: Tensor
+    stored: StoredWeight
+    in_features: int
+    group: int
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "GradientArguments":
+        """Of what the op is called with, or of one thing for each of these (torch adds one for itself)."""
+        return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 2])
+
+
+_AFTER = 1 + len(PARTS)
+"""Where the stored parts end in the ops' arguments."""
+
+
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
-def _linear(x: Tensor, *others: Any) -> Tensor:
-    stored, bias, in_features, group, fast = _arguments(others)
-    stored = as_stored(stored)
-    _check(x, stored[0], in_features)
-    if cpu.computes(x, stored[0], in_features, group):
-        return cpu.linear(x, stored, bias, in_features, group, fast=fast)
-    return reference.linear(x, named(stored), bias, in_features, group)
+def _linear(*inputs: Any) -> Tensor:
+    x, stored, bias, in_features, group, fast = LinearArguments.of(inputs)
+    check_linear(x, stored, bias, in_features, group)
+    backend = backend_for(x, stored, in_features, group)
+    return backend.linear(x, with_float32_values(stored), bias, in_features, group, fast)
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
-def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
-    *parts, in_features, group = others
-    stored = as_stored(parts)
-    if cpu.computes(gradient, stored[0], in_features, group):
-        return cpu.input_gradient(gradient, stored, in_features, group)
-    return reference.input_gradient(gradient, named(stored), in_features, group)
+def _input_gradient(*inputs: Any) -> Tensor:
+    gradient, stored, in_features, group = GradientArguments.of(inputs)
+    check_input_gradient(gradient, stored, in_features, group)
+    backend = backend_for(gradient, stored, in_features, group)
+    return backend.input_gradient(gradient, with_float32_values(stored), in_features, group)
 
 
-def as_stored(stored: Sequence[Any]) -> Sequence[Any]:
-    """The stored arguments with FP32 salient values, which FSDP's mixed precision casts as any parameter.
+def with_float32_values(stored: StoredWeight) -> StoredWeight:
+    """The weight with FP32 salient values, which FSDP's mixed precision casts as any parameter.
 
     Not before the op: what it saves for backward is then FSDP's own, let go of and gathered again.
     """
-    if stored[2].dtype == torch.float32:
+    if stored.salient_values.dtype == torch.float32:
         return stored
-    return [*stored[:2], stored[2].float(), *stored[3:]]
+    return stored._replace(salient_values=stored.salient_values.float())
 
 
-def _arguments(others: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None, int, int, bool]:
-    """Stored parts, bias, in_features, group, fast: which torch leaves out where it is the default."""
-    *rest, in_features, group, fast = others if len(others) == len(PARTS) + 4 else (*others, False)
-    return rest[:-1], rest[-1], in_features, group, fast
+def _linear_shape(*inputs: Any) -> Tensor:
+    x, stored, bias, in_features, group, _ = LinearArguments.of(inputs)
+    check_linear(x, stored, bias, in_features, group)
+    return x.new_empty(*x.shape[:-1], stored.out)
 
 
-def named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The op's stored arguments by name, without those that are absent."""
-    return {name: part for name, part in zip(PARTS, stored, strict=True) if part is not None}
+def _input_gradient_shape(*inputs: Any) -> Tensor:
+    gradient, stored, in_features, group = GradientArguments.of(inputs)
+    check_input_gradient(gradient, stored, in_features, group)
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
-def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    stored, _, in_features, _, _ = _arguments((weight, *others))
-    _check(x, weight, in_features)
-    together(x.device, stored)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _input_gradient_shape(gradient: Tensor, *others: Any) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], others[-2])
-
-
-def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"input {list(x.shape)} does not end in the layer's {in_features} features")
-    if not x.is_floating_point():
-        raise ValueError(
-            f"input is {x.dtype}; the layer computes in floating point. If the model itself cast it to "
-            "the dtype of this layer's weight, keep the layer dense: modules_to_not_convert"
-        )
-    if x.device != weight.device:
-        raise ValueError(f"input is on {x.device} and the weight on {weight.device}; move one of them")
-
-
-def together(device: torch.device, stored: Sequence[Tensor | None]) -> None:
-    """Refuse parts of which one is elsewhere (offloaded, say): torch would answer with memory as it is.
-
-    Raises:
-        ValueError: it names the two devices.
-    """
-    for part in stored:
-        if part is not None and part.device != device:
-            raise ValueError(f"input is on {device} and a stored tensor on {part.device}; move one of them")
+def gradients_of(values: Tensor | None) -> StoredWeight:
+    """What backward answers for the stored parts: only salient values have a gradient."""
+    return StoredWeight(None, None, values, None, None)  # type: ignore[arg-type]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *others = inputs
-    stored, bias, in_features, group, _ = _arguments(others)
-    for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[1 + len(PARTS)]
-    ctx.save_for_backward(x if for_values else None, *stored)
-    ctx.bias_dtype = bias.dtype if bias is not None and for_bias else None
-    ctx.in_features, ctx.group, ctx.inputs = in_features, group, len(inputs)
+    x, stored, bias, ctx.in_features, ctx.group, _ = LinearArguments.of(inputs)
+    wanted = LinearArguments.of(ctx.needs_input_grad)
+    ctx.save_for_backward(x if wanted.stored.salient_values else None, *stored)
+    ctx.bias_dtype = bias.dtype if bias is not None and wanted.bias else None
+    ctx.numbers = len(inputs) - len((x, *stored, bias))
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, *stored = ctx.saved_tensors
+    x, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), LinearArguments.of(ctx.needs_input_grad)
     for_x = for_values = for_bias = None
-    if ctx.needs_input_grad[0]:
+    if wanted.x:
         for_x = torch.ops.svdq.input_gradient(gradient, *stored, ctx.in_features, ctx.group)
     if x is not None:
-        for_values = values_gradient(x, gradient, rows=stored[3], columns=stored[4])
+        for_values = values_gradient(x, gradient, stored.salient_rows, stored.salient_columns)
     if ctx.bias_dtype is not None:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    absent = [None] * (len(PARTS) - 3)  # of the parts only the salient values have a gradient
-    return for_x, None, None, for_values, *absent, for_bias, *[None] * (ctx.inputs - len(PARTS) - 2)
+    return for_x, *gradients_of(for_values), for_bias, *[None] * ctx.numbers
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.in_features, ctx.group = inputs
-    ctx.save_for_backward(*tensors)
+    gradient, stored, ctx.in_features, ctx.group = GradientArguments.of(inputs)
+    ctx.save_for_backward(gradient, *stored)
 
 
 def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
     """For `gradient @ W`: what a gradient penalty asks for."""
-    gradient, *stored = ctx.saved_tensors
+    gradient, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), GradientArguments.of(ctx.needs_input_grad)
     for_gradient = for_values = None
-    if ctx.needs_input_grad[0]:
+    if wanted.gradient:
         for_gradient = torch.ops.svdq.linear(second, *stored, None, ctx.in_features, ctx.group)
-    if ctx.needs_input_grad[3]:
-        for_values = values_gradient(second, gradient, rows=stored[3], columns=stored[4])
-    return for_gradient, None, None, for_values, *[None] * (len(PARTS) - 3), None, None
+    if wanted.stored.salient_values:
+        for_values = values_gradient(second, gradient, stored.salient_rows, stored.salient_columns)
+    return for_gradient, *gradients_of(for_values), None, None
 
 
 GATHERED = 1 << 22

@@ -5,33 +5,42 @@ own product does the rest; a dense weight never exists. The block is rounded to 
 activations, as the weight of a dense layer in that dtype is.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from svdq_hf.format.decode import dense_blocks
+from svdq_hf.format.parts import StoredWeight
+from svdq_hf.kernels.positions import check_positions
+
+
+def supports(x: Tensor, stored: StoredWeight, in_features: int, group: int) -> None:
+    """Nothing is refused: it computes on every device, in every dtype, all that the format can store."""
 
 
 def linear(
-    x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None, in_features: int, group: int
+    x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor:
-    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`, W in the parts of `part_specs`."""
-    out = parts["weight"].shape[0]
+    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; fast: makes no difference here.
+
+    Raises:
+        ValueError: a salient position is out of range or out of order.
+    """
+    check_positions(stored.salient_rows, stored.salient_columns, stored.out, in_features)
     tokens = x.reshape(-1, in_features)
-    y = x.new_empty(*x.shape[:-1], out)  # not a view of anything: callers change it in place
-    flat = y.view(-1, out)
-    for rows, block in dense_blocks(parts, in_features, group):
+    y = x.new_empty(*x.shape[:-1], stored.out)  # not a view of anything: callers change it in place
+    flat = y.view(-1, stored.out)
+    for rows, block in dense_blocks(stored.as_dict(), in_features, group):
         torch.mm(tokens, block.to(x.dtype).T, out=flat[:, rows])
     if bias is not None:
         y += bias.to(x.dtype)
     return y
 
 
-def input_gradient(gradient: Tensor, parts: Mapping[str, Tensor], in_features: int, group: int) -> Tensor:
-    """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
+def input_gradient(gradient: Tensor, stored: StoredWeight, in_features: int, group: int) -> Tensor:
+    """`gradient @ W`: gradient `[..., out]` -> `[..., in]`; it raises as `linear` does."""
+    check_positions(stored.salient_rows, stored.salient_columns, stored.out, in_features)
     tokens = gradient.reshape(-1, gradient.shape[-1])
     total = gradient.new_zeros(*gradient.shape[:-1], in_features)
-    for rows, block in dense_blocks(parts, in_features, group):
+    for rows, block in dense_blocks(stored.as_dict(), in_features, group):
         total.view(-1, in_features).addmm_(tokens[:, rows], block.to(gradient.dtype))
     return total

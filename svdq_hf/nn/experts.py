@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.names import WeightName
-from svdq_hf.format.parts import PARTS, Scheme
+from svdq_hf.format.parts import PARTS, Scheme, StoredWeight
+from svdq_hf.kernels import transforms
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
-from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes
+from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes, leaf_of_a_trace
 
 
 class SVDQExperts(nn.Module):
@@ -113,6 +115,9 @@ class SVDQExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         """hidden_states `[tokens, hidden]`, index and weights `[tokens, k]`, as of the dense class."""
+        if isinstance(hidden_states, Proxy):
+            return leaf_of_a_trace(self, hidden_states, top_k_index, top_k_weights)
+        transforms.refuse(f"quantized experts ({self.family.__name__})")
         experts = next(iter(self.stacks.values()))[0]
         if top_k_index is None or top_k_weights is None:  # tokens lie by expert, in equal numbers
             each = torch.arange(1, experts + 1, device=hidden_states.device)
@@ -143,9 +148,9 @@ class SVDQExperts(nn.Module):
         stored = WeightName(matrix, self.stacks[matrix])
         in_features = stored.shape[2]
         x, result = as_computed(x, self.compute_dtype)
-        parts = [getattr(self, stored.key(part)) for part in PARTS]
+        weight = StoredWeight(*(getattr(self, stored.key(part)) for part in PARTS))
         group = self.scheme.grid.columns(in_features)
-        y = expert_linear(x, *parts, ends, in_features, group, not self.layout.routed).to(result)
+        y = expert_linear(x, *weight, ends, in_features, group, not self.layout.routed).to(result)
         bias = getattr(self, f"{matrix}_bias", None)
         return y if bias is None or chosen is None else y + bias[chosen].to(result)
 

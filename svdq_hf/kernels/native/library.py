@@ -7,17 +7,18 @@ in plain torch. Not here: which calls it computes (`cpu`), the sums themselves (
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import HALF, packed_width
+from svdq_hf.core.packing import HALF
 from svdq_hf.core.release import how_to_install
+from svdq_hf.format.parts import PARTS, StoredWeight
 
 logger = logging.getLogger(__name__)
 
@@ -162,32 +163,21 @@ def fits(group: int, in_features: int) -> bool:
     return group % HALF == 0 or group >= in_features
 
 
-def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor | None = None) -> NativeLayer:
-    """The parts, in the order of `PARTS`, as the library sees them; the caller keeps the tensors alive.
+def layer_of(stored: StoredWeight, in_features: int, group: int, bias: Tensor | None = None) -> NativeLayer:
+    """The parts and a bias `[out]`, float32, as C sees them; the caller keeps the tensors alive.
+
+    Their sizes and dtypes are those that `contract` asks for.
 
     Raises:
-        ValueError: a part whose size, dtype or memory layout is not the format's.
+        ValueError: a part is not contiguous.
     """
+    for at, part in enumerate((*stored, bias)):
+        if part is not None and not part.is_contiguous():
+            name = (*PARTS, "bias")[at]
+            raise ValueError(f"{name} is not what the format stores: it is strided; clone() it")
     weight, scale, values, rows, columns, row_scale, column_scale, levels = stored
     out, k = weight.shape[0], values.numel()
-    scale_kind, groups = _SCALES.get(scale.dtype), scale.shape[-1]
-    right = (  # sizes rather than shapes: a pointer stays within what it points to, and it is quicker
-        _is(weight, torch.int8, out * packed_width(in_features))
-        and scale_kind is not None
-        and tuple(scale.shape) in ((1, groups), (out, groups))
-        and scale.is_contiguous()
-        and scale.is_cpu
-        and groups == -(-in_features // group)
-        and _is(values, torch.float32, k)
-        and _is(rows, torch.int32, k)
-        and _is(columns, torch.int32, k)
-        and (row_scale is None or _is(row_scale, torch.bfloat16, out))
-        and (column_scale is None or _is(column_scale, torch.bfloat16, in_features))
-        and (levels is None or _is(levels, torch.int8, 16))
-        and (bias is None or _is(bias, torch.float32, out))
-    )
-    if not right:
-        raise ValueError(f"the parts of a layer [{out}, {in_features}] are not what the format stores")
+    scale_kind, groups = _SCALES[scale.dtype], scale.shape[1]
     return NativeLayer(
         out,
         in_features,
@@ -248,10 +238,6 @@ def _loaded() -> ctypes.CDLL:
     if loaded is None:
         raise RuntimeError("the native library is not here; library() says why")
     return loaded
-
-
-def _is(part: Tensor, dtype: torch.dtype, size: int) -> bool:
-    return part.dtype is dtype and part.numel() == size and part.is_contiguous() and part.is_cpu
 
 
 def _raise(code: int) -> None:
