@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.release import how_to_install
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.card import write_card
@@ -76,6 +77,7 @@ def default_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+@checked_arguments(config="SVDQConfig(k=256), or SVDQConfig(**choices) of a dict")
 def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
     """Quantize the embedded model, save it, reload it, and compare sentences before and after.
 
@@ -87,6 +89,7 @@ def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
         What was measured.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: `out` exists and is not empty, or the embedded model is not installed.
     """
     source = default_model()

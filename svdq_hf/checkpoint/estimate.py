@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.checkpoint.folders import SHARD_SIZE, check_target, free_bytes, parse_size
+from svdq_hf.checkpoint.folders import (
+    A_CONFIG,
+    A_SIZE,
+    A_SOURCE,
+    SHARD_SIZE,
+    check_target,
+    free_bytes,
+    parse_size,
+)
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import StreamPlan, make_plan
 from svdq_hf.checkpoint.streaming.resume import bytes_needed
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
 from svdq_hf.checkpoint.unfinished import check_own, unfinished_folder
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.quantize.footprint import Footprint
 from svdq_hf.quantize.weight import quantize_weight
 
@@ -65,6 +74,7 @@ class Estimate:
         return {**told, **(self.footprint.to_dict() if self.footprint is not None else {})}
 
 
+@checked_arguments(model=A_SOURCE, config=A_CONFIG, shard_size=A_SIZE)
 def estimate_checkpoint(
     model: str | Path | Source,
     out: str | Path,
@@ -83,6 +93,7 @@ def estimate_checkpoint(
         workers: processes that would share the work.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: what `quantize_checkpoint` would refuse before its work starts, or in a sampled layer.
     """
     check_target(out)

@@ -14,6 +14,10 @@ REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"
 """Default size of a file; a run that is cut off loses its work on one file."""
 
+A_SOURCE = "a model's folder, or its name on the Hub, user/model"
+A_CONFIG = "such as SVDQConfig(k=256), or SVDQConfig(**choices) of a dict"
+A_SIZE = "such as '500MB'"
+
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux's list of mount points; the fifth column is the folder."""
 

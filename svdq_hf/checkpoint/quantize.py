@@ -18,6 +18,9 @@ from accelerate import PartialState
 from svdq_hf.checkpoint.accounting import listed
 from svdq_hf.checkpoint.companion_files import copy_companions
 from svdq_hf.checkpoint.folders import (
+    A_CONFIG,
+    A_SIZE,
+    A_SOURCE,
     REPORT_FILE,
     SHARD_SIZE,
     check_disk,
@@ -32,6 +35,7 @@ from svdq_hf.checkpoint.streaming.resume import stream
 from svdq_hf.checkpoint.streaming.unit import Unstreamable
 from svdq_hf.checkpoint.unfinished import unfinished_folder, work_folder
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.card import write_card
 from svdq_hf.hub.card_facts import dense_layers
@@ -62,6 +66,7 @@ class Result:
     dense: tuple[str, ...] | None
 
 
+@checked_arguments(model=A_SOURCE, config=A_CONFIG, shard_size=A_SIZE)
 def quantize_checkpoint(
     model: str | Path | Source,
     out: str | Path,
@@ -88,6 +93,7 @@ def quantize_checkpoint(
         The footprint of the output.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: `out` exists and is not empty, or cannot be replaced; the model is quantized already, has
             no safetensors file, is damaged, needs its author's code, has tensors that its class does not
             know, or is refused by `from_pretrained`; the disk is too small; a run that was cut off had

@@ -19,10 +19,10 @@ from svdq_hf.cli.options import Parser
 from svdq_hf.core.release import VERSION
 
 COMMANDS: Final = (quantize, inspect, chat, export, push, demo, evaluate)
-"""Each has `add`, its parser, and `run`, which returns what `--json` prints."""
+"""Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"
-"""The environment variable that asks for one."""
+"""The environment variable that switches tracebacks on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +104,7 @@ def _explained(error: Exception, options: argparse.Namespace) -> str:
     told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
     if isinstance(error, told) and not isinstance(error, RecursionError):
         return text
-    # Nobody has foreseen this one: mostly it is transformers, of a config.json that says nonsense.
+    # An unforeseen error, mostly of transformers, about a damaged config.json.
     folder = getattr(options, "model", None) or getattr(options, "folder", None)
     cause = f"{folder}'s config.json or files may be damaged; " if folder else ""
     return f"{type(error).__name__}: {text} ({cause}{TRACEBACK}=1 shows where)"

@@ -227,7 +227,12 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
 
         Raises:
             ValueError: an unknown key, a wrong type or an impossible value.
+            TypeError: `config_dict` is no dict.
         """
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(
+                f"config_dict={config_dict!r}: must be a dict, as the quantization_config of a config.json is"
+            )
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in CHOICES}
         if config_dict.get("format_version") == 1:  # when these were no choice
             config_dict = {**VERSION_1, **config_dict}

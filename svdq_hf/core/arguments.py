@@ -8,18 +8,22 @@ which the function itself checks.
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class WrongKind(TypeError, ValueError):
+    """An argument of a wrong kind: a TypeError to Python, a ValueError as all that svdq_hf refuses."""
+
+
 def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: an argument that is not of its annotated type is a TypeError that names it.
+    """Decorator: an argument that is not of its annotated type is a `WrongKind` that names it.
 
     Args:
         remedies: by parameter name, what to do instead, for what people mix up most.
@@ -28,15 +32,15 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
         The decorator; the function keeps its signature and docstring.
 
     Raises:
-        TypeError: the decorated function was called with an unknown, a missing or a wrongly typed argument.
+        WrongKind: the decorated function was called with an unknown, a missing or a wrongly typed argument.
 
-    >>> @checked_arguments(workers="a whole number")
+    >>> @checked_arguments(workers="a whole number, please")
     ... def work(workers: int = 1) -> int:
     ...     return workers
     >>> work("2")
     Traceback (most recent call last):
         ...
-    TypeError: work: workers='2' is a str, and must be int: a whole number
+    svdq_hf.core.arguments.WrongKind: work: workers='2' is a str, no int: a whole number, please
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,11 +55,13 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
-                raise TypeError(f"{function.__name__}: {error}") from None
-            for name, value in given.items():
-                several = signature.parameters[name].kind in _SEVERAL
-                if not several and name in hints() and not is_a(value, hints()[name]):
-                    raise TypeError(f"{function.__name__}: {_told(name, value, hints()[name], remedies)}")
+                raise WrongKind(f"{function.__name__}: {error}") from None
+            try:
+                for name, value, hint in _singly(given, signature, hints()):
+                    if not is_a(value, hint):
+                        raise WrongKind(_told(name, value, hint, remedies))
+            except WrongKind as error:
+                raise WrongKind(f"{function.__name__}: {error}") from None
             return function(*args, **kwargs)
 
         return checked
@@ -63,14 +69,32 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
     return decorate
 
 
-_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def _singly(
+    given: Mapping[str, Any], signature: inspect.Signature, hints: Mapping[str, Any]
+) -> Iterator[tuple[str, object, Any]]:
+    """Each argument with its annotation; of `**kwargs: Unpack[SomeTypedDict]` each key by itself.
+
+    Raises:
+        WrongKind: a key is none of the typed dict's.
+    """
+    for name, value in given.items():
+        kind, hint = signature.parameters[name].kind, hints.get(name, Any)
+        if kind is inspect.Parameter.VAR_KEYWORD and get_origin(hint) is Unpack:
+            keys = get_type_hints(get_args(hint)[0])
+            for key, one in value.items():
+                if key not in keys:
+                    raise WrongKind(f"got an unexpected keyword argument {key!r}; it takes {list(keys)}")
+                yield key, one, keys[key]
+        elif kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            yield name, value, hint
 
 
 def _told(name: str, value: object, hint: Any, remedies: Mapping[str, str]) -> str:
     shown = repr(value) if isinstance(value, str | bytes | Real | None) else ""
-    given = f"={shown[:60]} is a {_name(type(value))}" if shown else f" is a {_name(type(value))}"
-    remedy = f": {remedies[name]}" if name in remedies else ""
-    return f"{name}{given}, and must be {_name(hint)}{remedy}"
+    kind = _name(type(value))
+    given = f"{f'={shown[:60]}' if shown else ''} is a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
+    wanted = f"no {_name(hint)}: {remedies[name]}" if name in remedies else f"and must be {_name(hint)}"
+    return f"{name}{given}, {wanted}"
 
 
 def _name(hint: Any) -> str:
@@ -105,6 +129,8 @@ def is_a(value: object, hint: Any) -> bool:
     (True, False, False, False)
     """
     origin, inner = get_origin(hint), get_args(hint)
+    if hint in (Any, object):
+        return True
     if _is_union(hint):
         return any(is_a(value, one) for one in inner)
     if origin is Literal:

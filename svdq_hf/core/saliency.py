@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core import svd as svd_
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.hessian import damped_inverse
 
 NEEDS = {
@@ -52,6 +53,7 @@ ScoreFunction = Callable[..., Tensor | Scored]
 _SCORES: dict[str, ScoreFunction] = {}
 
 
+@checked_arguments(name='write @register_saliency("name")', replace="True or False")
 def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFunction], ScoreFunction]:
     """Decorator that registers a function as a score, for `SVDQConfig(saliency=name)`.
 
@@ -75,9 +77,8 @@ def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFun
     >>> "last_columns" in saliency_names()
     True
     """
-    if not isinstance(name, str):
-        raise TypeError('register_saliency needs a name: write @register_saliency("name")')
 
+    @checked_arguments(function="one that takes a weight and returns its scores")
     def register(function: ScoreFunction) -> ScoreFunction:
         if name in _SCORES and not replace:
             raise ValueError(f"saliency {name!r} is registered already; pass replace=True to replace it")

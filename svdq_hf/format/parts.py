@@ -6,10 +6,12 @@ Every shape is a function of `(out, in, scheme)`. Not here: devices, modules, co
 parts are sound (`format.checks`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.packing import packed_shape
@@ -103,10 +105,54 @@ def stack_specs(experts: int, out: int, in_features: int, scheme: Scheme) -> dic
     return {name: PartSpec((experts, *spec.shape), spec.dtype) for name, spec in specs.items()}
 
 
-PARTS = (
-    "weight", "weight_scale", "salient_values", "salient_rows", "salient_columns",
-    "row_scale", "column_scale", "levels",
-)  # fmt: skip
+class StoredWeight(NamedTuple):
+    """The stored tensors of one weight `[out, in]`, in the order of the ops' arguments.
+
+    `W = row_scale * weight_scale * level(weight) * column_scale`, plus the salient values at the k salient
+    positions, where the code is zero. For a stack of experts each tensor has one more dimension, the first.
+
+    Attributes:
+        weight: packed codes, int8, in blocks of 64: `[out, 32 * blocks]` of 4 bits, `[out, blocks, 8 * bits]`
+            of 3 and 8.
+        weight_scale: `[out, groups]`, or `[1, 1]` for a whole matrix; bfloat16, int8 where there is a
+            row_scale, float32 where there is one scale for each row or for the matrix.
+        salient_values: `[k]`, float32.
+        salient_rows: `[k]`, int32, sorted.
+        salient_columns: `[k]`, int32, sorted within a row.
+        row_scale: `[out]`, bfloat16, or None.
+        column_scale: `[in]`, bfloat16, or None.
+        levels: `[2**bits]`, int8, of the codes from the lowest on; None: codes are their own levels.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    salient_values: Tensor
+    salient_rows: Tensor
+    salient_columns: Tensor
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    levels: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> "StoredWeight":
+        """The stored weight made of tensors by name; absent ones are None.
+
+        Args:
+            parts: the tensors of a weight `[out, in]`, by name (`part_specs`).
+        """
+        return cls(**parts)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The tensors of the weight `[out, in]` by name, without absent ones."""
+        return {name: part for name, part in zip(PARTS, self, strict=True) if part is not None}
+
+    @property
+    def out(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+
+PARTS = StoredWeight._fields
 """The names of all parts that a layer may have, in the op's order."""
 
-OPTIONAL = ("row_scale", "column_scale", "levels")
+OPTIONAL = tuple(StoredWeight._field_defaults)

@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers.models.auto import modeling_auto
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.release import VERSION, install_command
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card_facts import fact_rows
@@ -88,6 +89,7 @@ class Described(TypedDict, total=False):
     dense: Sequence[str] | None
 
 
+@checked_arguments(folder="of a quantized model that is saved")
 def write_card(folder: str | Path, **known: Unpack[Described]) -> None:
     """Write the card of a quantized model into the README.md of its folder; other text there is kept.
 
@@ -96,6 +98,7 @@ def write_card(folder: str | Path, **known: Unpack[Described]) -> None:
         **known: see `Described`.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: see `model_card`; README.md is unchanged then.
     """
     file = Path(folder) / README

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -22,8 +22,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it lists no
     DEFAULT_IGNORE_PATTERNS,
     filter_repo_objects,
 )
+from torch import nn
 
 from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.hub.card import CardResult, write_card
 from svdq_hf.hub.client import explained
 from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, section_of
@@ -32,7 +34,11 @@ from svdq_hf.quantize.footprint import Footprint, footprint, read_footprint
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 """Patterns of files of an earlier push that must not stay beside the new ones."""
 
+_REPOSITORY = "a model's name on the Hub, user/model"
+_FOLDER = "of a quantized model; of one in memory it is push_model(model, repo_id)"
 
+
+@checked_arguments(folder=_FOLDER, repo_id=_REPOSITORY)
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -63,6 +69,7 @@ def push_folder(
         The repository's URL.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the folder holds no quantized model, the repository holds another one, or is
             public though `private` is True.
         PermissionError: no token, a wrong one, or one that may not write there.
@@ -82,8 +89,24 @@ def push_folder(
     return f"{url}/tree/{revision}" if revision else str(url)
 
 
+class Push(TypedDict, total=False):
+    """What `push_folder` takes beside a folder and a name."""
+
+    private: bool | None
+    token: str | None
+    revision: str | None
+    commit_message: str | None
+    replace: bool
+
+
+@checked_arguments(model="load it first, or push_folder(folder, repo_id)", repo_id=_REPOSITORY)
 def push_model(
-    model: Any, repo_id: str, tokenizer: Any = None, *, results: Sequence[CardResult] = (), **choices: Any
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: Any = None,
+    *,
+    results: Sequence[CardResult] = (),
+    **choices: Unpack[Push],
 ) -> str:
     """Save a quantized model (and its tokenizer or processor) with its card, and push it.
 
@@ -98,6 +121,7 @@ def push_model(
         The repository's URL.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the model is not quantized, has adapters, or would not be saved completely; see also
             `push_folder`.
         PermissionError: see `push_folder`.
@@ -110,8 +134,9 @@ def push_model(
             "the model has adapters, which are pushed by themselves: model.push_to_hub(repo_id) sends the "
             "adapter; to push all in one, merge_adapters(model) first"
         )
+    saved: Any = model
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        saved.save_pretrained(folder)
         written = _check_saved(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

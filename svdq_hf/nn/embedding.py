@@ -8,10 +8,11 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.format.parts import PARTS, Scheme
 from svdq_hf.kernels import embedding_op as _embedding_op  # noqa: F401  # defines torch.ops.svdq.embedding
-from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.nn.linear import SVDQLinear, leaf_of_a_trace
 
 
 class TiedEmbedding(nn.Module):
@@ -62,6 +63,8 @@ class TiedEmbedding(nn.Module):
         Raises:
             ValueError: the packed matrix is sharded by itself, or on another device than the ids.
         """
+        if isinstance(ids, Proxy):
+            return leaf_of_a_trace(head if isinstance(head, SVDQEmbedding) else self, ids)
         if hasattr(head.weight, "full_tensor"):  # a DTensor, in an FSDP group of its own
             raise ValueError(
                 "the packed matrix, whose rows are the embeddings, is sharded by itself: leave it to the "

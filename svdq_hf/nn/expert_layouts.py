@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 _BY_NAME = {"Llama4TextExperts": Layout(transposed=True, routed=False), "Step3p7Experts": Layout()}
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-"""What `use_experts_implementation` gives to a class."""
+"""Attributes that transformers' decorator `use_experts_implementation` gives to a class."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts
@@ -162,6 +163,7 @@ def refuse_offloaded(model: nn.Module) -> None:
             raise ValueError(f"{name} is on disk; load the model without disk offload to dequantize it")
 
 
+@checked_arguments(model="load it first, e.g. AutoModel.from_pretrained(name)")
 def set_compute(model: nn.Module, compute: str) -> nn.Module:
     """Choose whether the quantized layers of a model compute "exact" or "fast" (see SVDQConfig).
 
@@ -175,6 +177,7 @@ def set_compute(model: nn.Module, compute: str) -> nn.Module:
         The model.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: `compute` is neither, or the model has no quantized layer.
     """
     require(compute in COMPUTE, "compute", compute, f"one of {COMPUTE}")

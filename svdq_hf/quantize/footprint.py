@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.packing import BLOCK
 from svdq_hf.format.files import open_tensors, weight_files
 from svdq_hf.format.metadata import numbers, stored_facts
@@ -129,6 +130,7 @@ class Footprint:
         return {"totals": totals, "layers": layers}
 
 
+@checked_arguments(model="of a folder it is read_footprint(folder)")
 def footprint(model: nn.Module) -> Footprint:
     """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
 
@@ -136,10 +138,9 @@ def footprint(model: nn.Module) -> Footprint:
         model: the model.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: `model` is no module but, for instance, a folder.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: of a folder it is read_footprint(folder)")
     layers = []
     counted: set[int] = set()
     for (name, shape), parts, facts in sorted(
@@ -156,6 +157,7 @@ def footprint(model: nn.Module) -> Footprint:
     return Footprint(layers, sum(one.nbytes for one in rest), sum(one.numel() for one in rest))
 
 
+@checked_arguments(folder="of a model in memory it is footprint(model)")
 def read_footprint(folder: str | Path) -> Footprint:
     """The footprint of a saved model, from the headers of its files alone.
 
@@ -163,6 +165,7 @@ def read_footprint(folder: str | Path) -> Footprint:
         folder: of the model.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: it is no folder, has no safetensors file, one cannot be read, or none holds a quantized
             layer.
     """

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.names import is_salient_values
 from svdq_hf.nn.inventory import packed_weights
 from svdq_hf.quantize.selection import heads
@@ -57,6 +58,7 @@ class Trainable:
         return f"{self.total:,} weights train ({self.share:.2%}): {parts}"
 
 
+@checked_arguments(model="load it first, and quantize_model(model)")
 def mark_trainable(
     model: nn.Module,
     *,
@@ -82,6 +84,7 @@ def mark_trainable(
         How many weights train, by kind.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the model is not quantized, has adapters, or nothing would train.
     """
     if next(packed_weights(model), None) is None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli.command import main
-from svdq_hf.cli.evaluate import add_arguments, request_of
+from svdq_hf.cli.evaluate import add, request_of
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation import EvaluationRequest, evaluate
 from svdq_hf.evaluation.sweep.store import CELLS
@@ -221,8 +221,7 @@ def test_an_evaluation_from_python_is_that_of_the_command(tmp_path, text, perple
 
 
 def test_the_defaults_of_the_command_are_those_of_a_request():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = add(argparse.ArgumentParser().add_subparsers())
     options = parser.parse_args(["--task", "rte", "--model", "m", "--out", "o"])
     mine = EvaluationRequest("rte", model=["m"], out="o")
     asked = request_of(options)

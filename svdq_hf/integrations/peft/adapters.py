@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from svdq_hf.calibration.inputs import call, evaluating
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.svd import principal
 from svdq_hf.integrations.peft.lora import PeftModel, SVDQLoraLinear, adapted_layers
 from svdq_hf.nn.linear import SVDQLinear
+
+_ADAPTED = "a quantized model with adapters: get_peft_model(model, ...)"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class Merged:
         return text if self.output_change is None else f"{text}; outputs changed by {self.output_change:.2%}"
 
 
+@checked_arguments(model=_ADAPTED)
 @torch.no_grad()
-def merge_adapters(model: Any, batch: Any = None) -> Merged:
+def merge_adapters(model: nn.Module, batch: Any = None) -> Merged:
     """Add the active adapters to a quantized base and quantize the sums.
 
     The salient weights take up the adapter exactly, the others are rounded again. Layers that are dense are
@@ -58,6 +62,7 @@ def merge_adapters(model: Any, batch: Any = None) -> Merged:
         The merged model, and what rounding cost.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: no quantized layer has an adapter, the model is not PEFT's, or a layer's adapter cannot be
             merged (it has a NaN, or a bias that the layer lacks, or is switched off); nothing is changed.
     """
@@ -90,9 +95,10 @@ def _output(model: nn.Module, batch: Any) -> Tensor:
     return first.float()
 
 
+@checked_arguments(model=_ADAPTED, dense="the model that was quantized, its state dict or its folder")
 @torch.no_grad()
 def init_adapters_from_error(
-    model: Any, dense: Any, adapter: str = "default"
+    model: nn.Module, dense: nn.Module | Mapping[str, Tensor] | str | Path, adapter: str = "default"
 ) -> dict[str, tuple[float, float]]:
     """Start an adapter from the quantization error: `scaling * B @ A` is its best approximation of that rank.
 
@@ -101,14 +107,15 @@ def init_adapters_from_error(
 
     Args:
         model: a quantized model with a fresh adapter.
-        dense: the model before quantizing, or its state dict, or the folder (or name on the Hub) that it is
-            loaded from; a quantized model does not hold those weights.
+        dense: the model before quantizing, or its state dict (weights `[out, in]`), or the folder (or name on
+            the Hub) that it is loaded from; a quantized model does not hold those weights.
         adapter: name of the adapter.
 
     Returns:
         By layer, `|W - Q| / |W|` without and with the adapter.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: no quantized layer has this adapter, it has been trained already or its lora_alpha is not
             above 0, or `dense` lacks a layer's weight, or has another shape or values that were not
             quantized to these.

@@ -14,6 +14,7 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.integrations.peft.patches import has_adapters
 from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.integrations.transformers.load import declare
@@ -22,7 +23,12 @@ from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
 
+LOAD_FIRST = "load it first, e.g. AutoModel.from_pretrained(name)"
+AS_CONFIG = "must be an SVDQConfig, such as SVDQConfig(k=256)"
+AS_BATCHES = "must be a list of batches, each what the model takes; put a single one into a list: [batch]"
 
+
+@checked_arguments(model=LOAD_FIRST, config=AS_CONFIG, batches=AS_BATCHES)
 def quantize_model(
     model: nn.Module,
     config: SVDQConfig | dict[str, Any] | None = None,
@@ -43,6 +49,7 @@ def quantize_model(
         The model.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the model is quantized already, has no linear layer to quantize, or a weight has a NaN or
             an infinity; data is needed and missing, or synthetic batches cannot be made for the model;
             lm_head is True and there is no head that can be quantized.
@@ -54,13 +61,9 @@ def quantize_model(
 def _quantized(
     model: nn.Module, config: SVDQConfig | dict[str, Any] | None, batches: Iterable[Any] | None
 ) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
     config = (
         SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
     )
-    if not isinstance(config, SVDQConfig):
-        raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, which would be quantized as its layers are: merge_and_unload() them "
@@ -97,6 +100,7 @@ def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:
     _assign_is_quantized(model)
 
 
+@checked_arguments(model=LOAD_FIRST, dtype="such as torch.float32")
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every quantized layer by the dense one that it represents, in place.
 
@@ -108,6 +112,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         The model.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: a layer is offloaded to disk.
     """
     for module in list(model.modules()):  # a PeftModel, for one, has the model inside
