@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svdq_hf.core import grid as grid_module
+from svdq_hf.core import rounding
 from svdq_hf.core.grid import Grid, ScaleRule
 from svdq_hf.core.levels import TABLES
 from svdq_hf.core.packing import HIGHEST, LOWEST, RANGES
@@ -319,7 +319,7 @@ def test_the_size_of_the_working_set_does_not_change_the_result(size, rule, monk
     weight, grid = torch.randn(7, 200), Grid(size, rule)
     salient = torch.rand(7, 200) < 0.1
     whole = quantize(weight * ~salient, grid, salient)
-    monkeypatch.setattr(grid_module, "WORKING_SET", 450)
+    monkeypatch.setattr(rounding, "WORKING_SET", 450)
     in_pieces = quantize(weight * ~salient, grid, salient)
     assert torch.equal(whole[0], in_pieces[0])
     assert torch.equal(whole[1], in_pieces[1])
@@ -355,7 +355,7 @@ def test_row_blocks_cover_every_row_once_within_the_working_set(out, in_features
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(out))
     for block in blocks:
         rows = block.stop - block.start
-        assert rows == 1 or rows * in_features <= grid_module.WORKING_SET
+        assert rows == 1 or rows * in_features <= rounding.WORKING_SET
 
 
 @pytest.mark.parametrize(
