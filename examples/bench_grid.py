@@ -17,7 +17,8 @@ from typing import Any
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS, Key, SweepPlan
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS
+from svdq_hf.evaluation.sweep.plan import Key, SweepPlan
 from svdq_hf.evaluation.sweep.run import Sweep
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator, classifier
 

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
-from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.config.choices import VERSION_1
 from svdq_hf.evaluation.report.tables import change, number, small
 from svdq_hf.evaluation.tasks.classification import classifier
 from svdq_hf.evaluation.tasks.glue import task_of

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, footprint, read_footprint
-from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.svd import principal
 from svdq_hf.core.topk import top_positions
 from svdq_hf.demo import default_model, embed

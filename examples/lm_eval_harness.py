@@ -1,6 +1,6 @@
 """EleutherAI's harness on a quantized model, through its Python API; on the command line: `svdq lm-eval`.
 
-    pip install 'svdq_hf[lm-eval]'
+    pip install -e '.[lm-eval]'
 
 Model, tokenizer and task are of the smallest; take `tasks=["hellaswag"]` and a trained model in their place.
 """

@@ -2,6 +2,6 @@
 
 import sys
 
-from svdq_hf.cli.command import main
+from svdq_hf.cli import main
 
 sys.exit(main())

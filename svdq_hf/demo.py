@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.release import how_to_install
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.card import write_card
 from svdq_hf.hub.readme import README, read_text
@@ -59,7 +60,7 @@ def default_model() -> Path:
     """
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
-        raise ValueError("the demo's model is not installed: pip install 'svdq_hf[demo]'")
+        raise ValueError(f"the demo's model is not installed: {how_to_install('demo')}")
     return Path(spec.origin).parent / "model"
 
 

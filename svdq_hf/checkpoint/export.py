@@ -17,12 +17,12 @@ from svdq_hf.checkpoint.folders import REPORT_FILE, check_target, put_in_place
 from svdq_hf.checkpoint.source import check_no_adapter, load_complete, named_class
 from svdq_hf.checkpoint.streaming.byte_ranges import tensor_places
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.config.choices import COMPUTE_DTYPES, QUANT_METHOD
 from svdq_hf.format.files import REMEDY, folder_bytes
 from svdq_hf.hub.client import local_folder
 from svdq_hf.hub.readme import README, base_metadata, merge, read_text
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = COMPUTE_DTYPES
 
 _CARD = """\
 ## {dtype} weights, dequantized by svdq_hf

@@ -1,5 +1,23 @@
-"""The command line `svdq`."""
+"""The command line `svdq`: its entry point. What it does is in `command`."""
 
-from svdq_hf.cli.command import main
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; an interrupt while it is still being imported is one line as well.
+
+    Args:
+        arguments: of the command; None: those of this process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        from svdq_hf.cli.command import main as run
+    except KeyboardInterrupt:
+        print("svdq: interrupted", file=sys.stderr)
+        return 130
+    return run(arguments)

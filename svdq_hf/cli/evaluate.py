@@ -1,18 +1,28 @@
-"""The command `svdq evaluate`: its options."""
+"""`svdq evaluate`: what quantizing costs, on GLUE or in perplexity; a report."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS
+from svdq_hf.cli.options import several
+from svdq_hf.core.release import how_to_install
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+
+EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
 
 if TYPE_CHECKING:
     from svdq_hf.evaluation import EvaluationRequest
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `svdq evaluate`."""
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser, added to those of `svdq`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "evaluate",
+        help="what quantizing costs: GLUE or perplexity, a report",
+        epilog=f"example: {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--task", required=True, help="cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity")
     add("--model", required=True, nargs="+", help="dense models to quantize and evaluate, e.g. one per seed")
@@ -21,17 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", help="perplexity: a text file")
     add("--context", type=int, help="perplexity: tokens the model sees at once (1024), or all that it can")
     add("--tokens", type=int, default=16384, help="perplexity: tokens of the text that are scored (16384)")
-    add("--k", nargs="+", type=number, default=KS, help=f"salient weights, or shares below 1 {_shown(KS)}")
-    add("--saliency", nargs="+", default=METHODS, help=f"scores to compare {_shown(METHODS)}")
-    add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help="of scales: that of "
-        "SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's) (default)")  # fmt: skip
-    add("--bits", nargs="+", type=int, choices=(4, 3, 8), default=[4], help="of codes, on each grid (4)")
-    add("--rank", nargs="+", type=int, default=[8], help="ranks of the svd score (8)")
-    add("--seeds", type=int, default=3, help="seeds of the random choice (3)")
-    add(
-        "--metric-script",
-        help="a local copy of the evaluate library's metric 'glue', to compute the scores (our own code)",
-    )
+    script = "a local copy of the evaluate library's metric 'glue', to compute the scores (our own code)"
+    add("--metric-script", help=script)
+    _add_sweep(parser)
+    return parser
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The choices to compare, several values each."""
+    add = parser.add_argument_group("compared").add_argument
+    add("--k", help=f"salient weights, or shares below 1 {_shown(KS)}", **several("k", KS))
+    add("--saliency", help=f"scores to compare {_shown(METHODS)}", **several("saliency", METHODS))
+    grids = "of scales: that of SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's)"
+    add("--grid", nargs="+", choices=GRID_NAMES, default=["default"], help=f"{grids} (default)")
+    add("--bits", help="of codes, on each grid (4)", **several("bits", [4]))
+    add("--rank", help="ranks of the svd score (8)", **several("rank", RANKS))
+    add("--seeds", type=int, default=SEEDS, help="seeds of the random choice (3)")
 
 
 def request_of(options: argparse.Namespace) -> "EvaluationRequest":
@@ -45,9 +60,22 @@ def _shown(values: Sequence[object]) -> str:
     return f"({' '.join(map(str, values))})"
 
 
-def number(text: str) -> int | float:
-    """A count, or a share: what k may be."""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Run the cells that are not there yet and write the report.
 
+    Raises:
+        ImportError: the extra `evaluate` is not installed.
+    """
+    from svdq_hf.cli.tables import console
 
-EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
+    try:
+        from svdq_hf.evaluation import evaluate
+
+        result = evaluate(request_of(options))
+    except ModuleNotFoundError as error:
+        text = " ".join(str(error).split())
+        more = f"evaluating needs more packages: {how_to_install('evaluate')}"
+        raise ImportError(f"{text}; {more}") from error
+    if not options.json:
+        console().print(f"{result.cells} cells in {result.seconds:.0f} s; read {options.out}/report.html")
+    return result.to_dict()

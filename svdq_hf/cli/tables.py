@@ -12,6 +12,7 @@ from rich.text import Text
 
 from svdq_hf.checkpoint.estimate import Estimate
 from svdq_hf.checkpoint.streaming.byte_ranges import readable
+from svdq_hf.demo import SENTENCES, DemoResult
 from svdq_hf.quantize.footprint import Footprint, dense_bytes
 
 
@@ -56,6 +57,17 @@ def totals_table(result: Footprint) -> Table:
         rows["relative error"] = f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
     for row in rows.items():
         table.add_row(*row)
+    return table
+
+
+def sentences_table(result: DemoResult) -> Table:
+    """What the demo measured of each pair of sentences."""
+    table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
+    table.add_column("sentences", overflow="fold")
+    table.add_column("FP32", justify="right")
+    table.add_column("quantized", justify="right")
+    for pair, dense, quantized in zip(SENTENCES, result.similarity_fp32, result.similarity_svdq, strict=True):
+        table.add_row("\n".join(pair), f"{dense:.3f}", f"{quantized:.3f}")
     return table
 
 

@@ -1,20 +1,77 @@
-"""What each choice of SVDQConfig may be, and what a stored config may hold.
+"""The choices of SVDQConfig: one row each, from which checks, stored keys, options and the page's table come.
 
-Not here: the choices of how a group is rounded, which `grid.Grid` checks itself.
+Imports neither torch nor transformers, so that `svdq --help` is fast. Not here: the signature, which
+`SVDQConfig.__init__` writes out for editors (a test holds it to this table), and what the values do.
 """
 
-import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from svdq_hf.format.parts import FORMAT_VERSION
+from svdq_hf.core.grid_values import (
+    BITS,
+    GROUP_SIZES,
+    SCALE_BITS,
+    SCALE_RULES,
+    is_amount,
+    is_group_size,
+    is_one_of,
+)
 
 QUANT_METHOD = "svdq"
 SYNTHETIC = "synthetic"
 COMPUTE = ("exact", "fast")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-STORED_ONLY = ("quant_method", "format_version", "requires")
+
+
+class Check(NamedTuple):
+    """What a value may be: a predicate, and the same in words."""
+
+    fits: Callable[[Any], bool]
+    allowed: str
+
+
+class Option(NamedTuple):
+    """How a choice is given on the command line."""
+
+    parse: Callable[[str], Any] = str
+    values: tuple[Any, ...] = ()
+    """All that there are; the command line refuses others. Empty: the check decides."""
+    name: str = ""
+    """Empty: the choice's own, as `--group-size`."""
+    repeats: bool = False
+    """It takes one name and may be given again."""
+    more: str = ""
+    """Help that only the command line needs."""
+    commands: tuple[str, ...] = ("quantize", "demo")
+
+
+_OPTION = Option()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the table."""
+
+    default: Any
+    check: Check
+    help: str
+    """What it is, in plain words; the page's row begins with them."""
+    since: int = 1
+    """The version of the format from which on files hold it."""
+    before: Any = None
+    """Of a part of the grid that is newer than version 1: what it was until then."""
+    of: Literal["grid", "files", ""] = ""
+    """grid: a part of `Grid`, by name. files: anything but the default needs the version `since`."""
+    stored: bool = True
+    """Whether files hold it; else it is a choice of who quantizes or runs the model."""
+    option: Option | None = _OPTION
+    """None: no command line asks for it."""
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is on or off, and nothing else."""
+        return self.check is _FLAG
 
 
 def is_count(value: object) -> bool:
@@ -31,92 +88,178 @@ def dtype_name(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def number(text: str) -> int | float:
+    """A count, or a share: what k may be."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def columns(text: str) -> int | str:
+    """A number of columns, or a word for all of a row or a tensor."""
+    return int(text) if text.isdigit() else text
+
+
+def _one_of(*values: Any) -> Check:
+    return Check(lambda value: is_one_of(value, values), f"one of {list(values)}")
+
+
 def _is_share(value: object) -> bool:
     return isinstance(value, float) and 0 < value < 1
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
-
-
-def _is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-_DTYPES = (None, *COMPUTE_DTYPES)
-_FLAG = (_is_flag, "true or false")
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "k": (lambda k: is_count(k) or _is_share(k), "an int from 0 on, or a float between 0 and 1"),
-    "rank": (lambda rank: is_count(rank) and rank > 0, "an int from 1 on"),
-    "seed": (lambda seed: is_count(seed) and seed < 2**63, "an int from 0 to 2**63 - 1"),
-    "error_feedback": (lambda on: _is_flag(on) or on == SYNTHETIC, "true, false or 'synthetic'"),
-    "lm_head": _FLAG,
-    "embeddings": _FLAG,
-    "target_bits": (lambda bits: bits is None or _is_amount(bits), "None or a number of bits above 0"),
-    "layer_k": (lambda of: of is None or isinstance(of, dict), "None or k by the layer's name"),
-    "saliency": (lambda name: isinstance(name, str), "the name of a score"),
-    "modules_to_not_convert": (lambda of: of is None or _are_names(of), "None or a list of names"),
-    "damping": (lambda share: share is None or share == 0 or _is_amount(share), "None or a number from 0 on"),
-    "compute": (lambda compute: compute in COMPUTE, f"one of {COMPUTE}"),
-    "compute_dtype": (
-        lambda of: dtype_name(of) in (None, *COMPUTE_DTYPES),
-        f"None or one of {COMPUTE_DTYPES}",
+_FLAG = Check(lambda value: type(value) is bool, "true or false")
+_K = Check(lambda k: is_count(k) or _is_share(k), "an int from 0 on, or a float between 0 and 1")
+_SEED = Check(lambda seed: is_count(seed) and seed < 2**63, "an int from 0 to 2**63 - 1")
+_FEEDBACK = Check(lambda on: type(on) is bool or on == SYNTHETIC, "true, false or 'synthetic'")
+_BUDGET = Check(lambda bits: bits is None or is_amount(bits), "None or a number of bits above 0")
+_LAYER_K = Check(lambda of: of is None or isinstance(of, dict), "None or k by the layer's name")
+_NAMES = Check(lambda of: of is None or _are_names(of), "None or a list of names")
+_DAMPING = Check(
+    lambda it: it is None or is_one_of(it, (0, 0.0)) or is_amount(it), "None or a number from 0 on"
+)
+_DTYPE = Check(lambda of: dtype_name(of) in (None, *COMPUTE_DTYPES), f"None or one of {COMPUTE_DTYPES}")
+
+CHOICES: dict[str, Choice] = {
+    "k": Choice(
+        256,
+        _K,
+        "salient weights per layer, or per matrix of an expert: a count, or a share of its weights below 1",
+        option=Option(number),
+    ),
+    "rank": Choice(
+        8,
+        Check(lambda rank: is_count(rank) and rank > 0, "an int from 1 on"),
+        "rank of the principal structure that svd looks at",
+        option=Option(int),
+    ),
+    "saliency": Choice(
+        "svd",
+        Check(lambda name: isinstance(name, str), "the name of a score"),
+        "the score that picks them: svd, magnitude, relative or random",
+    ),
+    "bits": Choice(
+        4,
+        _one_of(*BITS),
+        "of a weight that is not salient: 4, 3 or 8",
+        of="grid",
+        option=Option(int, values=BITS),
+    ),
+    "group_size": Choice(
+        32,
+        Check(is_group_size, GROUP_SIZES),
+        "columns that share a scale: 8, 16, 32, a multiple of 64, row or tensor",
+        of="grid",
+        option=Option(columns),
+    ),
+    "scale": Choice(
+        "mse",
+        _one_of(*SCALE_RULES),
+        "how scales are fitted: mse, absmax or sigma",
+        of="grid",
+        option=Option(values=SCALE_RULES),
+    ),
+    "clip_sigma": Choice(
+        2.5,
+        Check(is_amount, "a number above 0"),
+        "standard deviations at which the scale sigma clips",
+        of="grid",
+        option=Option(float),
+    ),
+    "levels": Choice(
+        None,  # that of the bits: see `completed`
+        _one_of("linear", "normal"),
+        "what the codes stand for: normal or linear",
+        since=2,
+        before="linear",
+        of="grid",
+        option=Option(values=("linear", "normal")),
+    ),
+    "column_scale": Choice(
+        True, _FLAG, "each column has a scale of its own too", since=2, before=False, of="grid"
+    ),
+    "scale_bits": Choice(
+        8,
+        Check(lambda bits: is_one_of(bits, SCALE_BITS), "8 or 16"),
+        "of a group's scale: 8 or 16",
+        since=2,
+        before=16,
+        of="grid",
+        option=Option(int, values=SCALE_BITS),
+    ),
+    "error_feedback": Choice(
+        False,
+        _FEEDBACK,
+        "later columns make good what rounding lost, as in GPTQ",
+        since=2,
+        option=Option(
+            values=(SYNTHETIC,),
+            more="the model makes the batches, which takes minutes",
+            commands=("quantize",),
+        ),
+    ),
+    "lm_head": Choice(False, _FLAG, "the output head is quantized too", since=2, of="files"),
+    "embeddings": Choice(False, _FLAG, "the input embedding is quantized too", since=4, of="files"),
+    "target_bits": Choice(
+        None,
+        _BUDGET,
+        "stored bits per weight, spent layer by layer instead of k",
+        since=4,
+        of="files",
+        option=Option(float),
+    ),
+    "layer_k": Choice(
+        None, _LAYER_K, "k of single layers, by name; others have k", since=4, of="files", option=None
+    ),
+    "modules_to_not_convert": Choice(
+        None,
+        _NAMES,
+        "more modules to keep dense, by name",
+        option=Option(name="--skip", repeats=True, more="may be given again"),
+    ),
+    "compute_dtype": Choice(
+        None, _DTYPE, "dtype the layers compute in", option=Option(values=COMPUTE_DTYPES)
+    ),
+    "seed": Choice(0, _SEED, "of anything random", option=Option(int)),
+    "damping": Choice(
+        None,
+        _DAMPING,
+        "of error feedback: how little the batches are trusted, from 0 on",
+        stored=False,
+        option=Option(float, commands=("quantize",)),
+    ),
+    "compute": Choice(
+        "exact",
+        Check(lambda compute: compute in COMPUTE, f"one of {COMPUTE}"),
+        "exact, or fast: CPU kernels may round the activations of a few tokens to 16 bits",
+        stored=False,
+        option=None,
     ),
 }
+"""In the order of the signature. To add a choice: a row here, the signature, a row of docs/choices.md."""
+
+VERSION_1: dict[str, Any] = {
+    name: row.before for name, row in CHOICES.items() if row.of == "grid" and row.since > 1
+}
+"""What was no choice yet in files of format version 1."""
 
 
-def check_choices(choices: Mapping[str, Any]) -> None:
-    """Refuse a choice of a wrong type or value, by name.
+def part_of_grid() -> list[str]:
+    """The names of the choices that `Grid` is made of."""
+    return [name for name, row in CHOICES.items() if row.of == "grid"]
 
-    Raises:
-        ValueError: it names the choice, its value and what is allowed.
+
+def stored_in(version: int) -> list[str]:
+    """The choices that files of a format version hold: older releases refuse keys they do not know.
+
+    >>> "lm_head" in stored_in(1), "lm_head" in stored_in(2), "compute" in stored_in(4)
+    (False, True, False)
     """
-    for name, (fits, allowed) in _ALLOWED.items():
-        require(fits(choices[name]), name, choices[name], allowed)
-    for layer, k in (choices["layer_k"] or {}).items():
-        fits_layer = isinstance(layer, str) and is_count(k) and k < 2**63
-        require(fits_layer, "layer_k", {layer: k}, "the layer's name and an int from 0 on")
+    return [name for name, row in CHOICES.items() if row.stored and row.since <= version]
 
 
-def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> None:
-    """Refuse choices that exclude one another; `score_needs`: what the score needs of data."""
-    score = f"False with saliency={choices['saliency']!r}"
-    head, table, free = choices["lm_head"], choices["embeddings"], not score_needs
-    require(free or not head, "lm_head", head, f"{score}: of the head's inputs no data is collected")
-    require(free or not table, "embeddings", table, f"{score}: an embedding has no inputs to weigh")
-    size = choices["group_size"]
-    grouped = isinstance(size, int) or not choices["error_feedback"]
-    require(grouped, "group_size", size, "a number of columns where error_feedback is on")
-
-
-def check_stored(stored: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse a format this release cannot read, and keys that are neither stored nor `known` choices."""
-    version = stored.get("format_version", FORMAT_VERSION)
-    require(type(version) is int and version >= 1, "format_version", version, "an int from 1 on")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version={version}: this release of svdq_hf reads up to {FORMAT_VERSION}; "
-            "`pip install --upgrade svdq_hf` for one that reads it"
-        )
-    method = stored.get("quant_method", QUANT_METHOD)
-    require(method == QUANT_METHOD, "quant_method", method, repr(QUANT_METHOD))
-    for key, value in stored.items():
-        if key not in STORED_ONLY:
-            close = difflib.get_close_matches(key.lower(), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")
-
-
-def require(holds: bool, key: str, value: object, allowed: str) -> None:
-    """Raise the error of a choice unless it holds.
-
-    >>> require(False, "k", -1, "an int from 0 on")
-    Traceback (most recent call last):
-    ValueError: k=-1: must be an int from 0 on
-    """
-    if not holds:
-        raise ValueError(f"{key}={value!r}: must be {allowed}")
+def not_stored() -> list[str]:
+    """The choices that no file holds."""
+    return [name for name, row in CHOICES.items() if not row.stored]

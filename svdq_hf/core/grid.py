@@ -10,15 +10,25 @@ how codes are stored.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from svdq_hf.core.levels import TABLES, Levels
-from svdq_hf.core.packing import BLOCK
-
-GroupSize = int | Literal["row", "tensor"]
-ScaleRule = Literal["mse", "absmax", "sigma"]
+from svdq_hf.core.grid_values import (
+    BITS,
+    GROUP_SIZES,
+    LEVELS,
+    SCALE_BITS,
+    SCALE_RULES,
+    GroupSize,
+    Levels,
+    ScaleRule,
+    is_amount,
+    is_group_size,
+    is_one_of,
+    require,
+)
+from svdq_hf.core.levels import TABLES
 
 
 @dataclass(frozen=True)
@@ -41,30 +51,15 @@ class Grid:
     bits: Literal[3, 4, 8] = 4
 
     def __post_init__(self) -> None:
-        size, allowed = (
-            self.group_size,
-            "a divisor of 64 from 8 on, a multiple of 64, 'row' or 'tensor'",
-        )
-        fits = (
-            size in ("row", "tensor")
-            if isinstance(size, str)
-            else type(size) is int and size >= 8 and (BLOCK % size == 0 or size % BLOCK == 0)
-        )
-        if not fits:
-            raise ValueError(f"group_size={size!r}: must be {allowed}")
-        if self.scale not in get_args(ScaleRule):
-            raise ValueError(f"scale={self.scale!r}: must be one of {list(get_args(ScaleRule))}")
-        if type(self.bits) is not int or self.bits not in TABLES:
-            raise ValueError(f"bits={self.bits!r}: must be one of {list(TABLES)}")
-        if self.levels not in TABLES[self.bits]:
-            allowed = f"one of {list(TABLES[self.bits])} where bits is {self.bits}"
-            raise ValueError(f"levels={self.levels!r}: must be {allowed}")
-        if type(self.scale_bits) is not int or self.scale_bits not in (8, 16):
-            raise ValueError(f"scale_bits={self.scale_bits!r}: must be 8 or 16")
-        if type(self.column_scale) is not bool:
-            raise ValueError(f"column_scale={self.column_scale!r}: must be true or false")
-        if not (type(self.clip_sigma) in (int, float) and 0 < self.clip_sigma < float("inf")):
-            raise ValueError(f"clip_sigma={self.clip_sigma!r}: must be a number above 0")
+        bits, of_bits = self.bits, LEVELS.get(self.bits, ()) if type(self.bits) is int else ()
+        levels = f"one of {list(of_bits)} where bits is {bits}"
+        require(is_group_size(self.group_size), "group_size", self.group_size, GROUP_SIZES)
+        require(self.scale in SCALE_RULES, "scale", self.scale, f"one of {list(SCALE_RULES)}")
+        require(is_one_of(bits, BITS), "bits", bits, f"one of {list(BITS)}")
+        require(self.levels in of_bits, "levels", self.levels, levels)
+        require(is_one_of(self.scale_bits, SCALE_BITS), "scale_bits", self.scale_bits, "8 or 16")
+        require(type(self.column_scale) is bool, "column_scale", self.column_scale, "true or false")
+        require(is_amount(self.clip_sigma), "clip_sigma", self.clip_sigma, "a number above 0")
 
     def columns(self, in_features: int) -> int:
         """Columns of a row that share a scale (the whole row for "row" and "tensor")."""

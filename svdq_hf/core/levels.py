@@ -7,14 +7,12 @@ code zero.
 """
 
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from svdq_hf.core.grid_values import LEVELS
 from svdq_hf.core.packing import RANGES
-
-Levels = Literal["linear", "normal"]
 
 TOP = 127
 """The largest level of a table: 8 bits with a sign."""
@@ -28,12 +26,14 @@ _NORMAL: dict[int, tuple[int, ...]] = {
     4: (-127, -99, -76, -59, -44, -32, -20, -10, 0, 12, 24, 37, 51, 68, 89, 123),
 }
 
-TABLES: dict[int, dict[str, tuple[int, ...]]] = {
-    bits: {"linear": tuple(range(lowest, highest + 1))}
-    | ({"normal": _NORMAL[bits]} if bits in _NORMAL else {})
-    for bits, (lowest, highest) in RANGES.items()
-}
-"""Level of each code, from the lowest on, by bits and name. 8 bits have codes for all levels there are."""
+
+def _table(bits: int, name: str) -> tuple[int, ...]:
+    lowest, highest = RANGES[bits]
+    return _NORMAL[bits] if name == "normal" else tuple(range(lowest, highest + 1))
+
+
+TABLES = {bits: {name: _table(bits, name) for name in names} for bits, names in LEVELS.items()}
+"""Level of each code, from the lowest on, by bits and name."""
 
 
 def highest(levels: str, bits: int = 4) -> int:

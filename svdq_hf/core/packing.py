@@ -15,8 +15,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Codes in a block; a row is padded with zeros to a whole number of blocks."""
+from svdq_hf.core.grid_values import BLOCK as BLOCK  # as: imported from here by all who pack
 
 HALF = BLOCK // 2
 """Bytes in a block of 4 bits: byte i holds code i (low nibble) and code i + HALF (high nibble)."""

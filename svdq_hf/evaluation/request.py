@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from svdq_hf.core.packing import RANGES
-from svdq_hf.evaluation.sweep.plan import GRID_NAMES, KS, METHODS, RANKS, SEEDS, SweepPlan, with_bits
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
 
 PERPLEXITY = "perplexity"
 """The one task that is no GLUE task: its data is a text."""

@@ -31,15 +31,24 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
                 f"{name} is {list(part.shape)} {part.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}"
             )
+    check_scales(parts)
+    zero = -RANGES[scheme.grid.bits][0]
+    if "levels" in parts and parts["levels"][zero] != 0:
+        raise ValueError(f"levels has {int(parts['levels'][zero])} for code zero, which must be 0")
+    _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
+
+
+def check_scales(parts: Mapping[str, Tensor]) -> None:
+    """Refuse parts of which a float32 cannot hold the weights; codes are not looked at.
+
+    Raises:
+        ValueError: a scale or a salient value is NaN or infinite, or the product of the scales is.
+    """
     for name in ("weight_scale", "salient_values", "row_scale", "column_scale"):
         if name in parts and parts[name].is_floating_point() and not torch.isfinite(parts[name]).all():
             raise ValueError(f"{name} has a NaN or an infinity")
     if not math.isfinite(_largest(parts)):
         raise ValueError("the product of the scales is more than a float32 can hold")
-    zero = -RANGES[scheme.grid.bits][0]
-    if "levels" in parts and parts["levels"][zero] != 0:
-        raise ValueError(f"levels has {int(parts['levels'][zero])} for code zero, which must be 0")
-    _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
 
 
 def _largest(parts: Mapping[str, Tensor]) -> float:

@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers.models.auto import modeling_auto
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.release import VERSION, install_command
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card_facts import fact_rows
 from svdq_hf.hub.markdown import code, plain, table
@@ -43,7 +44,7 @@ The most salient weights of each linear layer are in FP32, the rest in {bits} bi
 (after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343)).
 
 ```sh
-pip install svdq_hf
+{install}  # in a checkout of svdq_hf {version} or newer; or install a wheel that is built there
 ```
 
 ```python
@@ -112,6 +113,8 @@ def model_card(
         facts = {"base model": code(metadata["base_model"]), **facts}
     loading = _LOADING.format(
         bits=bits,
+        install=install_command(),
+        version=VERSION,
         auto=auto_class(architecture),
         name=repo_id or "user/model",
         note="" if repo_id else "  # the name of this repository, or a folder",

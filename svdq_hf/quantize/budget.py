@@ -100,7 +100,7 @@ def spend(
     def is_no_worse(ks: Mapping[str, int]) -> bool:
         return all(mine <= theirs for mine, theirs in zip(sums(ks), sums(even), strict=True))
 
-    return config.changed(layer_k=min(filter(is_no_worse, (chosen, shared, even)), key=sums))
+    return config.replace(layer_k=min(filter(is_no_worse, (chosen, shared, even)), key=sums))
 
 
 def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> dict[str, int]:
@@ -121,7 +121,7 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
 
 def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:
     """How many salient weights `target_bits` pay for."""
-    nothing = config.changed(k=0).scheme
+    nothing = config.replace(k=0).scheme
     specs = [part_specs(layer.out, layer.in_features, nothing).values() for layer in layers.values()]
     fixed = 8 * sum(math.prod(spec.shape) * spec.dtype.itemsize for layer in specs for spec in layer)
     weights = sum(layer.numel for layer in layers.values())

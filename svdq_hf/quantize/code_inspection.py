@@ -8,7 +8,7 @@ layers must stay dense. Not here: a read that names no layer (`module.weight` in
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import CodeType
 
@@ -99,7 +99,9 @@ def _attributes(codes: Iterable[CodeType]) -> set[tuple[str, bool]]:
     return {read for code in codes for read in _loads(code)}
 
 
-def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
+@cache  # most methods of a class are its bases', hundreds of them
+def _loads(code: CodeType) -> frozenset[tuple[str, bool]]:
+    found: set[tuple[str, bool]] = set()
     path: list[str] | None = None
     of_self = False
     for step in dis.get_instructions(code):
@@ -107,7 +109,8 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
             path.append(step.argval)
             continue
         if path:
-            yield ".".join(path), of_self
+            found.add((".".join(path), of_self))
         variables = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # two at once in 3.13
         path = [] if step.opname.startswith(VARIABLE) else None
         of_self = bool(variables) and variables[-1] == "self"
+    return frozenset(found)

@@ -14,7 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import COMPUTE, require
+from svdq_hf.config.choices import COMPUTE
+from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers

@@ -54,6 +54,21 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
             f"lm_head=True: {type(model).__name__} has no output head over a vocabulary to quantize{found}; "
             "leave lm_head out, or load the model with one (AutoModelForCausalLM, AutoModelForMaskedLM)"
         )
+    name = next(name for name, module in model.named_modules() if module is output)
+    return Head(name, output, _ties(model, output, stored))
+
+
+def tied_now(model: nn.Module, head: Head) -> Head:
+    """A head that was found before its model was filled, with the embeddings that are tied to it since.
+
+    Raises:
+        ValueError: something tied to it is no embedding that can read packed rows.
+    """
+    return Head(head.name, head.module, _ties(model, head.module, None))
+
+
+def _ties(model: nn.Module, output: nn.Module, stored: Container[str] | None) -> dict[str, nn.Embedding]:
+    """The embeddings, by name, that are one matrix with the output head; `stored` as of `find_head`."""
     tied: dict[str, nn.Embedding] = {}
     for name, module in model.named_modules():
         if module is output or not _is_tied(name, module, output, stored):
@@ -64,10 +79,10 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
                 "cannot read packed rows; leave lm_head out"
             )
         tied[name] = module
-    return Head(next(name for name, module in model.named_modules() if module is output), output, tied)
+    return tied
 
 
-def _is_tied(name: str, module: nn.Module, output: nn.Linear, stored: Container[str] | None) -> bool:
+def _is_tied(name: str, module: nn.Module, output: nn.Module, stored: Container[str] | None) -> bool:
     if stored is None:
         return getattr(module, "weight", None) is output.weight
     same = isinstance(module, nn.Embedding) and module.weight.shape == output.weight.shape
@@ -104,13 +119,17 @@ def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
         _untie(model, {head.name, *head.embeddings})
 
 
-def quantize_head(model: nn.Module, config: SVDQConfig) -> None:
+def quantize_head(model: nn.Module, head: Head, config: SVDQConfig) -> None:
     """Quantize the output head of a model that is in memory, in place.
 
+    Args:
+        model: of which `head` is the output head.
+        head: as `chosen_head` found it.
+        config: what to quantize it by.
+
     Raises:
-        ValueError: see `find_head` and `quantize_weight`.
+        ValueError: see `quantize_weight`.
     """
-    head = find_head(model)
     layer = quantized_layer(head.name, head.module, config)
     if layer.bias is not None and head.embeddings:  # it may be tied too: a tensor of its own from now on
         layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)

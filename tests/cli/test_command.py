@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert_config
 from transformers import AutoModel, BertModel
 
+import svdq_hf.cli
 import svdq_hf.hub.client
-import svdq_hf_command
 from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.checkpoint.folders import SHARD_SIZE
 from svdq_hf.checkpoint.source import named_class
-from svdq_hf.cli.command import main
+from svdq_hf.cli.command import _parse, main
 from svdq_hf.cli.evaluate import EXAMPLE
+from svdq_hf.cli.options import config_of, option_name
+from svdq_hf.config.choices import CHOICES, Option
 from svdq_hf.hub.readme import metadata_of
 
 
@@ -321,19 +325,18 @@ def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
                 raise KeyboardInterrupt
 
     monkeypatch.delitem(sys.modules, "svdq_hf.cli.command")
-    monkeypatch.delattr(svdq_hf, "cli")
+    monkeypatch.delattr(svdq_hf.cli, "command")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-        assert svdq_hf_command.main() == 130
+        assert svdq_hf.cli.main() == 130
     assert capsys.readouterr().err == "svdq: interrupted\n"
 
 
-def test_console_script_is_the_module_beside_the_package(monkeypatch, capsys):
+def test_console_script_is_the_entry_point_of_the_package(monkeypatch, capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"svdq": "svdq_hf_command:main"}
-    assert "svdq_hf_command" in project["tool"]["setuptools"]["py-modules"]
+    assert project["project"]["scripts"] == {"svdq": "svdq_hf.cli:main"}
     monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
-    assert svdq_hf_command.main() == 1
+    assert svdq_hf.cli.main() == 1
     assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"
 
 
@@ -351,3 +354,60 @@ def test_an_option_is_not_taken_for_another_that_begins_so(capsys):
 def test_a_budget_and_k_are_one_choice(source, tmp_path, capsys):
     assert main(["quantize", source, str(tmp_path / "out"), "--k", "64", "--target-bits", "4.4"]) == 1
     assert "--target-bits spends salient weights instead of --k" in capsys.readouterr().err
+
+
+# Options from the table, and parsing without torch.
+
+COMMAND = (
+    "import sys\nfrom svdq_hf.cli import main\n"
+    "try: sys.exit(main(sys.argv[1:]))\n"
+    "finally: print({'torch', 'transformers', 'rich', 'numpy'} & sys.modules.keys())"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, f"svdq_hf {svdq_hf.__version__}"),
+        (["--help"], 0, "lm-eval"),
+        (["quantize", "--help"], 0, "--group-size"),
+        (["evaluate", "--help"], 0, "--metric-script"),
+        (["quantise", "model", "out"], 2, "did you mean quantize?"),
+        (["quantize", "model", "out", "--grup-size", "64"], 2, "--grup-size 64; did you mean --group-size?"),
+        (["quantize", "model", "out", "--levels", "norml"], 2, "did you mean normal?"),
+        (["quantize", "model", "out", "--zzz"], 2, "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_parsing_imports_no_torch_and_a_typo_is_told_what_was_meant(arguments, code, said):
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("command", ["quantize", "demo"])
+def test_every_choice_that_the_table_gives_a_command_is_an_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, row in CHOICES.items():
+        taken = row.option is not None and command in row.option.commands
+        option = re.escape(option_name(name, row.option or Option()))
+        assert bool(re.search(rf"(?<=[ \[]){option}(?=[ ,\]])", printed)) == taken, name
+        assert not taken or row.help in printed
+    assert {name for name, row in CHOICES.items() if row.option is None} == {"layer_k", "compute"}
+
+
+def test_the_size_of_a_file_that_is_told_is_the_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    assert f"({SHARD_SIZE})" in capsys.readouterr().out
+
+
+def test_options_make_the_config(source, tmp_path):
+    out = tmp_path / "out"
+    grid = ["--group-size", "row", "--no-column-scale", "--scale-bits", "16", "--levels", "linear"]
+    given = ["--preset", "small", *grid, "--lm-head", "--damping", "1"]
+    options = _parse(["quantize", source, str(out), *given])
+    choices = {"group_size": "row", "column_scale": False, "scale_bits": 16, "lm_head": True}
+    assert config_of(options) == SVDQConfig.small(**choices, levels="linear", damping=1)

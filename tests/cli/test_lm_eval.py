@@ -25,7 +25,7 @@ doc_to_target: answer
 def test_without_the_package_the_remedy_is_told(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert main(["lm-eval", "run", "--model", "hf"]) == 1
-    assert "pip install 'svdq_hf[lm-eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[lm-eval]'" in capsys.readouterr().err
 
 
 def test_it_is_in_the_help(capsys):

@@ -1,13 +1,25 @@
+import copy
+import dataclasses
+import inspect
 import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import svdq_hf
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.config.choices import CHOICES, QUANT_METHOD
+from svdq_hf.config.chosen import Chosen
+from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.saliency import saliency_names
-from svdq_hf.format.parts import FORMAT_VERSION, Scheme
+from svdq_hf.format.parts import Scheme
+from svdq_hf.format.versions import EXPERTS_VERSION, FORMAT_VERSION
 
 CONFIGS = {
     "default": {},
@@ -74,7 +86,10 @@ def test_a_stored_config_says_method_version_and_remedy(choices):
     assert stored["quant_method"] == QUANT_METHOD == "svdq"
     other_bits = choices.get("bits", 4) != 4
     assert stored["format_version"] == (3 if other_bits else 1 if choices.get("levels") == "linear" else 2)
-    assert "pip install svdq_hf" in stored["requires"]
+    assert stored["requires"] == (
+        "the Python package svdq_hf, 0.1.0 or newer (pip install -e . in a checkout of svdq_hf), "
+        "then `import svdq_hf` before from_pretrained"
+    )
 
 
 def test_a_changed_dict_does_not_change_the_config():
@@ -252,7 +267,7 @@ def test_an_unknown_key_far_from_any_is_refused_with_all_of_them():
 
 def test_a_format_of_the_future_is_refused_with_the_remedy():
     future = FORMAT_VERSION + 1
-    with pytest.raises(ValueError, match=f"^format_version={future}: .*pip install --upgrade svdq_hf"):
+    with pytest.raises(ValueError, match=f"^format_version={future}: .*install a newer one: pip install -e"):
         SVDQConfig.from_dict({**SVDQConfig().to_dict(), "format_version": future})
 
 
@@ -311,3 +326,118 @@ def test_damping_is_no_part_of_a_file_and_survives_an_update():
     assert config != SVDQConfig.calibrated()
     config.update(k=3)
     assert (config.k, config.damping) == (3, 0.5)
+
+
+# The table of choices.
+
+
+def signature():
+    parameters = inspect.signature(SVDQConfig.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
+
+
+def test_the_signature_is_that_of_the_table():
+    rows = {name: row.default for name, row in CHOICES.items()}
+    written = {name: default for name, default in signature().items() if name != "self"}
+    assert written == rows
+    assert all(type(written[name]) is type(rows[name]) for name in rows)
+
+
+def test_every_choice_has_a_type_and_a_line_in_the_docstring():
+    assert list(CHOICES) == list(Chosen.__annotations__)
+    told = re.findall(r"^        (\w+): ", SVDQConfig.__doc__ or "", flags=re.M)
+    assert [name for name in told if name != "ValueError"] == list(CHOICES)
+
+
+def test_the_parts_of_the_grid_are_all_choices():
+    fields = {field.name for field in dataclasses.fields(Grid)}
+    assert {name for name, row in CHOICES.items() if row.of == "grid"} == fields
+
+
+def test_defaults_pass_their_own_checks():
+    own = {name: row.default for name, row in CHOICES.items() if name != "levels"}
+    assert all(CHOICES[name].check.fits(default) for name, default in own.items())
+
+
+@pytest.mark.parametrize("name", [name for name, row in CHOICES.items() if row.option and row.option.values])
+def test_what_the_command_line_offers_is_allowed(name):
+    assert all(CHOICES[name].check.fits(value) for value in CHOICES[name].option.values)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_class_method(name):
+    assert getattr(SVDQConfig, name)() == SVDQConfig(**PRESETS[name].changes)
+    assert bool(SVDQConfig(**PRESETS[name].changes).data_needs) == PRESETS[name].needs_data
+
+
+# It does not change.
+
+
+def test_a_config_does_not_change():
+    config = SVDQConfig(k=3)
+    with pytest.raises(AttributeError, match=r"^k=5: .*config\.replace\("):
+        config.k = 5
+    assert config.k == 3
+
+
+def test_what_is_given_may_change_later():
+    names, layers = ["a"], {"b": 1}
+    config = SVDQConfig(modules_to_not_convert=names, layer_k=layers)
+    names.append("c")
+    layers["c"] = 2
+    assert (config.modules_to_not_convert, config.layer_k) == (["a"], {"b": 1})
+
+
+def test_replace_makes_another_one_and_checks_it():
+    config = SVDQConfig(k=3, damping=1, compute="fast")
+    assert config.replace(k=4) == SVDQConfig(k=4, damping=1, compute="fast")
+    assert config.replace(bits=8, levels=None).levels == "linear"
+    assert config.k == 3
+    wrong = [
+        ({"k": -1}, r"^k=-1: must"),
+        ({"saliency": "x"}, r"^saliency='x': must be one of"),
+        ({"kay": 1}, r"^kay=1: SVDQConfig knows no such key"),
+    ]
+    for choices, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            config.replace(**choices)
+
+
+def test_replace_keeps_a_score_that_is_not_known_here():
+    stored = SVDQConfig.from_dict({"format_version": 2, "saliency": "somebodys_own"})
+    assert stored.replace(k=5).saliency == "somebodys_own"
+
+
+def test_another_budget_forgets_what_the_last_one_found():
+    found = SVDQConfig(target_bits=5).replace(layer_k={"a": 1})
+    assert (found.target_bits, found.layer_k) == (5, {"a": 1})
+    assert found.replace(target_bits=6).layer_k is None
+
+
+def test_experts_are_a_new_version_of_the_same_config():
+    config = SVDQConfig(k=3)
+    assert config.with_experts().format_version == EXPERTS_VERSION
+    assert config.with_experts().replace(k=4).format_version == EXPERTS_VERSION
+    assert config.format_version == 2
+
+
+@every_config
+def test_copies_and_pickles_are_equal(choices):
+    config = SVDQConfig(**choices)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_grid_is_made_once():
+    assert SVDQConfig(k=3).scheme.grid is SVDQConfig(k=4).scheme.grid
+
+
+def test_the_table_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, types; package = types.ModuleType('svdq_hf'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['svdq_hf'] = package; import svdq_hf.config.choices, svdq_hf.config.presets; "
+        "print({'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(svdq_hf.__file__).parent)], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -10,6 +10,8 @@ from places import ROOT
 
 import svdq_hf
 from svdq_hf import SVDQConfig
+from svdq_hf.config.choices import CHOICES
+from svdq_hf.config.presets import PRESETS
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -103,7 +105,17 @@ def test_every_choice_stands_in_the_table_with_its_default():
     assert {name: ast.literal_eval(default) for name, default in written.items()} == choices
 
 
-@pytest.mark.parametrize("preset", ["best", "small", "calibrated", "paper"])
+def test_every_choice_is_told_as_on_the_command_line():
+    table = (ROOT / "docs" / "choices.md").read_text().partition("## Every choice")[2]
+    told = {
+        name: re.sub('[`"]', "", text)
+        for name, text in re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", table, flags=re.M)
+    }
+    assert told.keys() == CHOICES.keys()
+    assert [name for name, row in CHOICES.items() if not told[name].startswith(row.help)] == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_sets_what_its_row_says(preset):
     text = (ROOT / "docs" / "choices.md").read_text()
     row = re.search(rf"^\| `SVDQConfig\.{preset}\(\)` \|.*$", text, flags=re.M)

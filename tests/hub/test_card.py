@@ -110,7 +110,7 @@ def test_broken_card_of_the_base_is_a_warning(caplog):
 
 def test_body_tells_how_to_load_and_what_was_done(folder):
     card = model_card(folder, base_model="org/llama", repo_id="me/small")
-    assert "pip install svdq_hf" in card
+    assert "pip install -e .  # in a checkout of svdq_hf 0.1.0 or newer" in card
     assert "import svdq_hf " in card
     assert 'AutoModelForCausalLM.from_pretrained("me/small")' in card
     weights = read_footprint(folder)

@@ -8,12 +8,15 @@ rounded (u), all relative to `|x| @ |W|.T`.
 import numpy as np
 import pytest
 import torch
+from pairwise import pairwise
 
 from svdq_hf.format.parts import PARTS
 from svdq_hf.kernels import linear_op as _op  # defines torch.ops.svdq
 
 LINEAR = torch.ops.svdq.linear.default
 INPUT_GRADIENT = torch.ops.svdq.input_gradient.default
+SHAPES = [(1, 1), (5, 70), (7, 64), (33, 129), (3, 200)]
+BATCHES = [(1,), (6,), (2, 3), (0,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GRIDS = [
     *({"group_size": size} for size in (8, 64, 128, "row", "tensor")),
@@ -74,10 +77,9 @@ def check_forward(x, parts, bias, scheme, dense_by_hand):
     assert_within(y, expected, bound(size, in_features, x.dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(("out", "in_features"), [(1, 1), (5, 70), (7, 64), (33, 129), (3, 200)])
-def test_the_product_is_that_of_the_dense_weight(out, in_features, grid, dtype, split, dense_by_hand, device):
+@pytest.mark.parametrize(("grid", "shape", "dtype"), pairwise(GRIDS, SHAPES, DTYPES), ids=str)
+def test_the_product_is_that_of_the_dense_weight(grid, shape, dtype, split, dense_by_hand, device):
+    out, in_features = shape
     _, parts, scheme = split(out, in_features, 9, device=device, **grid)
     x = torch.randn(4, in_features, dtype=dtype, device=device)
     bias = torch.randn(out, dtype=dtype, device=device)
@@ -145,10 +147,8 @@ def gradients(x, parts, bias, scheme, upstream):
     return x.grad, bias.grad, values.grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("batch", [(1,), (6,), (2, 3), (0,)], ids=str)
-def test_gradients_are_those_of_the_dense_layer(batch, grid, dtype, split, dense_by_hand, device):
+@pytest.mark.parametrize(("grid", "dtype", "batch"), pairwise(GRIDS, DTYPES, BATCHES), ids=str)
+def test_gradients_are_those_of_the_dense_layer(grid, dtype, batch, split, dense_by_hand, device):
     _, parts, scheme = split(5, 70, 9, device=device, **grid)
     dense = dense_by_hand(parts, 70, scheme.grid.columns(70))
     x = torch.randn(*batch, 70, dtype=dtype, device=device)

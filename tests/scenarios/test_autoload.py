@@ -40,7 +40,6 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
     "first",
     [
         "from transformers import AutoModel",
-        "import transformers.modeling_utils",
         "import transformers.quantizers",
     ],
 )
@@ -63,7 +62,7 @@ def test_not_asked_for_it_stops_loading_and_config_json_says_what_to_do(folder):
     assert "size mismatch" in done.stderr or "MISMATCH" in done.stderr
     assert "encoder.layer.{0, 1}.output.dense.weight" in done.stderr
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert stored["requires"] == "pip install svdq_hf, then `import svdq_hf` before from_pretrained"
+    assert stored["requires"].endswith("then `import svdq_hf` before from_pretrained")
 
 
 def test_the_module_imports_only_the_standard_library_and_acts_only_when_asked(tmp_path):
@@ -78,7 +77,7 @@ def test_the_module_imports_only_the_standard_library_and_acts_only_when_asked(t
         assert done.returncode == 0, done.stderr
         names, finders[asked] = done.stdout.rsplit(maxsplit=1)
         assert names == "{'svdq_hf_autoload'}"
-    assert int(finders["1"]) == int(finders["0"]) + 1
+    assert int(finders["1"]) == int(finders["0"]) + 3  # for torch, transformers and PEFT
 
 
 @pytest.mark.slow

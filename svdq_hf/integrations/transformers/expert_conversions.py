@@ -1,8 +1,9 @@
-"""How experts come out of a file: one by one where it has them so, and the way round that the model wants.
+"""Weight conversions (transformers' `ConversionOps`) for fused experts, while they are quantized on load.
 
-transformers makes one dense tensor of a layer's experts before it is quantized, and, where a family has files
-of both orientations, looks at the shape of the parameter that is loaded. Packed experts need no such tensor,
-and have not the shape of dense ones. Only while quantizing on load: packed ones come as they are.
+transformers stacks all experts of a layer into one dense `[experts, out, in]` tensor before it is quantized.
+These hand them on one expert at a time, so that the peak of memory is one expert, and transpose them where a
+family has files of both orientations: it looks at the shape of the parameter for that, which packed experts
+have not. Experts that are packed in the files come as they are.
 """
 
 from typing import Any

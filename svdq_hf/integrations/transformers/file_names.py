@@ -1,6 +1,8 @@
-"""Which names do quantized layers have in files? transformers renames tensors on the way in and out.
+"""The names of quantized weights in files, where transformers renames tensors on the way in and out.
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
+The one place where a model's names and those of its files are translated: config.json and safetensors headers
+have the files', everything in memory has the model's. Like `quantizer`, this file touches transformers'
+internals (5.20 to 5.24).
 """
 
 import re
@@ -98,11 +100,34 @@ def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQCon
     strange = sorted(set(config.layer_k) - set(names)) if names else []
     if strange:
         raise ValueError(f"layer_k names {strange[0]!r}, which is no quantized layer of the files. {REMEDY}")
-    return config.changed(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
+    return config.replace(layer_k={names.get(name, name): k for name, k in config.layer_k.items()})
 
 
-def write_layer_k_by_file_name(model: PreTrainedModel, config: SVDQConfig) -> None:
-    """Let `layer_k` say what the layers of `model` hold, by their names in files."""
-    if config.layer_k is not None:
-        names = file_names(model)
-        config.layer_k = {names[name]: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}
+def config_in_memory(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
+    """The config of a quantized model, its `layer_k` by the model's names.
+
+    Args:
+        model: quantized.
+        config: its own, as `model.hf_quantizer` has it, with names of files.
+    """
+    return config if config.layer_k is None else config.replace(layer_k=_held(model))
+
+
+def config_in_files(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
+    """The config as config.json has it: its `layer_k` says what each layer holds now, by its name in files.
+
+    Inverse: `config_in_memory`.
+
+    Args:
+        model: quantized.
+        config: its own; one without `layer_k` is returned as it is.
+    """
+    if config.layer_k is None:
+        return config
+    names = file_names(model)
+    return config.replace(layer_k={names[name]: k for name, k in _held(model).items()})
+
+
+def _held(model: PreTrainedModel) -> dict[str, int]:
+    """The number of salient weights of each quantized linear layer, by its name in the model."""
+    return {name: layer.salient_values.shape[0] for name, layer in svdq_layers(model)}

@@ -11,11 +11,9 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
-from svdq_hf.format.metadata import tags
-from svdq_hf.integrations.peft.register import has_adapters
-from svdq_hf.integrations.transformers.file_names import keep_own_names, write_layer_k_by_file_name
+from svdq_hf.integrations.peft.patches import has_adapters
+from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
-from svdq_hf.nn.inventory import svdq_experts
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
@@ -66,22 +64,22 @@ def quantize_model(
     others = {one.name: one.module for one in (head, table) if one is not None}
     config = convert_layers(model, config, batches, others)
     if head is not None:
-        quantize_head(model, config)
+        quantize_head(model, head, config)
     if table is not None:
         quantize_embedding(model, table, config)
-    if any(svdq_experts(model)):
-        config.say_experts()
     if isinstance(model, PreTrainedModel):
-        model.hf_quantizer = SVDQHfQuantizer(config, pre_quantized=False)
-        config = model.hf_quantizer.quantization_config
-        model.is_quantized = True
-        model.quantization_method = QUANT_METHOD
-        model.config.quantization_config = config
-        model.add_model_tags(tags(model.hf_quantizer.quantization_config.bits))
-        _assign_is_quantized(model)
-        keep_own_names(model)
-        write_layer_k_by_file_name(model, model.hf_quantizer.quantization_config)
+        _mark_quantized(model, SVDQHfQuantizer(config, pre_quantized=False))
     return model
+
+
+def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:
+    """Set what `from_pretrained` sets of a quantized model."""
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    quantizer.quantization_config = declare(model, quantizer.quantization_config)
+    model.config.quantization_config = quantizer.quantization_config
+    _assign_is_quantized(model)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

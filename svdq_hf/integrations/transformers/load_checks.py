@@ -1,4 +1,4 @@
-"""Checks after a quantized model was loaded: every stored part is there, and sound."""
+"""Checks after a quantized model was loaded: every stored part is there; and, where files held it, sound."""
 
 from collections.abc import Mapping
 
@@ -6,56 +6,56 @@ from torch import Tensor, nn
 
 from svdq_hf.format.checks import check_parts
 from svdq_hf.format.parts import Scheme
-from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
-from svdq_hf.integrations.transformers.quantize_op import _leaf
-from svdq_hf.nn.expert_layouts import stacks_of
+from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 
 
-def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
-    """Weights of experts that the loader does not round anyway: an FP32 copy of all of a layer is large."""
-    return {
-        stored.key("weight")
-        for name, module in chosen.items()
-        for stored in stacks_of(name, module)
-        if (entry := checkpoint.entries.get(stored.key("weight"))) is not None
-        and entry.dtype == getattr(module, _leaf(stored.name)).dtype
-    }
-
-
-def check_loaded(model: nn.Module, remedy: str) -> None:
-    """Refuse a model of which a quantized layer was not filled, or with nonsense.
+def check_filled(model: nn.Module, remedy: str) -> None:
+    """Refuse a model of which a quantized layer was not filled (a state dict has no headers to check).
 
     A bias counts: transformers, which would start a dense layer's at zero, leaves that of a class which it
     does not know as memory happens to be.
 
     Raises:
-        ValueError: it names the layer.
+        ValueError: it names the layer and what is missing.
     """
     for name, layer in svdq_layers(model):
-        bias = [] if layer.bias is None else ["bias"]
-        if _is_here(name, layer, [*layer.parts(), *bias], remedy):
-            _check_values(name, layer.parts(), layer.in_features, layer.scheme)
+        _check_here(name, layer, [*layer.parts(), *([] if layer.bias is None else ["bias"])], remedy)
     for name, experts in svdq_experts(model):
         keys = [*experts.parts(), *dict(experts.named_parameters(recurse=False))]
-        if _is_here(name, experts, keys, remedy):
-            _check_experts(name, experts)
+        _check_here(name, experts, keys, remedy)
 
 
-def _is_here(name: str, layer: nn.Module, keys: list[str], remedy: str) -> bool:
-    """Refuse a layer that was not filled (a state dict has no headers to check); False: it is on disk."""
+def _check_here(name: str, layer: nn.Module, keys: list[str], remedy: str) -> None:
     stored = {key: getattr(layer, key) for key in keys}
-    if any(tensor.is_meta for tensor in stored.values()):
-        return False  # its tensors are read, one by one, when it runs
+    if _is_on_disk(stored):
+        return
     missing = [key for key, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing. {remedy}")
-    return True
 
 
-def _check_values(name: str, parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
-    """Refuse a layer that was filled with nonsense."""
+def _is_on_disk(parts: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are read one by one when the layer runs."""
+    return any(tensor.is_meta for tensor in parts.values())
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse a model of which a quantized layer was filled with nonsense, whoever wrote its file.
+
+    Raises:
+        ValueError: see `check_parts`; it names the layer.
+    """
+    for name, layer in svdq_layers(model):
+        if not _is_on_disk(layer.parts()):
+            _check_layer(name, layer.parts(), layer.in_features, layer.scheme)
+    for name, experts in svdq_experts(model):
+        if not _is_on_disk(experts.parts()):
+            _check_experts(name, experts)
+
+
+def _check_layer(name: str, parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
     try:
         check_parts(parts, in_features, scheme)
     except ValueError as error:
@@ -67,4 +67,4 @@ def _check_experts(name: str, experts: SVDQExperts) -> None:
         stack = experts.stack(matrix)
         for one in range(count):
             parts = {part: tensor[one] for part, tensor in stack.items()}
-            _check_values(f"{name}.{matrix}, expert {one}", parts, in_features, experts.scheme)
+            _check_layer(f"{name}.{matrix}, expert {one}", parts, in_features, experts.scheme)

@@ -1,12 +1,43 @@
-"""What `model.dtype` answers where salient weights come first among a model's parameters.
+"""Every change that svdq_hf makes to transformers (5.20 to 5.24), and why.
 
-transformers takes the first floating parameter's dtype, writes it into config.json and loads by it. Where
-the embedding is packed that would be a salient weight, which is FP32 whatever the model's dtype, and a
-bfloat16 model would come back in FP32. transformers has no hook here, so the property is replaced by one
-that passes salient weights over; for a model without any it answers as before.
+Of a class, so for the whole process, made when the first SVDQHfQuantizer is (`apply`):
+
+PreTrainedModel.dtype
+    Why: it is the first floating parameter's; config.json is written and models are loaded by it. Where that
+    is a salient weight, FP32, a bfloat16 model would come back in FP32. Since: 5.20, and before.
+    Fails when not needed: `test_transformers_takes_a_salient_weight_for_the_models_dtype`.
+
+Private attributes of one model:
+
+_keep_in_fp32_modules_strict (`load_exactly`, while it loads)
+    Why: salient weights are the checkpoint's own values, and transformers rounds a weight to the dtype asked
+    for before it is quantized. Fails: `test_transformers_rounds_a_weight_before_it_is_quantized`.
+_get_dtype_plan (`load_exactly`, while it loads)
+    Why: before 5.23 a weight to quantize is loaded in the dtype of its packed bytes.
+    Fails: nothing on 5.23 and later; the tests marked `oldest` on 5.20 without it.
+_is_hf_initialized of tensors (`Load.note_packed`, `TiedEmbedding.weight`)
+    Why: a family's initialisation reaches for weights by name, and would start packed ones anew
+    where the loader has not marked them yet. On 5.24 no test fails without it; 5.20 is not tried without it.
+_weight_conversions (`file_names`)
+    Why: saving would join the packed parts of layers that are one tensor in a family's files; and a
+    dequantized model must be saved as the family's files are.
+    Fails: `test_transformers_joins_packed_parts_on_save`.
+_tied_weights_keys, all_tied_weights_keys (`quantize.head`, of the model and its parts)
+    Why: transformers would put the dense weight of an embedding into a packed head.
+    Fails: `test_transformers_ties_what_is_packed`.
+operations of a WeightConverter (`expert_conversions`, while it loads)
+    Why: one dense tensor of all experts would be made before the first is quantized.
+    Fails: `tests/test_arrival.py`, `test_no_dense_stack_is_ever_made`.
+is_quantized of a model and its parts (`in_memory`, by transformers' own `_assign_is_quantized`)
+    Why: `from_pretrained` alone sets it.
+
+No upstream issue is known for any of them. Not here: PEFT (`integrations.peft.patches`).
 """
 
+import re
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +45,19 @@ from transformers import PreTrainedModel
 
 from svdq_hf.format.names import is_salient_values
 
+TRANSFORMERS_DTYPE = PreTrainedModel.dtype
+"""The property as transformers has it."""
 
-def patch_main_dtype() -> None:
-    """Replace `PreTrainedModel.dtype`; a second call changes nothing."""
+
+def apply() -> None:
+    """Change transformers' classes; a second call changes nothing."""
     PreTrainedModel.dtype = property(main_dtype)
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating parameter that is no salient weight, if there is one.
+
+    For a model that has no salient weights it is what transformers answers.
 
     >>> values, scale = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
     >>> main_dtype(torch.nn.ParameterDict({"salient_values": values, "weight": scale}))
@@ -30,3 +66,30 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     floating = ((name, one.dtype) for name, one in model.named_parameters() if one.is_floating_point())
     first = next(floating)
     return next((dtype for name, dtype in chain([first], floating) if not is_salient_values(name)), first[1])
+
+
+def load_exactly(model: Any, weights: Iterable[str], exact: Iterable[str]) -> Callable[[], None]:
+    """Have tensors of a model loaded as the files have them, for as long as it is loaded.
+
+    Args:
+        model: on the meta device.
+        weights: names of packed weights, which are loaded in the dtype asked for and not in that of bytes.
+        exact: names of tensors that are loaded in FP32, whatever dtype is asked for.
+
+    Returns:
+        What takes that back.
+    """
+    strict, plan = model._keep_in_fp32_modules_strict, model._get_dtype_plan
+    asked = [_only(key) for key in weights]
+    model._keep_in_fp32_modules_strict = set(strict or ()) | {_only(key) for key in exact}
+    model._get_dtype_plan = lambda dtype: {**dict.fromkeys(asked, dtype), **plan(dtype)}
+
+    def undo() -> None:
+        model._keep_in_fp32_modules_strict = strict
+        del model._get_dtype_plan  # its class has another
+
+    return undo
+
+
+def _only(key: str) -> str:
+    return f"^{re.escape(key)}$"

@@ -1,8 +1,9 @@
-"""While a model loads: each dense tensor becomes stored parts; and when it has loaded, is all of it there?
+"""SVDQQuantize: the load-time conversion (transformers' `ConversionOps`) of a dense tensor to stored parts.
 
 Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.format.checks import check_scales
 from svdq_hf.format.names import WeightName
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
@@ -29,7 +31,7 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
         """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
 
         An error raised here would be reduced to a line in transformers' log, so it goes into `failures`, and
-        the quantizer raises it when loading ends.
+        `DenseLoad.finish` raises it when loading ends.
         """
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
@@ -49,15 +51,29 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             if isinstance(layer, SVDQLinear):
                 weight = dense.T.contiguous() if transposed else dense
                 parts, layer.facts = quantize_weight(weight, self.config, stored.name)
+                _check_scales(stored.name, [parts])
             else:
                 parts, layer.facts[_leaf(key)] = quantize_stack(
                     dense, self.config, stored.name, transposed=transposed
                 )
+                each = range(stored.shape[0])
+                _check_scales(stored.name, ({part: t[one] for part, t in parts.items()} for one in each))
         except ValueError as error:
             self.failures.append(error)
             specs = stored.specs(layer.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {stored.key(part): tensor for part, tensor in parts.items()}
+
+
+def _check_scales(name: str, each: Iterable[Mapping[str, Tensor]]) -> None:
+    """Refuse a weight so large that its parts would not load again; its codes need no second look."""
+    for parts in each:
+        if parts["weight"].is_meta:
+            return
+        try:
+            check_scales(parts)
+        except ValueError as error:
+            raise ValueError(f"could not quantize {name}: {error}") from error
 
 
 def _check_shape(stored: WeightName, dense: Tensor, *, transposed: bool) -> None:

@@ -1,7 +1,7 @@
 """The native library: found, loaded by ctypes, and given torch's own OpenMP to run on.
 
-It is built with the package where there is a C compiler (setup.py) and is not linked to an OpenMP of its
-own: two runtimes in one process are two pools of threads that fight. Where it is missing, everything runs
+It is built with the package where there is a C compiler (pyproject.toml) and is not linked to an OpenMP of
+its own: two runtimes in one process are two pools of threads that fight. Where it is missing, everything runs
 in plain torch. Not here: which calls it computes (`cpu`), the sums themselves (`svdq.c`).
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core.packing import HALF, packed_width
+from svdq_hf.core.release import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,9 @@ def library() -> ctypes.CDLL | None:
         why = f"{file.name} is of another release ({found}, not {ABI})"
     logger.warning(
         "svdq_hf runs without its native kernels (%s): quantized layers are several times slower on a CPU. "
-        "With a C compiler, `pip install --force-reinstall --no-deps svdq_hf` builds them",
+        "With a C compiler, %s builds them",
         why,
+        how_to_install(),
     )
     return None
 

@@ -58,7 +58,7 @@ def test_streamed_equals_saved(name, dtype, size, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "gpt-oss"])  # linear, Conv1D, two of experts
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [(torch.float32, "1GB"), (torch.float32, "20KB"), (torch.bfloat16, "1GB"), (torch.float16, "1GB")],

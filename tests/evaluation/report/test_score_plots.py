@@ -177,7 +177,7 @@ def test_missing_extra_is_named(monkeypatch, module, package):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"svdq_hf.evaluation.report.{module}")
-    with pytest.raises(ImportError, match=r"pip install 'svdq_hf\[evaluate\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[evaluate\]'"):
         importlib.import_module(f"svdq_hf.evaluation.report.{module}")
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, mark_trainable, quantize_model
 from svdq_hf.nn.inventory import svdq_layers
 
-peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'svdq_hf[peft]'")
+peft = pytest.importorskip("peft", reason="needs PEFT: pip install -e '.[peft]'")
 from svdq_hf.integrations.peft.adapters import init_adapters_from_error, merge_adapters  # noqa: E402  # it imports PEFT
 from svdq_hf.integrations.peft.lora import SVDQLoraLinear, adapted_layers  # noqa: E402
 

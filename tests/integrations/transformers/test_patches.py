@@ -1,16 +1,22 @@
-"""A model keeps its dtype where the first of its parameters are salient weights, which are FP32."""
+"""Changes to transformers, and that they are needed: a model's dtype, names in files, ties, precision."""
 
 import json
 
 import pytest
 import tiny_models as tiny
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.integrations.transformers import load, load_dense, patches
 from svdq_hf.integrations.transformers.patches import main_dtype
+from svdq_hf.nn.embedding import TiedEmbedding
+from svdq_hf.quantize import head
 
+CONFIG = SVDQConfig(k=9)
+LAYER = "model.layers.0.self_attn.q_proj"
 CHOICES = [{}, {"lm_head": True}, {"embeddings": True}]
 
 
@@ -59,3 +65,51 @@ def test_quantized_in_memory_and_made_dense_again_it_keeps_its_dtype(dense, conf
 
 def test_where_nothing_is_dense_salient_weights_answer():
     assert main_dtype(torch.nn.ParameterDict({"salient_values": torch.ones(2)})) == torch.float32
+
+
+# What transformers does by itself: a change is needed while its test passes.
+
+
+def dense_folder(folder, **choices):
+    torch.manual_seed(0)
+    tiny.llama(**choices).save_pretrained(folder)
+    return folder
+
+
+def test_transformers_takes_a_salient_weight_for_the_models_dtype():
+    model = tiny.llama(tie_word_embeddings=False).to(torch.bfloat16)
+    model = quantize_model(model, SVDQConfig(k=9, embeddings=True))
+    assert patches.TRANSFORMERS_DTYPE.fget(model) == torch.float32
+    assert model.dtype == torch.bfloat16
+
+
+def test_transformers_rounds_a_weight_before_it_is_quantized(tmp_path, monkeypatch):
+    def salient(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=CONFIG)
+        return model.get_submodule(LAYER).salient_values
+
+    folder = dense_folder(tmp_path)
+    exact = salient(folder)
+    monkeypatch.setattr(load_dense, "load_exactly", lambda model, weights, exact: lambda: None)
+    rounded = salient(folder)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(exact, exact.bfloat16().float())
+
+
+def test_transformers_joins_packed_parts_on_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "keep_own_names", lambda model: None)
+    model = quantize_model(tiny.dinov2(), CONFIG)
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert "encoder.layer.0.mlp.weights_in.weight" in names  # up and gate, one below the other
+    assert "encoder.layer.0.mlp.up_proj.weight" not in names
+
+
+def test_transformers_ties_what_is_packed(tmp_path, monkeypatch):
+    folder = dense_folder(tmp_path / "dense", tie_word_embeddings=True)
+    model = quantize_model(AutoModelForCausalLM.from_pretrained(folder), SVDQConfig(k=9, lm_head=True))
+    assert isinstance(model.get_input_embeddings(), TiedEmbedding)
+    model.save_pretrained(tmp_path / "packed")
+    monkeypatch.setattr(head, "_untie", lambda model, modules: None)
+    with pytest.raises((AttributeError, KeyError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")

@@ -1,28 +1,31 @@
-"""How PEFT learns of quantized layers, with no call by the user and without importing PEFT.
+"""Every change that svdq_hf makes to PEFT (0.18 to 0.22), and why.
 
-PEFT picks the LoRA layer for a layer from a fixed list of functions, and "all-linear" from a fixed list of
-classes. Its only registration, `LoraConfig._register_custom_module`, is forgotten when the adapter is
-saved. So two of its functions are wrapped: now if PEFT is there already, else when it is imported. For
-what is not ours they answer as before.
+Two functions are wrapped, for the whole process: now if PEFT is there already, else when it is imported; the
+user calls nothing, and PEFT is not imported for it. For what is not ours they answer as before.
+
+peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.model)
+    Why: PEFT picks the LoRA layer for a layer from a fixed list of functions. Its only registration,
+    `LoraConfig._register_custom_module`, is forgotten when the adapter is saved.
+    Fails when not needed: `test_peft_has_no_layer_for_a_quantized_one`.
+peft.tuners.tuners_utils._maybe_include_all_linear_layers
+    Why: "all-linear" is made of a fixed list of classes.
+    Fails when not needed: `test_peft_does_not_count_quantized_layers_among_all_linear`.
+
+No upstream issue is known for either. Not here: transformers (`integrations.transformers.patches`).
 """
 
 import functools
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 LAYERS, TUNERS, USER = "peft.tuners.lora.layer", "peft.tuners.tuners_utils", "peft.tuners.lora.model"
 """The modules that define the two functions, and one that imports the first by name."""
+WATCHED = (LAYERS, TUNERS, USER)
 
 
 def register() -> None:
-    """Let PEFT put LoRA on quantized layers, from when it is imported on; a second call does nothing."""
-    if LAYERS not in sys.modules:
-        if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Watch())
-        return
+    """Let PEFT put LoRA on quantized layers, as far as it is imported; a second call does nothing."""
     for module, name, wrap in (
         (LAYERS, "dispatch_default", _dispatch),
         (USER, "dispatch_default", _dispatch),
@@ -67,24 +70,3 @@ def _all_linear(default: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return include
-
-
-class _Watch:
-    """Finds PEFT's module as Python itself would, and installs when it has run."""
-
-    def find_spec(self, name: str, path: Any = None, target: object = None) -> ModuleSpec | None:
-        """What the import system asks a finder, at every import."""
-        if name != LAYERS:
-            return None
-        spec = PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        load = spec.loader.exec_module
-
-        def load_and_install(module: ModuleType) -> None:
-            load(module)
-            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-            register()
-
-        spec.loader.exec_module = load_and_install  # type: ignore[method-assign]
-        return spec

@@ -1,0 +1,33 @@
+"""`svdq export`: a quantized folder -> a plain checkpoint for other engines."""
+
+import argparse
+from typing import Any
+
+from svdq_hf.config.choices import COMPUTE_DTYPES
+
+MEGABYTE = 10**6
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser, added to those of `svdq`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export", help="a quantized folder -> a plain checkpoint for other engines"
+    )
+    parser.add_argument("folder", help="a quantized folder, or the Hub's user/model")
+    parser.add_argument("out", help="folder to write; must not be there, or be empty")
+    to = "a Hugging Face checkpoint of dense weights; llama.cpp's converter to GGUF reads it as it is"
+    parser.add_argument("--to", choices=("dense",), default="dense", help=to)
+    parser.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of the weights (bfloat16)"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Export, and tell the size."""
+    from svdq_hf.checkpoint.export import export_dense
+
+    size = export_dense(options.folder, options.out, options.dtype)
+    if not options.json:
+        print(f"{options.out}: {size / MEGABYTE:.1f} MB, dense, {options.dtype}")
+    return {"bytes": size}

@@ -1,0 +1,31 @@
+"""`svdq push`: a quantized folder -> the Hub."""
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser, added to those of `svdq`."""
+    parser: argparse.ArgumentParser = commands.add_parser("push", help="a quantized folder -> the Hub")
+    parser.add_argument("folder")
+    parser.add_argument("repo_id", metavar="user/model")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--replace", action="store_true", help="give up another model that is there")
+    parser.add_argument("--revision", help="branch to push to")
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Push, and tell where it is."""
+    from svdq_hf.hub.push import push_folder
+
+    url = push_folder(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        replace=options.replace,
+    )
+    if not options.json:
+        print(url)
+    return {"url": url}

@@ -1,0 +1,82 @@
+"""`svdq quantize`: a model -> a folder with the quantized model, or what that would take."""
+
+import argparse
+import time
+from typing import Any
+
+from svdq_hf.cli.options import add_choices, config_of
+
+MEGABYTE = 10**6
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser, added to those of `svdq`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "quantize", help="a model -> a folder with the quantized model"
+    )
+    parser.add_argument("model", help="a folder, or the Hub's user/model")
+    parser.add_argument("out", help="folder to write; must not be there, or be empty")
+    add_choices(parser, "quantize")
+    _add_work(parser)
+    return parser
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """How the work is done; none of it changes the result."""
+    group = parser.add_argument_group("work", "a run that is cut off is just run again, and goes on")
+    size = "of a file of the output, such as 500MB; what is done is kept by file (1GB)"
+    group.add_argument("--shard-size", default=argparse.SUPPRESS, metavar="SIZE", help=size)
+    workers = "processes that share the work, its threads, and need its memory each (1)"
+    group.add_argument("--workers", type=int, default=1, metavar="N", help=workers)
+    restart = "throw away what an earlier run, cut off, has done"
+    group.add_argument("--restart", action="store_true", help=restart)
+    dry = "only tell sizes, bits, and about how much time, memory and disk it takes"
+    group.add_argument("--dry-run", action="store_true", help=dry)
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Quantize, and tell sizes and errors."""
+    from svdq_hf.checkpoint.quantize import check_names, quantize_checkpoint
+    from svdq_hf.cli.tables import console, totals_table
+    from svdq_hf.format.files import folder_bytes
+    from svdq_hf.hub.client import local_folder
+
+    config, started = config_of(options), time.perf_counter()
+    source = local_folder(options.model)
+    check_names(source, config)
+    if options.dry_run:
+        return _estimate(options, config)
+    work = _work(options) | {"restart": options.restart}
+    result = quantize_checkpoint(options.model, options.out, config, **work)
+    seconds = time.perf_counter() - started
+    before, after = folder_bytes(source), folder_bytes(options.out)
+    if not options.quiet:
+        screen = console()
+        screen.print(totals_table(result))
+        screen.print(
+            f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
+            f"see its layers with: svdq inspect {options.out}",
+            markup=False,
+        )
+        if after > before:
+            screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
+    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
+
+
+def _estimate(options: argparse.Namespace, config: Any) -> dict[str, object]:
+    from svdq_hf.checkpoint.estimate import estimate_checkpoint
+    from svdq_hf.cli.tables import console, estimate_table, layer_table
+
+    result = estimate_checkpoint(options.model, options.out, config, **_work(options))
+    if not options.quiet:
+        screen = console()
+        if result.footprint is not None:
+            screen.print(layer_table(result.footprint))
+        screen.print(estimate_table(result))
+    return result.to_dict()
+
+
+def _work(options: argparse.Namespace) -> dict[str, Any]:
+    """How the work is done, as far as it was said."""
+    names = ("shard_size", "workers")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}

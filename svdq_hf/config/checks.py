@@ -1,0 +1,72 @@
+"""What a config refuses: values that a choice cannot have, choices that exclude one another, strange keys.
+
+Not here: what each single choice may be (`choices`).
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from svdq_hf.config.choices import CHOICES, QUANT_METHOD, is_count
+from svdq_hf.core.grid_values import LEVELS, require
+from svdq_hf.core.release import how_to_install
+from svdq_hf.format.versions import FORMAT_VERSION
+
+STORED_ONLY = ("quant_method", "format_version", "requires")
+
+
+def check_choices(choices: Mapping[str, Any]) -> None:
+    """Refuse a choice of a wrong type or value, by name.
+
+    Raises:
+        ValueError: it names the choice, its value and what is allowed.
+    """
+    for name, row in CHOICES.items():
+        require(row.check.fits(choices[name]), name, choices[name], row.check.allowed)
+    for layer, k in (choices["layer_k"] or {}).items():
+        fits_layer = isinstance(layer, str) and is_count(k) and k < 2**63
+        require(fits_layer, "layer_k", {layer: k}, "the layer's name and an int from 0 on")
+
+
+def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> None:
+    """Refuse choices that exclude one another.
+
+    Args:
+        choices: all of them, each by itself sound.
+        score_needs: what the score needs of data.
+
+    Raises:
+        ValueError: it names one of the two, its value and what is allowed beside the other.
+    """
+    score = f"False with saliency={choices['saliency']!r}"
+    head, table, free = choices["lm_head"], choices["embeddings"], not score_needs
+    require(free or not head, "lm_head", head, f"{score}: of the head's inputs no data is collected")
+    require(free or not table, "embeddings", table, f"{score}: an embedding has no inputs to weigh")
+    size = choices["group_size"]
+    grouped = isinstance(size, int) or not choices["error_feedback"]
+    require(grouped, "group_size", size, "a number of columns where error_feedback is on")
+    bits, levels = choices["bits"], choices["levels"]
+    require(levels in LEVELS[bits], "levels", levels, f"one of {list(LEVELS[bits])} where bits is {bits}")
+
+
+def check_stored(stored: Mapping[str, Any]) -> None:
+    """Refuse a format this release cannot read, and keys that are neither stored nor a choice.
+
+    Raises:
+        ValueError: it names the key, its value and the remedy, or the key that was meant.
+    """
+    version = stored.get("format_version", FORMAT_VERSION)
+    require(type(version) is int and version >= 1, "format_version", version, "an int from 1 on")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version}: this release of svdq_hf reads up to {FORMAT_VERSION}; "
+            f"install a newer one: {how_to_install()}"
+        )
+    method = stored.get("quant_method", QUANT_METHOD)
+    require(method == QUANT_METHOD, "quant_method", method, repr(QUANT_METHOD))
+    known = list(CHOICES)
+    for key, value in stored.items():
+        if key not in STORED_ONLY:
+            close = difflib.get_close_matches(key.lower(), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")

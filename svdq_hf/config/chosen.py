@@ -1,0 +1,90 @@
+"""The choices of a config with their types, and what follows from them: a scheme, the need for data.
+
+Not here: how they are given, checked and stored (`svdq_config`).
+"""
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from svdq_hf.config.choices import SYNTHETIC, part_of_grid
+from svdq_hf.core.grid import Grid
+from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
+from svdq_hf.core.saliency import data_needs, no_data, saliency_names
+from svdq_hf.format.parts import Scheme
+
+ErrorFeedback = bool | Literal["synthetic"]
+
+
+class Chosen:
+    """A value for each row of `choices.CHOICES`."""
+
+    k: int | float
+    rank: int
+    saliency: str
+    bits: Literal[3, 4, 8]
+    group_size: GroupSize
+    scale: ScaleRule
+    clip_sigma: float
+    levels: Levels
+    column_scale: bool
+    scale_bits: Literal[16, 8]
+    error_feedback: ErrorFeedback
+    lm_head: bool
+    embeddings: bool
+    target_bits: float | None
+    layer_k: dict[str, int] | None
+    modules_to_not_convert: list[str] | None
+    compute_dtype: str | None
+    seed: int
+    damping: float | None
+    compute: Literal["exact", "fast"]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the batches that are needed are made, not given."""
+        return self.error_feedback == SYNTHETIC
+
+    @property
+    def extra_damping(self) -> float:
+        """`damping`; where nobody chose, synthetic batches are trusted less than real ones."""
+        return float(self.synthetic) if self.damping is None else float(self.damping)
+
+    @property
+    def data_needs(self) -> list[str]:
+        """What only batches can give, of `saliency.NEEDS`; empty where the model need not be run."""
+        feedback = ["input_gram"] if self.error_feedback else []
+        return sorted({*feedback, *score_data(self.saliency)})
+
+    def no_data(self) -> ValueError:
+        """The error for a config that needs batches, where there are none and the model cannot be run."""
+        if self.synthetic:
+            return ValueError(
+                "error_feedback 'synthetic' runs the dense model: load it dense and call "
+                "quantize_model(model, config)"
+            )
+        of_score = data_needs(self.saliency)
+        if of_score:
+            return no_data(f"saliency {self.saliency!r}", of_score)
+        return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How one weight is stored under this config."""
+        return Scheme(self.k, _grid(tuple((name, getattr(self, name)) for name in part_of_grid())))
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        """`compute_dtype` as torch's own."""
+        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+
+@cache
+def _grid(values: tuple[tuple[str, Any], ...]) -> Grid:
+    return Grid(**dict(values))
+
+
+def score_data(saliency: str) -> list[str]:
+    """What a score needs of data: of a stored model's author's own, which is not known here, nothing."""
+    return data_needs(saliency) if saliency in saliency_names() else []

@@ -1,0 +1,34 @@
+"""The presets: a row of changes each, for the class methods of SVDQConfig and `--preset`."""
+
+from typing import Any, NamedTuple
+
+from svdq_hf.config.choices import VERSION_1
+
+
+class Preset(NamedTuple):
+    """Choices that go together."""
+
+    changes: dict[str, Any]
+    help: str
+    needs_data: bool = False
+    """Whether only batches make it possible."""
+
+
+PRESETS = {
+    "best": Preset(
+        {"k": 0.0018, "saliency": "relative"}, "the least loss without data at about 4.5 bits per weight"
+    ),
+    "small": Preset(
+        {"k": 0.0009, "saliency": "relative", "group_size": 64},
+        "the least loss without data at about 4.28 bits per weight",
+    ),
+    "calibrated": Preset(
+        {"k": 0.0005, "saliency": "awq", "group_size": 64, "error_feedback": True},
+        "for those who have data, at about 4.25 bits per weight",
+        needs_data=True,
+    ),
+    "paper": Preset(
+        {"group_size": "tensor", "scale": "absmax", **VERSION_1},
+        "the reading of arXiv 2512.01343: one absmax scale per matrix, to compare with",
+    ),
+}

@@ -1,0 +1,169 @@
+"""DenseLoad: a dense checkpoint is quantized while it is loaded, tensor by tensor.
+
+The linear layers and experts become packed as they come out of the file; the output head and the input
+embedding, which may be one matrix, are loaded dense and quantized at the end. Not here: what becomes of one
+tensor (`quantize_op`), a quantized checkpoint (`load_packed`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.integrations.transformers.checkpoint_headers import (
+    Checkpoint,
+    check_dense,
+    check_source,
+    stored_weights,
+)
+from svdq_hf.integrations.transformers.expert_conversions import without_stacking
+from svdq_hf.integrations.transformers.file_names import unconverted
+from svdq_hf.integrations.transformers.load import Load, declare
+from svdq_hf.integrations.transformers.patches import load_exactly
+from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, module_of
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
+from svdq_hf.nn.expert_layouts import layout_of, stacks_of
+from svdq_hf.quantize.budget import spend
+from svdq_hf.quantize.convert import check_layer_k, is_spread, replace_layers
+from svdq_hf.quantize.embedding import Embedding, chosen_embedding, find_embedding, quantize_embedding
+from svdq_hf.quantize.head import Head, chosen_head, dense_names, quantize_head, tied_now
+from svdq_hf.quantize.selection import layers_to_convert
+
+
+class DenseLoad(Load):
+    """A dense checkpoint that is being quantized while it is loaded."""
+
+    remedy = (
+        "The checkpoint is damaged or does not fit its config.json; where a layer is to start anew, "
+        "modules_to_not_convert keeps it dense"
+    )
+
+    def __init__(self, saved: SVDQConfig, files: Iterable[str | Path]) -> None:
+        super().__init__(saved, files)
+        self.head: Head | None = None
+        self.table: Embedding | None = None
+        self.partners: set[str] = set()
+        """Tensors that come out of one tensor of a file together with a weight to quantize."""
+        self.failures: list[ValueError] = []
+        """Of layers that could not be quantized; an error raised on the way would be a line in a log."""
+        self.undo: Callable[[], None] = lambda: None
+        """Gives the model its own precisions back."""
+
+    @staticmethod
+    def check_environment(config: SVDQConfig, device_map: Any) -> None:
+        """Refuse what cannot be quantized while it is loaded.
+
+        Raises:
+            ValueError: the config needs data, or modules go to disk.
+        """
+        if config.data_needs:
+            raise config.no_data()
+        devices = device_map if isinstance(device_map, dict) else {}
+        places = [name for name, device in devices.items() if device == "disk"]
+        if places:
+            raise ValueError(
+                f"device_map puts {places} on disk, which cannot be quantized while loading: load and "
+                "save_pretrained() the quantized model first, then load that with this device_map"
+            )
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """See `Load.prepare`."""
+        checkpoint, _ = self.read(model)
+        chosen = layers_to_convert(model, self.config)
+        if checkpoint.entries:
+            check_dense(checkpoint, chosen)
+        self.head = chosen_head(model, self.config) if self.config.lm_head else None
+        self.table = chosen_embedding(model, self.config, self.head)
+        dense = {name: dense_names(model, name) for name in self._ends()}
+        if checkpoint.entries:
+            for name, choice in self._ends().items():
+                check_source(checkpoint, name, dense[name], choice)
+        self.config = self._planned(model, checkpoint, chosen)
+        exact = loaded_exactly(chosen, checkpoint)
+        replace_layers(model, chosen, self.config)
+        self.note_packed(model, checkpoint)
+        weights = {stored.key("weight") for stored in self.packed}
+        self.partners = {name for group in checkpoint.partners if weights & set(group) for name in group}
+        self.undo = load_exactly(model, weights, weights.union(*dense.values()) - exact)
+
+    def _ends(self) -> dict[str, str]:
+        """The choice that asks for the head, and for the embedding, by its name in the model."""
+        pairs = ((self.head, "lm_head"), (self.table, "embeddings"))
+        return {one.name: choice for one, choice in pairs if one is not None}
+
+    def _planned(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, chosen: Mapping[str, nn.Module]
+    ) -> SVDQConfig:
+        """The config with its budget spent."""
+        modules = {name: module for name, module in chosen.items() if layout_of(module) is None}
+        modules |= {one.name: one.module for one in (self.head, self.table) if one is not None}
+        check_layer_k(modules, self.config)
+        return spend(stored_weights(model, modules, checkpoint, self.config), self.config, {})
+
+    def conversions(self, conversions: list[Any]) -> list[Any]:
+        """Experts come one by one where the files have them so."""
+        plain = unconverted(conversions, self.packed)
+        return [c if c in plain else without_stacking(c) for c in conversions]
+
+    def wants(self, model: PreTrainedModel, name: str) -> bool:
+        """A weight to quantize, or what comes out of one tensor of the files together with one."""
+        return module_of(model, name) is not None or name in self.partners
+
+    def operation(self) -> SVDQQuantize:
+        """See `Load.operation`."""
+        return SVDQQuantize(self.config, self.failures)
+
+    def finish(self, model: PreTrainedModel) -> SVDQConfig:
+        """Quantize the ends as well; the codes that were just made are not checked again."""
+        self.undo()
+        if self.failures:
+            raise ValueError(str(self.failures[0])) from self.failures[0]
+        self.check(model)
+        self._quantize_ends(model)
+        return declare(model, self.saved.replace(layer_k=self.config.layer_k))
+
+    def _quantize_ends(self, model: PreTrainedModel) -> None:
+        """Quantize the head and the input embedding, which are loaded dense.
+
+        Which modules share them is known only now: transformers unties what the files hold twice, unequal.
+        """
+        if self.head is not None:
+            self.head = tied_now(model, self.head)
+        if self.table is not None:
+            self.table = find_embedding(model)
+        else:
+            self.table = chosen_embedding(model, self.config, self.head)
+        if not self._ends():
+            return
+        if is_spread(model):
+            choice = next(iter(self._ends().values()))
+            raise ValueError(
+                f"{choice}=True needs the model on one device while it is quantized: load it without "
+                "device_map, save_pretrained() it, and load that with one"
+            )
+        if self.head is not None:
+            quantize_head(model, self.head, self.config)
+        if self.table is not None:
+            quantize_embedding(model, self.table, self.config)
+        for module in model.modules():
+            reader = module.reader if isinstance(module, SVDQEmbedding) else module
+            if isinstance(reader, TiedEmbedding):
+                reader.dtype = model.config.dtype
+
+
+def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
+    """Names of expert weights that need not be forced to FP32 while loading.
+
+    Salient weights are the checkpoint's own values, so weights are loaded in FP32 as a rule. Where checkpoint
+    and model have one dtype no rounding happens, and a large FP32 copy of all experts is avoided.
+    """
+    return {
+        stored.key("weight")
+        for name, module in chosen.items()
+        for stored in stacks_of(name, module)
+        if (entry := checkpoint.entries.get(stored.key("weight"))) is not None
+        and entry.dtype == getattr(module, stored.name.rpartition(".")[2]).dtype
+    }

@@ -1,0 +1,129 @@
+"""PackedLoad: a quantized checkpoint is loaded as it is, and refused where it contradicts its config.json.
+
+What the files hold decides which modules are packed. Of the output head and the input embedding config.json
+speaks too, and the two must agree. Not here: a dense checkpoint (`load_dense`).
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint, stored_layers
+from svdq_hf.integrations.transformers.file_names import layer_k_by_model_name, unconverted
+from svdq_hf.integrations.transformers.load import Load, declare
+from svdq_hf.integrations.transformers.load_checks import check_values
+from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
+from svdq_hf.quantize.convert import replace_layers
+from svdq_hf.quantize.embedding import (
+    Embedding,
+    find_embedding,
+    input_embedding,
+    input_table,
+    put_empty_embedding,
+    reads_head,
+)
+from svdq_hf.quantize.head import Head, find_head, put_head
+from svdq_hf.quantize.layer import empty_layer
+from svdq_hf.quantize.selection import layers_to_convert
+
+
+class PackedLoad(Load):
+    """A quantized checkpoint that is being loaded."""
+
+    remedy = REMEDY
+
+    @staticmethod
+    def check_environment(config: SVDQConfig, device_map: Any) -> None:
+        """Nothing is refused: packed tensors may lie anywhere, on disk too."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """See `Load.prepare`."""
+        checkpoint, layers = self.read(model)
+        self.config = layer_k_by_model_name(checkpoint, self.saved)
+        if checkpoint.entries:  # what a file holds is not for names to decide
+            chosen = stored_layers(checkpoint, layers, self.config)
+        else:
+            chosen = layers_to_convert(model, self.config)
+        head = stored_head(model, checkpoint, self.config)
+        table = stored_embedding(model, checkpoint, self.config, head)
+        if head is not None:
+            put_head(model, head, empty_layer(head.module, self.config.of_layer(head.name)))
+        if table is not None:
+            put_empty_embedding(model, table, self.config)
+        ends = {one.name for one in (head, table) if one is not None}
+        rest = {name: module for name, module in chosen.items() if name not in ends}
+        replace_layers(model, rest, self.config)
+        self.note_packed(model, checkpoint)
+
+    def conversions(self, conversions: list[Any]) -> list[Any]:
+        """Packed tensors are loaded as they are, whatever the family does to dense ones."""
+        return unconverted(conversions, self.packed)
+
+    def wants(self, model: PreTrainedModel, name: str) -> bool:
+        """Nothing: it is quantized."""
+        return False
+
+    def operation(self) -> SVDQQuantize:
+        """One that finds nothing to do."""
+        return SVDQQuantize(self.config, [])
+
+    def finish(self, model: PreTrainedModel) -> SVDQConfig:
+        """Check the values too: who wrote the files is not known."""
+        self.check(model)
+        check_values(model)
+        return declare(model, self.saved)
+
+
+def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig) -> Head | None:
+    """The output head of a quantized checkpoint, where it is packed.
+
+    Raises:
+        ValueError: the config and the files disagree, or the model has no place for a packed head.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if not config.lm_head:
+        _refuse_packed(model, checkpoint, output, "lm_head")
+        return None
+    if not checkpoint.entries:
+        raise ValueError("a model of which lm_head is quantized loads from a folder, not from a state dict")
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    if output is None and any(f"{name}.weight" in checkpoint.entries for name in names):
+        return None  # loaded for something else, with an embedding of its own
+    head = find_head(model, checkpoint.entries)
+    if not _is_packed(checkpoint, head.name):
+        raise ValueError(f"config.json says lm_head: true, the files hold {head.name} dense. {REMEDY}")
+    return head
+
+
+def stored_embedding(
+    model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig, head: Head | None
+) -> Embedding | None:
+    """The input embedding of a quantized checkpoint, where it is packed in parts of its own.
+
+    Raises:
+        ValueError: the config says that it is dense, and the files hold it packed.
+    """
+    if not config.embeddings:
+        _refuse_packed(model, checkpoint, input_embedding(model), "embeddings")
+        return None
+    packed = list(input_table(model, config))
+    if checkpoint.entries:  # what a file holds is not for names to decide
+        packed = [name for name in packed if _is_packed(checkpoint, name)]
+    elif reads_head(model, head):
+        packed = []
+    return find_embedding(model, checkpoint.entries) if packed else None
+
+
+def _is_packed(checkpoint: Checkpoint, name: str) -> bool:
+    return f"{name}.salient_rows" in checkpoint.entries
+
+
+def _refuse_packed(
+    model: PreTrainedModel, checkpoint: Checkpoint, module: nn.Module | None, choice: str
+) -> None:
+    for name, one in model.named_modules():
+        if one is module and _is_packed(checkpoint, name):
+            raise ValueError(f"config.json says {choice}: false, the files hold {name} packed. {REMEDY}")
