@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, inspect, evaluate, lm-eval, export, push, demo. It parses, calls and prints.
+"""The command `svdq`: it parses, calls what does the work (one file a command), and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 SVDQ_TRACEBACK=1 in the environment shows where an error comes from as well. Torch and transformers are
@@ -13,11 +13,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf.cli import demo, evaluate, export, inspect, lm_eval, push, quantize
+from svdq_hf.cli import chat, demo, evaluate, export, inspect, lm_eval, push, quantize
 from svdq_hf.cli.options import Parser
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, inspect, export, push, demo, evaluate)
+COMMANDS: Final = (quantize, inspect, chat, export, push, demo, evaluate)
 """Each has `add`, its parser, and `run`, which returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"

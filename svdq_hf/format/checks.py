@@ -31,18 +31,18 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
                 f"{name} is {list(part.shape)} {part.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}"
             )
-    check_scales(parts)
+    check_range(parts)
     zero = -RANGES[scheme.grid.bits][0]
     if "levels" in parts and parts["levels"][zero] != 0:
         raise ValueError(f"levels has {int(parts['levels'][zero])} for code zero, which must be 0")
     _check_positions(parts["weight"], parts["salient_rows"], parts["salient_columns"], in_features)
 
 
-def check_scales(parts: Mapping[str, Tensor]) -> None:
-    """Refuse parts of which a float32 cannot hold the weights; codes are not looked at.
+def check_range(parts: Mapping[str, Tensor]) -> None:
+    """Refuse scales and salient values that are no numbers, or of which a weight could be none.
 
     Raises:
-        ValueError: a scale or a salient value is NaN or infinite, or the product of the scales is.
+        ValueError: a NaN or an infinity, or a product of scales that is more than a float32 can hold.
     """
     for name in ("weight_scale", "salient_values", "row_scale", "column_scale"):
         if name in parts and parts[name].is_floating_point() and not torch.isfinite(parts[name]).all():
@@ -53,7 +53,7 @@ def check_scales(parts: Mapping[str, Tensor]) -> None:
 
 def _largest(parts: Mapping[str, Tensor]) -> float:
     """A bound on the low-bit part's weights, as float32 multiplies them."""
-    bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]))
+    bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]), device="cpu")  # not a context's
     for name in ("levels", "weight_scale", "row_scale", "column_scale"):
         if name in parts and parts[name].numel():
             bound = bound * parts[name].float().abs().max().cpu()

@@ -24,7 +24,7 @@ from svdq_hf.quantize.budget import BudgetItem, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
 from svdq_hf.quantize.layer import dense_layer, empty_layer, matrix_of, quantized_layer
 from svdq_hf.quantize.layer_inputs import collect_for
-from svdq_hf.quantize.selection import dense_weight, layers_to_convert, shape_of
+from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
 from svdq_hf.quantize.weight import check_weight
 
 Item = TypeVar("Item")
@@ -57,7 +57,9 @@ def convert_layers(
             stay done.
     """
     chosen = layers_to_convert(model, config)
-    for name, module in chosen.items():  # before the first is changed
+    for name, module in {**chosen, **(others or {})}.items():  # before the first is changed
+        check_biases(name, module)
+    for name, module in chosen.items():
         if layout_of(module) is None:
             check_weight(name, dense_weight(module))
         else:

@@ -8,13 +8,12 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.nn.embedding import SVDQEmbedding, can_be_read
 from svdq_hf.quantize.code_inspection import layers_read
 from svdq_hf.quantize.head import Head, put_head
-from svdq_hf.quantize.selection import kept_dense
+from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.weight import check_weight, quantize_weight
 
 
@@ -65,7 +64,7 @@ def chosen_embedding(model: nn.Module, config: SVDQConfig, head: Head | None) ->
         return None
     table = find_embedding(model)
     for name in (table.name, *table.embeddings):
-        if not should_convert_module(name, kept_dense(config)):
+        if KeptDense.of(config).keeps(name):
             raise ValueError(f"embeddings=True, and modules_to_not_convert keeps {name} dense: which is it?")
     if table.name in layers_read(model, lambda module: module is table.module):
         raise ValueError(

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.nn.embedding import TiedEmbedding, can_be_read
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.code_inspection import layers_read
+from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.layer import dense_layer, quantized_layer
-from svdq_hf.quantize.selection import kept_dense
 from svdq_hf.quantize.weight import check_weight
 
 
@@ -103,7 +102,7 @@ def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
             "packed one is no matrix; leave lm_head out"
         )
     for name in (head.name, *head.embeddings):  # one matrix, by all its names
-        if not should_convert_module(name, kept_dense(config)):
+        if KeptDense.of(config).keeps(name):
             raise ValueError(f"lm_head=True, and modules_to_not_convert keeps {name} dense: which is it?")
     if not head.module.weight.is_meta:
         check_weight(head.name, head.module.weight)

@@ -7,10 +7,10 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.names import WeightName
@@ -19,6 +19,7 @@ from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.code_inspection import is_linear, layers_read
 from svdq_hf.quantize.experts import check_expert_choices, warn_of_unknown
+from svdq_hf.quantize.kept_dense import KeptDense
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +55,20 @@ def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Modu
         )
     if modules.keys() == {""}:
         raise ValueError(f"{type(model).__name__} is a single layer; put it into an nn.Sequential")
-    asked = kept_dense(config)
-    skips = default_skips(model)
     linear = linear_layers(model)
-    chosen = {
-        name: module
-        for name, module in linear.items()
-        if all(should_convert_module(one, asked) for one in all_names({name: module}))
-        and not any(_within(one, skips) for one in all_names({name: module}))
-        # Experts are one thing: both matrices of theirs are quantized, or none.
-        and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
-    }
-    for pattern in unmatched(all_names(linear), config):
-        logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
+    chosen = convertible(model, linear, KeptDense.of(config))
+    for pattern, kept in kept_by_name(all_names(linear), config).items():
+        if kept:
+            logger.info("modules_to_not_convert: %r keeps %d dense: %s", pattern, len(kept), ", ".join(kept))
+        else:
+            logger.warning("modules_to_not_convert: %r matches no linear layer of this model", pattern)
     if not chosen:
+        asked = config.modules_to_not_convert or []
         rest = [module for name, module in modules.items() if name not in linear]
         others = sorted({type(module).__name__ for module in rest if isinstance(module, nn.Linear)})
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize "
-            f"({len(linear)} in all, kept dense by {sorted({*skips, *asked})}"
+            f"({len(linear)} in all, kept dense by {sorted({*default_skips(model), *asked})}"
             f"{'; of kinds of their own: ' + ', '.join(others) if others else ''})"
         )
     warn_of_unknown(modules)
@@ -85,31 +81,39 @@ def all_names(layers: Mapping[str, nn.Module]) -> list[str]:
     return [*layers, *(stored.name for name, module in layers.items() for stored in stacks_of(name, module))]
 
 
+def convertible(model: nn.Module, linear: Mapping[str, nn.Module], asked: KeptDense) -> dict[str, nn.Module]:
+    """Those of the `linear` layers of a model, by name, that neither the user nor a default keeps dense."""
+    skips = default_skips(model)
+    return {
+        name: module
+        for name, module in linear.items()
+        if not any(asked.keeps(one) or _within(one, skips) for one in all_names({name: module}))
+        # Experts are one thing: both matrices of theirs are quantized, or none.
+        and all(stored.shape[-2] >= FEWEST_ROWS for stored in weights_of(name, module))
+    }
+
+
+def kept_by_name(names: Iterable[str], config: SVDQConfig) -> dict[str, list[str]]:
+    """For each name in modules_to_not_convert, which of the `names` of layers it keeps dense.
+
+    >>> kept_by_name(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
+    {'down': ['mlp.down'], 'pooler': []}
+    """
+    asked = KeptDense.of(config)
+    kept: dict[str, list[str]] = {name: [] for name in asked.all}
+    for layer in names:
+        for name in asked.names(layer):
+            kept[name].append(layer)
+    return kept
+
+
 def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
-    """The user's patterns of modules to keep dense that match none of the `names` of linear layers.
+    """The user's names of modules to keep dense that keep none of the `names` of layers.
 
     >>> unmatched(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
     ['pooler']
     """
-    names = list(names)
-    return [
-        pattern
-        for pattern in kept_dense(config)
-        if all(should_convert_module(name, [pattern]) for name in names)
-    ]
-
-
-def kept_dense(config: SVDQConfig) -> list[str]:
-    """The user's names of modules, each a regular expression that compiles."""
-    patterns = list(config.modules_to_not_convert or [])
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} is no regular expression: {error}"
-            ) from error
-    return patterns
+    return [name for name, kept in kept_by_name(names, config).items() if not kept]
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:
@@ -161,6 +165,17 @@ def _shared_weights(model: nn.Module) -> list[str]:
         if name.endswith(".weight"):
             users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     return [name for names in users.values() if len(names) > 1 for name in names]
+
+
+def check_biases(name: str, module: nn.Module) -> None:
+    """Refuse a layer, or experts, with a bias that is no number: what it adds to would be none either.
+
+    Raises:
+        ValueError: a NaN or an infinity; it names the layer.
+    """
+    for own, bias in module.named_parameters(recurse=False):
+        if own.endswith("bias") and not bias.is_meta and not torch.isfinite(bias).all():
+            raise ValueError(f"{name}: {own} has a NaN or an infinity: the checkpoint is damaged")
 
 
 def dense_weight(module: nn.Module, *, detach: bool = True) -> Tensor:

@@ -2,9 +2,9 @@
 
 transformers loads tensor by tensor: a part that is missing ends as a line in a log, one of a wrong
 dtype is cast, one that nobody asked for is dropped. So every tensor of every quantized layer is
-compared with `part_specs` first, and one error names the layer. Like `quantizer`, this file touches
-transformers' internals (5.20 to 5.24). Not here: the values of tensors (`checks`), and the names that layers
-have in files when they are saved (`renaming`).
+compared with `part_specs` first (`header_checks`), and one error names the layer. Like `quantizer`, this file
+touches transformers' internals (5.20 to 5.24). Not here: the values of tensors (`format.checks`), and the
+names that layers have in files when they are saved (`file_names`).
 """
 
 import copy
@@ -27,8 +27,7 @@ from svdq_hf.format.metadata import stored_facts
 from svdq_hf.format.names import WeightName, part_key, weight_of_part
 from svdq_hf.quantize.budget import BudgetItem
 from svdq_hf.quantize.head import dense_names
-from svdq_hf.quantize.selection import shape_of, weights_of
-from svdq_hf.quantize.weight import check_source_dtype
+from svdq_hf.quantize.selection import shape_of
 
 REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize the original model again"
 
@@ -115,98 +114,6 @@ class _Renaming:
             return [renamed], None
         targets = self.by_source[source].target_patterns
         return [renamed.replace(targets[0], target) for target in targets], source
-
-
-def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a dense checkpoint that lacks the weight of a layer, or has it as something else.
-
-    Raises:
-        ValueError: no weight, one that is no plain float, or one that svdq has packed already.
-    """
-    for layer, module in layers.items():
-        for stored in weights_of(layer, module):
-            entry = checkpoint.entries.get(stored.key("weight"))
-            if entry is None:
-                raise ValueError(
-                    f"{stored.name}: the checkpoint has no weights for this layer, and random ones cannot be "
-                    f"trusted in few bits; load with modules_to_not_convert=[{layer!r}] to keep it dense and "
-                    "train it"
-                )
-            if stored.key("salient_rows") in checkpoint.entries:
-                raise ValueError(
-                    f"could not quantize {stored.name}: it is quantized already, by svdq, and config.json "
-                    "has lost its quantization_config; put that back"
-                )
-            check_source_dtype(stored.name, entry.dtype)
-
-
-def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice: str) -> None:
-    """Refuse to quantize a head, or an embedding, that the files have under none of the names `keys`.
-
-    Raises:
-        ValueError: no weight, or one that is no plain float.
-    """
-    found = [checkpoint.entries[key] for key in keys if key in checkpoint.entries]
-    if not found:
-        raise ValueError(
-            f"{name}: the checkpoint has no weights for it, and random ones cannot be trusted in few bits; "
-            f"leave {choice} out, and train it"
-        )
-    for entry in found:
-        check_source_dtype(name, entry.dtype)
-
-
-def stored_layers(
-    checkpoint: Checkpoint, layers: Mapping[str, nn.Module], config: SVDQConfig
-) -> dict[str, nn.Module]:
-    """Those of `layers` that are quantized in a checkpoint.
-
-    The rest it has dense, or never had (a pooler, a new head): those are dense layers here as well.
-
-    Raises:
-        ValueError: a part is missing, there is one too many, or its shape or dtype is not that of
-            `part_specs`.
-    """
-    found = {}
-    for name, module in layers.items():
-        weights = weights_of(name, module)
-        if any(_is_packed(stored, checkpoint) for stored in weights):
-            for stored in weights:  # of experts both, or none
-                _check_stored(stored, checkpoint, config)
-            found[name] = module
-    if not found:
-        raise ValueError(f"config.json says svdq, and no layer of the files is quantized. {REMEDY}")
-    return found
-
-
-def _others(stored: WeightName, checkpoint: Checkpoint) -> set[str]:
-    """What a checkpoint has of a weight beside what a dense one has."""
-    prefix = stored.key("")
-    there = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
-    return there - {"weight", "bias"}
-
-
-def _is_packed(stored: WeightName, checkpoint: Checkpoint) -> bool:
-    weight = checkpoint.entries.get(stored.key("weight"))
-    packed = weight is not None and weight.dtype == torch.int8
-    return packed or bool(_others(stored, checkpoint)) or stored.name in checkpoint.facts
-
-
-def _check_stored(stored: WeightName, checkpoint: Checkpoint, config: SVDQConfig) -> None:
-    linear = len(stored.shape) == 2  # experts have no k of their own
-    specs = stored.specs((config.of_layer(stored.name) if linear else config).scheme)
-    for part, spec in specs.items():
-        entry = checkpoint.entries.get(stored.key(part))
-        if entry is None:
-            raise ValueError(f"{stored.name}: {part} is missing. {REMEDY}")
-        if entry.whole and (entry.shape, entry.dtype) != spec:
-            raise ValueError(
-                f"{stored.name}: {part} is {list(entry.shape)} {entry.dtype}, "
-                f"where the config says {list(spec.shape)} {spec.dtype}. {REMEDY}"
-            )
-    unknown = sorted(_others(stored, checkpoint) - specs.keys())
-    if unknown:
-        raise ValueError(f"{stored.name}: the config knows no {unknown}. {REMEDY}")
 
 
 def stored_weights(

@@ -12,6 +12,7 @@ from transformers.quantizers.base import _assign_is_quantized
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.integrations.peft.patches import has_adapters
+from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
@@ -39,6 +40,13 @@ def quantize_model(
             a NaN or an infinity; data is needed and missing, or batches cannot be made of none
             ("synthetic"); lm_head is asked for and there is no head that can be quantized.
     """
+    with trainable_tensors():
+        return _quantized(model, config, batches)
+
+
+def _quantized(
+    model: nn.Module, config: SVDQConfig | dict[str, Any] | None, batches: Iterable[Any] | None
+) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
     config = (

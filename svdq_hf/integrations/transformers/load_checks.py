@@ -9,6 +9,7 @@ from svdq_hf.format.parts import Scheme
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
+from svdq_hf.quantize.selection import check_biases
 
 
 def check_filled(model: nn.Module, remedy: str) -> None:
@@ -18,7 +19,7 @@ def check_filled(model: nn.Module, remedy: str) -> None:
     does not know as memory happens to be.
 
     Raises:
-        ValueError: it names the layer and what is missing.
+        ValueError: it names the layer and what is missing, or the bias that has a NaN.
     """
     for name, layer in svdq_layers(model):
         _check_here(name, layer, [*layer.parts(), *([] if layer.bias is None else ["bias"])], remedy)
@@ -34,6 +35,7 @@ def _check_here(name: str, layer: nn.Module, keys: list[str], remedy: str) -> No
     missing = [key for key, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing. {remedy}")
+    check_biases(name, layer)
 
 
 def _is_on_disk(parts: Mapping[str, Tensor]) -> bool:

@@ -13,14 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.integrations.transformers.checkpoint_headers import (
-    Checkpoint,
-    check_dense,
-    check_source,
-    stored_weights,
-)
+from svdq_hf.integrations.transformers.checkpoint_headers import Checkpoint, stored_weights
 from svdq_hf.integrations.transformers.expert_conversions import without_stacking
 from svdq_hf.integrations.transformers.file_names import unconverted
+from svdq_hf.integrations.transformers.header_checks import check_dense, check_source
+from svdq_hf.integrations.transformers.inference_mode import make_trainable, trainable_tensors
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.patches import load_exactly
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, module_of
@@ -122,7 +119,9 @@ class DenseLoad(Load):
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
         self.check(model)
-        self._quantize_ends(model)
+        make_trainable(model)
+        with trainable_tensors():
+            self._quantize_ends(model)
         return declare(model, self.saved.replace(layer_k=self.config.layer_k))
 
     def _quantize_ends(self, model: PreTrainedModel) -> None:

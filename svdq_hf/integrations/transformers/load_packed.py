@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint, stored_layers
+from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
 from svdq_hf.integrations.transformers.file_names import layer_k_by_model_name, unconverted
+from svdq_hf.integrations.transformers.header_checks import check_none_missing, stored_layers
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.load_checks import check_values
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
@@ -44,6 +45,7 @@ class PackedLoad(Load):
         self.config = layer_k_by_model_name(checkpoint, self.saved)
         if checkpoint.entries:  # what a file holds is not for names to decide
             chosen = stored_layers(checkpoint, layers, self.config)
+            check_none_missing(model, checkpoint, layers, self.config)
         else:
             chosen = layers_to_convert(model, self.config)
         head = stored_head(model, checkpoint, self.config)

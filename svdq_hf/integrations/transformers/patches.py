@@ -1,11 +1,18 @@
 """Every change that svdq_hf makes to transformers (5.20 to 5.24), and why.
 
-Of a class, so for the whole process, made when the first SVDQHfQuantizer is (`apply`):
+Of PreTrainedModel, so for the whole process, made when the first SVDQHfQuantizer is (`apply`):
 
 PreTrainedModel.dtype
     Why: it is the first floating parameter's; config.json is written and models are loaded by it. Where that
     is a salient weight, FP32, a bfloat16 model would come back in FP32. Since: 5.20, and before.
     Fails when not needed: `test_transformers_takes_a_salient_weight_for_the_models_dtype`.
+PreTrainedModel.save_pretrained
+    Why: a dense model that was made from a quantized one's config writes its quantization_config, and what is
+    saved is refused when it is loaded. For a quantized model it is transformers' own.
+    Fails when not needed: `test_transformers_writes_a_dense_models_quantization_config`.
+PreTrainedModel.resize_token_embeddings
+    Why: it resizes the embedding and then finds that the head is no nn.Linear. Asked before, it refuses.
+    Fails when not needed: `test_transformers_resizes_half_of_a_model`.
 
 Private attributes of one model:
 
@@ -34,6 +41,7 @@ is_quantized of a model and its parts (`in_memory`, by transformers' own `_assig
 No upstream issue is known for any of them. Not here: PEFT (`integrations.peft.patches`).
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -43,15 +51,26 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.names import is_salient_values
+from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
+from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.nn.linear import SVDQLinear
 
-TRANSFORMERS_DTYPE = PreTrainedModel.dtype
-"""The property as transformers has it."""
+OWN_DTYPE, OWN_SAVE, OWN_RESIZE = (
+    PreTrainedModel.dtype,
+    PreTrainedModel.save_pretrained,
+    PreTrainedModel.resize_token_embeddings,
+)
+"""What is changed, as transformers has it."""
 
 
+@functools.cache
 def apply() -> None:
-    """Change transformers' classes; a second call changes nothing."""
+    """Change transformers' class, once: what others change of it afterwards is theirs."""
     PreTrainedModel.dtype = property(main_dtype)
+    PreTrainedModel.save_pretrained = save_as_it_is
+    PreTrainedModel.resize_token_embeddings = resize_dense_ends
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
@@ -66,6 +85,54 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     floating = ((name, one.dtype) for name, one in model.named_parameters() if one.is_floating_point())
     first = next(floating)
     return next((dtype for name, dtype in chain([first], floating) if not is_salient_values(name)), first[1])
+
+
+@functools.wraps(OWN_SAVE)
+def save_as_it_is(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained`, by which a dense model says that it is dense, whoever's config it was made from."""
+    config = model.config
+    quantized = getattr(model, "hf_quantizer", None) is not None or any(packed_weights(model))
+    if quantized or _method(getattr(config, "quantization_config", None)) != QUANT_METHOD:
+        return OWN_SAVE(model, *args, **kwargs)
+    others = config.quantization_config
+    del config.quantization_config
+    try:
+        return OWN_SAVE(model, *args, **kwargs)
+    finally:
+        config.quantization_config = others
+
+
+def _method(config: Any) -> Any:
+    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+
+
+@functools.wraps(OWN_RESIZE)
+def resize_dense_ends(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`resize_token_embeddings`, which refuses a packed head or embedding before it changes anything.
+
+    Raises:
+        ValueError: one of the two is packed, and the size is another.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(head, SVDQLinear) or isinstance(embedding, SVDQEmbedding | TiedEmbedding)
+    if packed:
+        rows = (
+            embedding.weight.shape[0] if not isinstance(embedding, SVDQEmbedding) else embedding.out_features
+        )
+        size = rows if new_num_tokens is None else new_num_tokens
+        size += -size % (pad_to_multiple_of or 1)
+        if size != rows:
+            raise ValueError(
+                f"resize_token_embeddings: a quantized head or embedding has {rows} rows and cannot have "
+                f"{size}; resize the dense model (dequantize_model(model) gives one) and quantize that"
+            )
+    return OWN_RESIZE(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
 def load_exactly(model: Any, weights: Iterable[str], exact: Iterable[str]) -> Callable[[], None]:

@@ -3,7 +3,6 @@
 Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
 """
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.checks import check_scales
 from svdq_hf.format.names import WeightName
+from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
@@ -38,7 +37,8 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
             dense = value[0] if isinstance(value, list) else value
             layer = module_of(model, name)
-            converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
+            with trainable_tensors():
+                converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
         return converted
 
     def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:
@@ -51,29 +51,15 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             if isinstance(layer, SVDQLinear):
                 weight = dense.T.contiguous() if transposed else dense
                 parts, layer.facts = quantize_weight(weight, self.config, stored.name)
-                _check_scales(stored.name, [parts])
             else:
                 parts, layer.facts[_leaf(key)] = quantize_stack(
                     dense, self.config, stored.name, transposed=transposed
                 )
-                each = range(stored.shape[0])
-                _check_scales(stored.name, ({part: t[one] for part, t in parts.items()} for one in each))
         except ValueError as error:
             self.failures.append(error)
             specs = stored.specs(layer.scheme)
             parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in specs.items()}
         return {stored.key(part): tensor for part, tensor in parts.items()}
-
-
-def _check_scales(name: str, each: Iterable[Mapping[str, Tensor]]) -> None:
-    """Refuse a weight so large that its parts would not load again; its codes need no second look."""
-    for parts in each:
-        if parts["weight"].is_meta:
-            return
-        try:
-            check_scales(parts)
-        except ValueError as error:
-            raise ValueError(f"could not quantize {name}: {error}") from error
 
 
 def _check_shape(stored: WeightName, dense: Tensor, *, transposed: bool) -> None:

@@ -79,7 +79,7 @@ def dense_folder(folder, **choices):
 def test_transformers_takes_a_salient_weight_for_the_models_dtype():
     model = tiny.llama(tie_word_embeddings=False).to(torch.bfloat16)
     model = quantize_model(model, SVDQConfig(k=9, embeddings=True))
-    assert patches.TRANSFORMERS_DTYPE.fget(model) == torch.float32
+    assert patches.OWN_DTYPE.fget(model) == torch.float32
     assert model.dtype == torch.bfloat16
 
 
@@ -113,3 +113,58 @@ def test_transformers_ties_what_is_packed(tmp_path, monkeypatch):
     monkeypatch.setattr(head, "_untie", lambda model, modules: None)
     with pytest.raises((AttributeError, KeyError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.fixture
+def student():
+    """A dense model that was made from a quantized one's config."""
+    teacher = quantize_model(tiny.llama(), CONFIG)
+    return AutoModelForCausalLM.from_config(teacher.config)
+
+
+def test_transformers_writes_a_dense_models_quantization_config(student, tmp_path):
+    patches.OWN_SAVE(student, tmp_path)
+    with pytest.raises(ValueError, match="take quantization_config out of its"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_model_of_a_quantized_config_is_saved_dense(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert tiny.different_tensors(student, again) == []
+    assert not hasattr(again.config, "quantization_config")
+    assert student.config.quantization_config.k == 9  # a config may be shared with a quantized model
+
+
+def test_a_quantized_model_saves_its_config_still(tmp_path):
+    quantize_model(tiny.llama(), CONFIG).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["k"] == 9
+
+
+@pytest.fixture(params=[{"lm_head": True}, {"embeddings": True}], ids=["head", "embedding"])
+def with_packed_end(request):
+    model = tiny.llama(tie_word_embeddings=False)
+    return quantize_model(model, SVDQConfig(k=9, **request.param))
+
+
+def test_transformers_resizes_half_of_a_model():
+    model = quantize_model(tiny.llama(tie_word_embeddings=False), SVDQConfig(k=9, lm_head=True))
+    rows = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(TypeError):
+        patches.OWN_RESIZE(model, rows + 8)
+    assert model.get_input_embeddings().weight.shape[0] == rows + 8
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+def test_a_model_with_a_packed_end_is_not_resized(pad, with_packed_end):
+    before = answers(with_packed_end)
+    rows = with_packed_end.config.vocab_size
+    with pytest.raises(ValueError, match=rf"head or embedding has {rows} rows .*dequantize_model"):
+        with_packed_end.resize_token_embeddings(rows + 8, pad_to_multiple_of=pad)
+    assert torch.equal(answers(with_packed_end), before)
+
+
+def test_a_model_with_dense_ends_is_resized():
+    model = quantize_model(tiny.llama(tie_word_embeddings=False), CONFIG)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    assert model.lm_head.out_features == model.get_input_embeddings().num_embeddings
