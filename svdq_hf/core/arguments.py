@@ -138,7 +138,7 @@ def is_a(value: object, hint: Any) -> bool:
     if origin is not None:
         return _is_collection(value, origin, inner)
     plain = {int: Integral, float: Real, Path: os.PathLike, None: types.NoneType}.get(hint, hint)
-    if not isinstance(plain, type):
+    if plain is Any or not isinstance(plain, type):  # `Any` is a class, since Python 3.11
         return True
     if plain in (Integral, Real):
         return isinstance(value, plain) and not isinstance(value, bool)
