@@ -3,5 +3,6 @@
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import export_dense
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.source import Source
 
-__all__ = ["estimate_checkpoint", "export_dense", "quantize_checkpoint"]
+__all__ = ["Source", "estimate_checkpoint", "export_dense", "quantize_checkpoint"]

@@ -1,6 +1,7 @@
-"""What lies beside a model's weights and belongs to it: tokenizers, processors, pooling, prompts.
+"""What lies beside a model's weights and belongs to it: tokenizers, processors, pooling, prompts, modules.
 
-Not here: weights, code and pickles, which are never copied; README.md (`card`).
+The modules of a sentence-transformers model (modules.json) are carried over whole, weights too. Not here: the
+model's own weights; code and pickles beside it, which are never copied; README.md (`card`).
 """
 
 import json
@@ -8,18 +9,30 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from svdq_hf.hub.client import COMPANIONS
+from svdq_hf.format.files import REMEDY
+from svdq_hf.hub.client import COMPANIONS, PICKLES
+
+MODULES = "modules.json"
+_WITH_WEIGHTS = {
+    "Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling", "WordEmbeddings", "StaticEmbedding",
+    "SparseStaticEmbedding", "SparseAutoEncoder", "IDF",
+}  # fmt: skip
+"""Modules of sentence-transformers that have weights: a folder of one without any is not whole."""
 
 logger = logging.getLogger(__name__)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy small files that are not weights, and that saving has not written itself.
+    """Copy small files that are not weights, and that saving has not written itself; and modules, whole.
 
     Left out: what is hidden, subfolders that are models of their own, links to outside of `source`.
     """
+    modules = [source / path for path in module_folders(source)]
+    for folder in modules:
+        for file in _files_of_module(folder):
+            _copy(file, target / file.relative_to(source))
     for file in _files(source):
         name = file.relative_to(source)
         place = target / name
@@ -29,8 +42,70 @@ def copy_companions(source: Path, target: Path) -> None:
         if not _is_inside(file, source):
             logger.warning("%s: %s is a link to outside of that folder, and not copied", source, name)
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
+        _copy(file, place)
+
+
+def _copy(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place)
+
+
+def module_folders(source: Path) -> dict[str, str]:
+    """Modules beside the transformer of a sentence-transformers model: folder -> class, as modules.json says.
+
+    Raises:
+        ValueError: modules.json is damaged, or names a folder elsewhere.
+    """
+    file = source / MODULES
+    if not file.is_file():
+        return {}
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        found = {str(one["path"]): str(one["type"]).rpartition(".")[2] for one in entries}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); {REMEDY}") from error
+    for path in found:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+            raise ValueError(f"{file}: names {path!r}, which is no folder beside it; {REMEDY}")
+    return {path: kind for path, kind in found.items() if PurePosixPath(path).parts}
+
+
+def check_modules(source: Path) -> None:
+    """Refuse modules that could not be carried over whole.
+
+    Raises:
+        ValueError: a module's weights are pickled or not there, or a file of it is a link to elsewhere.
+    """
+    for path, kind in module_folders(source).items():
+        folder = source / path
+        files = list(_files_of_module(folder)) if folder.is_dir() else []
+        whole = any(file.suffix == ".safetensors" for file in files)
+        pickled = [file for file in _walk(folder) if file.suffix in PICKLES] if folder.is_dir() else []
+        if not whole and (pickled or kind in _WITH_WEIGHTS):
+            what = (
+                f"{path}/{pickled[0].name} is a pickle, which is not read" if pickled else "it has none here"
+            )
+            raise ValueError(
+                f"{source}: the module {path} ({kind}) has no safetensors file: {what}; load the model in "
+                "Python with sentence_transformers and save it again, which writes safetensors"
+            )
+        outside = [file for file in files if not _is_inside(file, source)]
+        if outside:
+            raise ValueError(
+                f"{source}: {outside[0].relative_to(source)} is a link to outside of that folder; put the "
+                "file itself there"
+            )
+
+
+def _files_of_module(folder: Path) -> Iterator[Path]:
+    """All files of a module but pickles, beside which the same weights are safetensors (`check_modules`)."""
+    return (file for file in _walk(folder) if file.suffix not in PICKLES)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in sorted(folders) if name[0] != "."]
+        yield from (Path(at, name) for name in sorted(names) if name[0] != "." and Path(at, name).is_file())
 
 
 def _files(source: Path) -> Iterator[Path]:

@@ -5,7 +5,6 @@ own layers, in this process, and multiplied.
 """
 
 import math
-import shutil
 import sys
 import time
 from collections import Counter
@@ -13,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.checkpoint.folders import SHARD_SIZE, check_target, parse_size, unfinished_folder
-from svdq_hf.checkpoint.source import model_class
+from svdq_hf.checkpoint.folders import SHARD_SIZE, check_target, free_bytes, parse_size
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import StreamPlan, make_plan
 from svdq_hf.checkpoint.streaming.resume import bytes_needed
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
+from svdq_hf.checkpoint.unfinished import check_own, unfinished_folder
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.files import folder_bytes
-from svdq_hf.hub.client import local_folder
 from svdq_hf.quantize.footprint import Footprint
 from svdq_hf.quantize.weight import quantize_weight
 
@@ -60,7 +58,7 @@ class Estimate:
 
 
 def estimate_checkpoint(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     config: SVDQConfig,
     *,
@@ -73,13 +71,13 @@ def estimate_checkpoint(
         ValueError: what it would raise before the work starts, and of the sampled layers.
     """
     check_target(out)
-    size, source = parse_size(shard_size), local_folder(model)
-    target = Path(out).absolute()
-    there = next(parent for parent in target.parents if parent.exists())
-    kind = model_class(source)
-    before, free = folder_bytes(source), shutil.disk_usage(there).free
+    size, source = parse_size(shard_size), Source.resolve(model)
+    work = unfinished_folder(out)
+    check_own(work)
+    source.check()
+    before, free = source.bytes, free_bytes(Path(out).absolute().parent)
     try:
-        plan = make_plan(kind, source, config, size)
+        plan = make_plan(source, config, size)
     except Unstreamable as reason:
         after = reason.footprint
         disk = after.total_bytes if after is not None else before
@@ -88,7 +86,7 @@ def estimate_checkpoint(
     seconds, sampled = _measured(plan)
     peak = peak_memory() + _stack_bytes(plan)
     memory = peak if workers == 1 else idle + workers * peak
-    disk = bytes_needed(plan, unfinished_folder(out))
+    disk = bytes_needed(plan, work)
     return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
 
 

@@ -1,23 +1,93 @@
-"""The output folder of a command: checked first, hidden while it is written, renamed when it is whole."""
+"""The output folder of a command: checked first, hidden while it is written, renamed when it is whole.
+
+Not here: whose the hidden folder is, and how it is locked (`unfinished`).
+"""
 
 import os
 import re
+import shutil
 from pathlib import Path
+
+from svdq_hf.checkpoint.streaming.byte_ranges import readable
 
 REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"
 """A run that is cut off loses what it has done of one file."""
 
+MOUNTS = Path("/proc/self/mountinfo")
+"""Linux's list of mount points; the fifth column is the folder."""
+
 
 def check_target(out: str | Path) -> None:
-    """Refuse to write into a folder that holds anything.
+    """Refuse an output folder that could not be given its name at the end, before any work is done.
 
     Raises:
-        ValueError: `out` is there and not an empty folder.
+        ValueError: `out` is there and not an empty folder, is a symbolic link or a mount point, lies in what
+            is no folder, or its name is not UTF-8.
     """
-    target = Path(out)
+    check_text(out)
+    target = Path(out).absolute()
+    if target.is_symlink():
+        raise ValueError(
+            f"{out} is a symbolic link to {os.readlink(target)}, and a folder cannot take its place; name "
+            "the folder itself, or remove the link"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} is there already and not empty; name another folder or remove it")
+    if _is_mount_point(target):
+        raise ValueError(f"{out} is a mount point, and cannot be replaced; name a folder in it: {out}/model")
+    if target.name in ("", ".."):
+        raise ValueError(f"{out} does not end with the name of a folder; name the folder to write")
+    there = _nearest(target.parent)
+    if not there.is_dir():
+        raise ValueError(f"{out}: {there} is a file, no folder; name another folder")
+
+
+def check_text(name: str | Path) -> None:
+    """Refuse a path that is not UTF-8: config files, cards and the safetensors library hold text.
+
+    Raises:
+        ValueError: it says the path with what is not text escaped.
+    """
+    text = os.fspath(name)
+    if "\0" in text or text != text.encode(errors="replace").decode():
+        raise ValueError(f"{text!a}: this name is not UTF-8 text; rename it, or name another")
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Whether a folder is one, a bind mount of its own file system (which `ismount` does not know) too."""
+    if not folder.exists():
+        return False
+    if os.path.ismount(folder):
+        return True
+    try:
+        columns = [line.split()[4] for line in MOUNTS.read_text(errors="surrogateescape").splitlines()]
+    except (OSError, IndexError):
+        return False
+    return re.sub(r"[ \t\n\\]", lambda one: f"\\{ord(one[0]):03o}", os.path.realpath(folder)) in columns
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk of `folder`, or of the nearest that is there, cannot take.
+
+    Raises:
+        ValueError: it says what is needed and what is free.
+    """
+    free = free_bytes(folder)
+    if needed > free:
+        raise ValueError(
+            f"{folder}: needs {readable(needed)} of disk, and {readable(free)} are free; "
+            "make room, or name a folder on another disk"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder, or of the nearest above it that is there."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def put_in_place(work: Path, target: Path) -> None:
@@ -27,19 +97,13 @@ def put_in_place(work: Path, target: Path) -> None:
     os.rename(work, target)
 
 
-def unfinished_folder(out: str | Path) -> Path:
-    """Where the work for `out` is done until it is whole."""
-    target = Path(out).absolute()
-    return target.with_name(f".{target.name}.unfinished")
-
-
 def parse_size(text: str) -> int:
     """Bytes of a size such as "500MB".
 
     >>> parse_size("1.5GB")
     1500000000
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.strip().upper()) if type(text) is str else None
     size = int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2][0]))) if match else 0
     if size == 0:
         raise ValueError(f"shard size {text!r}: must be a number and KB, MB, GB or TB, such as 500MB")

@@ -9,30 +9,32 @@ was interrupted goes on; else it is quantized in memory.
 import json
 import logging
 import re
-import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from svdq_hf.checkpoint.accounting import listed
 from svdq_hf.checkpoint.companion_files import copy_companions
 from svdq_hf.checkpoint.folders import (
     REPORT_FILE,
     SHARD_SIZE,
+    check_disk,
     check_target,
     parse_size,
     put_in_place,
-    unfinished_folder,
 )
-from svdq_hf.checkpoint.source import empty_model, listed, load_complete, model_class
+from svdq_hf.checkpoint.load import load_complete
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import make_plan
-from svdq_hf.checkpoint.streaming.resume import check_disk, stream
+from svdq_hf.checkpoint.streaming.resume import stream
 from svdq_hf.checkpoint.streaming.unit import Unstreamable
+from svdq_hf.checkpoint.unfinished import unfinished_folder, work_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import folder_bytes
 from svdq_hf.hub.card import write_card
-from svdq_hf.hub.client import local_folder
+from svdq_hf.hub.card_facts import dense_layers
 from svdq_hf.hub.readme import README, read_text
 from svdq_hf.integrations.transformers.in_memory import quantize_model
 from svdq_hf.quantize.footprint import Footprint, read_footprint
@@ -43,8 +45,25 @@ NAMES_SHOWN = 6
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Result:
+    """What quantizing a checkpoint came to.
+
+    Attributes:
+        footprint: of the output.
+        bytes_before: of the source's safetensors files.
+        bytes_after: of the output's.
+        dense: linear layers that stayed dense, those that differ by a number in one entry; None: not known.
+    """
+
+    footprint: Footprint
+    bytes_before: int
+    bytes_after: int
+    dense: tuple[str, ...] | None
+
+
 def quantize_checkpoint(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     config: SVDQConfig,
     *,
@@ -52,76 +71,109 @@ def quantize_checkpoint(
     workers: int = 1,
     restart: bool = False,
 ) -> Footprint:
-    """Quantize a model, given by folder or Hub name, into the folder `out`; what it weighs then.
+    """Quantize a model into the folder `out`; what it weighs then.
 
-    shard_size: of a file of the output, such as "500MB"; what is done when a run is cut off is kept by file.
-    workers: processes that share the work and this process's threads.
-    restart: whether to throw away what an earlier run, cut off, has done for `out`.
+    Every tensor of the model's files is in the output, or is named: by its class, which leaves it out and is
+    told, or by the user (`Source.resolve(model, drop=[...])`). Else nothing is written.
+
+    Args:
+        model: a folder, the Hub's user/model, or a `Source`.
+        out: must not be there, or be an empty folder.
+        config: how.
+        shard_size: of a file of the output, such as "500MB"; what is done when a run is cut off is kept by
+            file.
+        workers: processes that share the work and this process's threads.
+        restart: whether to throw away what an earlier run, cut off, has done for `out`.
 
     Raises:
-        ValueError: `out` is there and not empty; the model is quantized already, has no safetensors
-            file, is damaged, needs code of its own, or is refused by `from_pretrained`; the disk is too
-            small; a run that was cut off had another input or other choices.
+        ValueError: `out` is there and not empty, or cannot be replaced; the model is quantized already, has
+            no safetensors file, is damaged, needs code of its own, has tensors that its class does not know,
+            or is refused by `from_pretrained`; the disk is too small; a run that was cut off had another
+            input or other choices.
         RuntimeError: a worker died.
         OSError: the disk is full, the model is not there, or another run is at work for `out`.
     """
+    return quantize_source(
+        model, out, config, shard_size=shard_size, workers=workers, restart=restart
+    ).footprint
+
+
+def quantize_source(
+    model: str | Path | Source,
+    out: str | Path,
+    config: SVDQConfig,
+    *,
+    shard_size: str = SHARD_SIZE,
+    workers: int = 1,
+    restart: bool = False,
+) -> Result:
+    """`quantize_checkpoint`, and all that it has found out on the way."""
     target = Path(out).absolute()
     check_target(out)
     size = parse_size(shard_size)
     if workers < 1:
         raise ValueError(f"workers={workers}: must be 1 or more")
-    source = local_folder(model)
+    source = Source.resolve(model)
+    source.check()
+    found: list[Result] = []
 
     def finish(work: Path) -> None:
-        copy_companions(source, work)
-        (work / REPORT_FILE).write_text(json.dumps(read_footprint(work).to_dict(), indent=1) + "\n")
-        name = None if Path(model).is_dir() else str(model)
-        write_card(work, base_model=name, base_card=read_text(source / README, "replace"))
+        found.append(_finish(source, work))
         put_in_place(work, target)
 
     try:
-        plan = make_plan(model_class(source), source, config, size)
+        plan = make_plan(source, config, size)
     except Unstreamable as reason:
         unused = "" if workers == 1 else "; workers are not used"
-        logger.warning("%s is quantized in memory, not streamed: %s%s", model, reason, unused)
+        logger.warning("%s is quantized in memory, not streamed: %s%s", source, reason, unused)
         state = PartialState()
         if state.is_main_process:  # of `accelerate launch`
-            _in_memory(source, target, config, shard_size, reason.footprint, finish)
+            weighs = reason.footprint.total_bytes if reason.footprint is not None else source.bytes
+            check_disk(target.parent, weighs)
+            with work_folder(out, restart=restart) as work:
+                _quantized(source, config).save_pretrained(work, max_shard_size=shard_size)
+                finish(work)
         state.wait_for_everyone()
     else:
         stream(plan, unfinished_folder(out), finish, workers=workers, restart=restart)
-    return read_footprint(target)
+    return found[0] if found else _result(source, target)  # of `accelerate launch`, one process finishes
 
 
-def _in_memory(
-    source: Path,
-    target: Path,
-    config: SVDQConfig,
-    shard_size: str,
-    weighs: Footprint | None,
-    finish: Callable[[Path], None],
-) -> None:
-    """Quantize a model as a whole. weighs: what will be written, where that is known."""
-    check_disk(target.parent, weighs.total_bytes if weighs is not None else folder_bytes(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as hidden:
-        work = Path(hidden) / "model"
-        quantized = _quantized(model_class(source), source, config)
-        quantized.save_pretrained(work, max_shard_size=shard_size)
-        finish(work)
+def _finish(source: Source, work: Path) -> Result:
+    """Check what was written, and put beside it what belongs to it: companions, report, card."""
+    source.check_written(work)
+    copy_companions(source.folder, work)
+    result = _result(source, work)
+    (work / REPORT_FILE).write_text(json.dumps(result.footprint.to_dict(), indent=1) + "\n")
+    write_card(
+        work,
+        footprint=result.footprint,
+        dense=result.dense,
+        base_model=source.name,
+        base_card=read_text(source.folder / README, "replace"),
+    )
+    return result
 
 
-def check_names(folder: str | Path, config: SVDQConfig) -> None:
+def _result(source: Source, folder: Path) -> Result:
+    written = read_footprint(folder)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    dense = dense_layers(source.empty, written, SVDQConfig.from_dict(stored), folder)
+    return Result(written, source.bytes, folder_bytes(folder), tuple(dense) if dense is not None else None)
+
+
+def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
     """Refuse names of modules to keep dense that match nothing; the model is built without weights.
 
     Quantizing itself only warns: a config may be meant for many models, a command line is for one.
 
     Raises:
-        ValueError: a name matches no linear layer of the model in `folder`; see also `quantize_checkpoint`.
+        ValueError: a name matches no linear layer of the model; see also `quantize_checkpoint`.
     """
     if not config.modules_to_not_convert:
         return
-    names = all_names(linear_layers(empty_model(Path(folder))))
+    source = Source.resolve(model)
+    names = all_names(linear_layers(source.empty))
     unknown = unmatched(names, config)
     if unknown:
         kinds: dict[str, str] = {}  # layers that differ by a number only are one kind
@@ -129,16 +181,17 @@ def check_names(folder: str | Path, config: SVDQConfig) -> None:
             kinds.setdefault(re.sub(r"\d+", "#", name), name)
         shown = list(kinds.values())[:NAMES_SHOWN]
         raise ValueError(
-            f"{', '.join(map(repr, unknown))} matches no linear layer of {folder}; there are "
+            f"{', '.join(map(repr, unknown))} matches no linear layer of {source}; there are "
             f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''} (a name matches from the start, "
             "as a regular expression like '.*attention.*', or as an end)"
         )
 
 
-def _quantized(kind: Any, source: Path, config: SVDQConfig) -> Any:
+def _quantized(source: Source, config: SVDQConfig) -> Any:
     """The quantized model; one that makes its own batches runs dense first, so it is loaded whole."""
     choices = {} if config.synthetic else {"quantization_config": config}
-    model, new = load_complete(kind, source, named=config.modules_to_not_convert or (), **choices)
+    named = config.modules_to_not_convert or ()
+    model, new = load_complete(source.kind, source.folder, named=named, **choices)
     if new:
         logger.warning(
             "%s: %s not in its files, and random in the quantized model: train it", source, listed(new)

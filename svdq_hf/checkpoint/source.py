@@ -1,41 +1,233 @@
-"""The model in a folder: of which class it is, and loaded with nothing made up.
+"""The model in a folder, looked at once: where it is, of which class, with which files and tensors.
 
-`from_pretrained` makes a tensor that no file holds at random, and says so in its log. Who goes on to train
-wants that of a new head. A command that writes a checkpoint wants it of nothing else.
+What is refused before any work starts is refused here, tensors that an output would lack above all. Not here:
+loading it (`load`), the choice of its class (`class_choice`).
 """
 
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers import AutoConfig, AutoModel
 
-from svdq_hf.format.files import REMEDY
+from svdq_hf.checkpoint.accounting import Account, account, listed, split_dropped, unwritten
+from svdq_hf.checkpoint.class_choice import Choice, built, choose, named_class, whole_class
+from svdq_hf.checkpoint.companion_files import check_modules
+from svdq_hf.checkpoint.folders import check_text
+from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
+from svdq_hf.format.files import REMEDY, folder_bytes, weight_files
+from svdq_hf.format.names import weight_of_part
+from svdq_hf.hub.client import local_folder
 
-NAMES_SHOWN = 3
+logger = logging.getLogger(__name__)
 
 
-def model_class(source: Path) -> Any:
-    """The transformers class that the folder's config.json names.
+@dataclass(frozen=True)
+class Source:
+    """A model's folder, resolved once and handed on: its config, class, files, bytes and headers.
 
-    Raises:
-        ValueError: it holds an adapter, has no config.json or no safetensors file, or is quantized already.
+    Everything is found out when it is first asked for, and then kept.
+
+    Attributes:
+        folder: where it is on this machine.
+        name: on the Hub, or None where it was given as a folder.
+        drop: tensors of its files, or modules, that the output may lack; the user names them.
+        packed: whether it is to be one that svdq has quantized (of `export`), or a dense one.
     """
-    check_no_adapter(source)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source}: no config.json is there; is it the folder of a model?")
-    if not any(source.glob("*.safetensors")):
-        kind = "GGUF files" if any(source.glob("*.gguf")) else "pickled weights"
-        raise ValueError(f"{source}: no *.safetensors file is there; {kind} are not read")
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise ValueError(f"{source}: quantized already, by {method!r}; quantize the original model")
-    return named_class(config.architectures)
+
+    folder: Path
+    name: str | None = None
+    drop: tuple[str, ...] = ()
+    packed: bool = False
+
+    @classmethod
+    def resolve(
+        cls, model: "str | Path | Source", *, drop: Sequence[str] = (), packed: bool = False
+    ) -> "Source":
+        """The source of a folder or a Hub name; of a source, the same, packed or not.
+
+        Raises:
+            ValueError: no such folder, or its name is not UTF-8.
+            OSError: the Hub does not have it, or cannot be reached.
+        """
+        if isinstance(model, Source):
+            return model if model.packed is packed else replace(model, packed=packed)
+        check_text(model)
+        name = None if Path(model).is_dir() else str(model)
+        return cls(local_folder(model), name, tuple(drop), packed)
+
+    def __str__(self) -> str:
+        return self.name or str(self.folder)
+
+    @cached_property
+    def stored(self) -> dict[str, Any]:
+        """config.json as it is written.
+
+        Raises:
+            ValueError: it is not there, or no JSON.
+        """
+        check_no_adapter(self.folder)
+        file = self.folder / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{self.folder}: no config.json is there; is it the folder of a model?")
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")).items())
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: damaged ({error!r}); {REMEDY}") from error
+
+    @cached_property
+    def config(self) -> Any:
+        """The config as transformers reads it; no code of the model's author is run for it.
+
+        Raises:
+            ValueError: it needs such code; and what transformers raises.
+        """
+        remote = isinstance(self.stored.get("auto_map"), dict)
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except ValueError as error:
+            if not (remote and "custom code" in str(error)):
+                raise
+            raise ValueError(
+                f"{self.folder}: the model's class is code of its author's (auto_map in config.json), which "
+                "svdq does not run; if you trust it, load the model in Python with trust_remote_code=True, "
+                "and call quantize_model(model, config) and model.save_pretrained(folder)"
+            ) from error
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """All tensors of its files, by their names there; see `tensor_places`."""
+        return tensor_places(self.folder)
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Its safetensors files."""
+        return tuple(map(str, weight_files(self.folder)))
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of its safetensors files."""
+        return folder_bytes(self.folder)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The class that loads it, and the dense model of that class on the meta device.
+
+        Raises:
+            ValueError: the folder holds an adapter, has no config.json or no safetensors file; it is
+                quantized already, where `packed` is not said; or there is no such class.
+        """
+        self._check_kind()
+        named = named_class(self.config.architectures)
+        if named is not AutoModel:
+            return Choice(named, built(named, self.config))
+        found = choose(self.config, self._account)
+        if found is None:
+            raise ValueError(
+                f"{self.folder}: transformers has no class {self.config.architectures!r} (architectures in "
+                f"config.json), nor one for the type {self.config.model_type!r} that has all of its tensors; "
+                f"{REMEDY}"
+            )
+        return found
+
+    @property
+    def kind(self) -> Any:
+        """The class that loads it."""
+        return self.choice.kind
+
+    @property
+    def empty(self) -> Any:
+        """The dense model on the meta device, without weights."""
+        return self.choice.model
+
+    def check(self) -> None:
+        """Refuse a source of which a tensor would not be in the output; say what its class leaves out.
+
+        Raises:
+            ValueError: a tensor would be lost, and the user has not named it; a module beside the model
+                cannot be carried over; see also `kind` and `tensor_places`.
+        """
+        self._check_kind()
+        check_modules(self.folder)
+        _ = self.places
+        found = self._account(self.empty)
+        lost, dropped = split_dropped(found.lost, self.drop, self.folder)
+        if any(weight_of_part(name) is not None for name in lost):
+            raise ValueError(
+                f"{self.folder}: quantized already, by svdq, and config.json has lost its "
+                "quantization_config; put that back"
+            )
+        if lost:
+            raise ValueError(self._told(lost))
+        for names, why in (
+            (found.ignored, f"{self._class_name} leaves out"),
+            (dropped, "you have asked to drop"),
+        ):
+            if names:
+                logger.warning("%s: %s in its files and not in the output: %s", self, listed(names), why)
+        unread = self._unread()
+        if unread:
+            logger.warning("%s: %s not of the model's files, and left there", self, listed(unread))
+
+    def check_written(self, work: Path) -> None:
+        """Refuse an output that lacks a tensor of the source: the last look, at what is really there.
+
+        Raises:
+            ValueError: it names the tensors.
+        """
+        gone = unwritten(self.empty, self.files, weight_files(work), packed=self.packed)
+        if gone:
+            raise ValueError(
+                f"{self.folder}: {listed(gone)} in its files and not in what was written, which is thrown "
+                "away: please report this; quantize_model and save_pretrained in Python may serve meanwhile"
+            )
+
+    def _check_kind(self) -> None:
+        stored = self.stored.get("quantization_config")
+        if not self.packed and not any(self.folder.glob("*.safetensors")):
+            raise ValueError(f"{self.folder}: no *.safetensors file is there; {_others(self.folder)}")
+        if stored is not None and not self.packed:
+            method = stored.get("quant_method") if isinstance(stored, dict) else stored
+            raise ValueError(f"{self.folder}: quantized already, by {method!r}; quantize the original model")
+
+    def _unread(self) -> list[str]:
+        """Safetensors files that are none of the model's."""
+        extra = getattr(getattr(self.kind, "config_class", None), "extra_files", ())
+        read = {Path(file).name for file in self.files} | set(extra)
+        return sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in read)
+
+    def _account(self, model: Any) -> Account:
+        return account(model, self.files, packed=self.packed)
+
+    def _told(self, lost: list[str]) -> str:
+        """Why the source is refused, and the remedy."""
+        better = whole_class(self.config, self._account)
+        names = f'["{better.kind.__name__}"]' if better is not None else "the class that has all of them"
+        chosen = "" if self.kind is not AutoModel else " (config.json names no class of transformers)"
+        return (
+            f"{self.folder}: {listed(lost)} in its files and would not be in the output: {self._class_name}"
+            f'{chosen} has no place for that; write {names} as "architectures" into config.json, or leave it '
+            f"out by name: --drop {lost[0].rpartition('.')[0] or lost[0]} (in Python, "
+            "Source.resolve(folder, drop=[...]))"
+        )
+
+    @property
+    def _class_name(self) -> str:
+        return type(self.empty).__name__
+
+
+def _others(folder: Path) -> str:
+    """What a folder without safetensors files has instead, and the remedy."""
+    if any(folder.glob("*.gguf")):
+        return "GGUF files are not read; take the model that they were made of"
+    return (
+        "pickled weights are not read; if you trust them, load the model in Python and save it again, which "
+        "writes safetensors: AutoModel.from_pretrained(folder).save_pretrained(new_folder), by its own class"
+    )
 
 
 def check_no_adapter(source: Path) -> None:
@@ -49,79 +241,3 @@ def check_no_adapter(source: Path) -> None:
             f"{source}: holds a LoRA adapter (adapter_config.json); merge it (merge_and_unload()), save "
             "the model into a folder of its own, and quantize that"
         )
-
-
-def named_class(architectures: object) -> Any:
-    """The first transformers class of a list of names; AutoModel where none is one, or it is no list."""
-    for name in architectures if isinstance(architectures, list) else ():
-        candidate = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
-            return candidate
-    return AutoModel
-
-
-def load_complete(
-    kind: Any, source: Path, *, heads: bool = True, named: Iterable[str] = (), **choices: Any
-) -> tuple[Any, list[str]]:
-    """The model of a folder, by the class `kind` and `from_pretrained`, and names of what is random there.
-
-    choices: those of `from_pretrained`.
-    heads: whether a head outside of the base model may be new; an output embedding may not.
-    named: modules that the user has asked to keep dense, and which may be new as well.
-
-    Raises:
-        ValueError: a tensor is not in the files; and what `from_pretrained` raises.
-    """
-    told: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-        source, use_safetensors=True, local_files_only=True, output_loading_info=True, **choices
-    )
-    model, info = told
-    made = sorted(set(info["missing_keys"]) - _made_by_code(model))
-    bad = [key for key in made if not (heads and _is_new_head(model, key)) and not _is_named(key, named)]
-    if bad:
-        raise ValueError(f"{source}: {listed(bad)} not in its files, and would be random; {REMEDY}")
-    return model, made
-
-
-def _made_by_code(model: PreTrainedModel) -> set[str]:
-    """Tensors that no file need hold: those that are never saved; counters and masks, no weights."""
-    state = model.state_dict()
-    counted = {name for name, _ in model.named_buffers() if name in state and not _is_float(state[name])}
-    return counted | set(model._keys_to_ignore_on_save or ())
-
-
-def _is_float(tensor: Any) -> bool:
-    return bool(tensor.is_floating_point() or tensor.is_complex())
-
-
-def _is_new_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether a tensor is outside of the base model, and no row of an output vocabulary."""
-    base = model.base_model
-    output = model.get_output_embeddings()
-    kept = [name for name, module in model.named_modules() if module is base or module is output]
-    return not any(not name or key.startswith(f"{name}.") for name in kept)
-
-
-def _is_named(key: str, named: Iterable[str]) -> bool:
-    patterns = list(named)
-    return bool(patterns) and not should_convert_module(key.rpartition(".")[0], patterns)
-
-
-def listed(names: list[str]) -> str:
-    """The first few names, with their verb.
-
-    >>> listed(["a"]), listed(["a", "b", "c", "d"])
-    ('a is', 'a, b, c and 1 more are')
-    """
-    more = len(names) - NAMES_SHOWN
-    shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"
-
-
-def empty_model(source: Path) -> Any:
-    """The model of a folder, on the meta device."""
-    kind = model_class(source)
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    build = kind.from_config if kind is AutoModel else kind
-    with torch.device("meta"):
-        return build(config)

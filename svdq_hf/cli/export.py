@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from svdq_hf.cli.options import add_drop
 from svdq_hf.config.choices import COMPUTE_DTYPES
 
 MEGABYTE = 10**6
@@ -20,14 +21,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of the weights (bfloat16)"
     )
+    add_drop(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Export, and tell the size."""
-    from svdq_hf.checkpoint.export import export_dense
+    from svdq_hf.checkpoint import Source, export_dense
 
-    size = export_dense(options.folder, options.out, options.dtype)
+    source = Source.resolve(options.folder, drop=options.drop, packed=True)
+    size = export_dense(source, options.out, options.dtype)
     if not options.json:
         print(f"{options.out}: {size / MEGABYTE:.1f} MB, dense, {options.dtype}")
     return {"bytes": size}

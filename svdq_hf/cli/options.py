@@ -109,3 +109,9 @@ def config_of(options: argparse.Namespace) -> Any:
         raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
     changes = PRESETS[options.preset].changes if options.preset else {}
     return SVDQConfig(**{**changes, **given})
+
+
+def add_drop(parser: argparse.ArgumentParser) -> None:
+    """What of a model's files an output may lack, by name."""
+    drop = "tensor or module of the files that the model's class has no place for, to be left out"
+    parser.add_argument("--drop", action="append", default=[], metavar="NAME", help=drop)

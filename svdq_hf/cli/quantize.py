@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.cli.options import add_choices, add_drop, config_of
 
 MEGABYTE = 10**6
 
@@ -18,6 +18,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("out", help="folder to write; must not be there, or be empty")
     add_choices(parser, "quantize")
     _add_work(parser)
+    add_drop(parser)
     return parser
 
 
@@ -36,23 +37,22 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Quantize, and tell sizes and errors."""
-    from svdq_hf.checkpoint.quantize import check_names, quantize_checkpoint
+    from svdq_hf.checkpoint import Source
+    from svdq_hf.checkpoint.quantize import check_names, quantize_source
     from svdq_hf.cli.tables import console, totals_table
-    from svdq_hf.format.files import folder_bytes
-    from svdq_hf.hub.client import local_folder
 
     config, started = config_of(options), time.perf_counter()
-    source = local_folder(options.model)
+    source = Source.resolve(options.model, drop=options.drop)
     check_names(source, config)
     if options.dry_run:
-        return _estimate(options, config)
+        return _estimate(source, options, config)
     work = _work(options) | {"restart": options.restart}
-    result = quantize_checkpoint(options.model, options.out, config, **work)
+    result = quantize_source(source, options.out, config, **work)
     seconds = time.perf_counter() - started
-    before, after = folder_bytes(source), folder_bytes(options.out)
+    before, after = result.bytes_before, result.bytes_after
     if not options.quiet:
         screen = console()
-        screen.print(totals_table(result))
+        screen.print(totals_table(result.footprint))
         screen.print(
             f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
             f"see its layers with: svdq inspect {options.out}",
@@ -60,14 +60,14 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         )
         if after > before:
             screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
-    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.to_dict()}
+    return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
 
 
-def _estimate(options: argparse.Namespace, config: Any) -> dict[str, object]:
+def _estimate(source: Any, options: argparse.Namespace, config: Any) -> dict[str, object]:
     from svdq_hf.checkpoint.estimate import estimate_checkpoint
     from svdq_hf.cli.tables import console, estimate_table, layer_table
 
-    result = estimate_checkpoint(options.model, options.out, config, **_work(options))
+    result = estimate_checkpoint(source, options.out, config, **_work(options))
     if not options.quiet:
         screen = console()
         if result.footprint is not None:

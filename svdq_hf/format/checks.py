@@ -53,7 +53,7 @@ def check_scales(parts: Mapping[str, Tensor]) -> None:
 
 def _largest(parts: Mapping[str, Tensor]) -> float:
     """A bound on the low-bit part's weights, as float32 multiplies them."""
-    bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]))
+    bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]), device="cpu")  # not a context's
     for name in ("levels", "weight_scale", "row_scale", "column_scale"):
         if name in parts and parts[name].numel():
             bound = bound * parts[name].float().abs().max().cpu()

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import transformers
 from huggingface_hub import EvalResult
@@ -23,6 +23,7 @@ from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card_facts import fact_rows
 from svdq_hf.hub.markdown import code, plain, table
 from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, read_text
+from svdq_hf.quantize.footprint import Footprint
 
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -67,39 +68,54 @@ class CardResult(NamedTuple):
     value: float
 
 
-def write_card(folder: str | Path, **choices: Any) -> None:
+class Described(TypedDict, total=False):
+    """What is known of a model beside its folder.
+
+    Attributes:
+        base_model: the base model's name on the Hub; None: what `base_card` says, if it does.
+        base_card: text of the base model's own card; license, language and the like come from there.
+        results: evaluations of the quantized model: a table, and `model-index` in the metadata.
+        repo_id: where the model will be on the Hub; None: not known yet.
+        footprint: of the folder, where it was read already.
+        dense: its linear layers that stayed dense, as `dense_layers` says them; None: not known.
+    """
+
+    base_model: str | None
+    base_card: str
+    results: Sequence[CardResult]
+    repo_id: str | None
+    footprint: Footprint
+    dense: Sequence[str] | None
+
+
+def write_card(folder: str | Path, **known: Unpack[Described]) -> None:
     """Write the card of the quantized model in `folder` into its README.md, or into what is there.
 
-    choices: those of `model_card`, but for `existing`.
+    Args:
+        folder: of the quantized model.
+        **known: see `Described`.
 
     Raises:
         ValueError: see `model_card`; README.md is as before then.
     """
     file = Path(folder) / README
-    file.write_bytes(model_card(folder, existing=read_text(file), **choices).encode())
+    file.write_bytes(model_card(folder, existing=read_text(file), **known).encode())
 
 
-def model_card(
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    base_card: str = "",
-    results: Sequence[CardResult] = (),
-    repo_id: str | None = None,
-    existing: str = "",
-) -> str:
+def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Described]) -> str:
     """The text of the card of the quantized model in `folder`.
 
-    base_model: the base model's name on the Hub; None: what `base_card` says, if it does.
-    base_card: text of the base model's own card; license, language and the like come from there.
-    results: evaluations of the quantized model: a table, and `model-index` in the metadata.
-    repo_id: where the model will be on the Hub; None: not known yet.
-    existing: text of the README.md that is there, which is kept (`readme.merge`).
+    Args:
+        folder: of the quantized model.
+        existing: text of the README.md that is there, which is kept (`readme.merge`).
+        **known: see `Described`.
 
     Raises:
         ValueError: the folder holds no quantized model, a result is not a finite number, or
             `existing` cannot be merged.
     """
+    base_model, repo_id = known.get("base_model"), known.get("repo_id")
+    base_card, results = known.get("base_card", ""), known.get("results", ())
     config = _config(folder)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "model"
@@ -108,7 +124,7 @@ def model_card(
     if results:
         name = (repo_id or f"{base_model or architecture}-svdq").split("/")[-1]
         metadata[RESULTS] = eval_results_to_model_index(name, [_checked(result) for result in results])
-    facts = fact_rows(folder, config)
+    facts = fact_rows(folder, config, known)
     if "base_model" in metadata:
         facts = {"base model": code(metadata["base_model"]), **facts}
     loading = _LOADING.format(

@@ -1,9 +1,9 @@
 """Rows of a model card's table: what was quantized, how, with which result."""
 
 import logging
-import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import saliency_names, score_needs
-from svdq_hf.format.files import open_tensors, weight_files
-from svdq_hf.format.names import WeightName
 from svdq_hf.hub.markdown import code
 from svdq_hf.nn.expert_layouts import stacks_of
 from svdq_hf.quantize.footprint import Footprint, read_footprint
@@ -25,9 +23,19 @@ from svdq_hf.quantize.selection import layers_to_convert, weights_of
 logger = logging.getLogger(__name__)
 
 
-def fact_rows(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
-    """The rows of the card's table."""
-    weights, choices = read_footprint(folder), SVDQConfig.from_dict(config["quantization_config"])
+def fact_rows(
+    folder: str | Path, config: dict[str, Any], known: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The rows of the card's table.
+
+    Args:
+        folder: of the quantized model.
+        config: its config.json.
+        known: its "footprint", and what `dense_layers` says ("dense"), where these are known already.
+    """
+    choices = SVDQConfig.from_dict(config["quantization_config"])
+    known = known or {}
+    weights: Footprint = known["footprint"] if "footprint" in known else read_footprint(folder)
     rows = {
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
         "k, weights in FP32": f"{_k(choices, weights)}, {weights.salient_share:.3%} of all",
@@ -36,17 +44,17 @@ def fact_rows(folder: str | Path, config: dict[str, Any]) -> dict[str, str]:
         "levels": choices.levels,
         "data": _data(choices),
         "bits per weight": f"{weights.bits_per_weight:.2f} in these layers, everything counted",
-        "parameters": f"{_parameters(folder, weights):,} (the Hub counts packed bytes)",
+        "parameters": f"{weights.weights + weights.dense_weights:,} (the Hub counts packed bytes)",
     }
     errors = {layer.name: layer.facts.get("relative_error") for layer in weights.layers}
-    known = {name: error for name, error in errors.items() if error is not None}
-    if known:
-        worst = max(known, key=known.__getitem__)
-        mean = sum(known.values()) / len(known)
-        rows["relative error"] = f"mean {mean:.4f}, worst {known[worst]:.4f} ({code(worst)})"
-    dense = _dense_layers(folder, weights, choices)
+    measured = {name: error for name, error in errors.items() if error is not None}
+    if measured:
+        worst = max(measured, key=measured.__getitem__)
+        mean = sum(measured.values()) / len(measured)
+        rows["relative error"] = f"mean {mean:.4f}, worst {measured[worst]:.4f} ({code(worst)})"
+    dense = known["dense"] if "dense" in known else dense_layers(None, weights, choices, folder)
     if dense is not None:
-        rows["linear layers kept dense"] = ", ".join(dense) or "none"
+        rows["linear layers kept dense"] = ", ".join(map(_row_of, dense)) or "none"
     return rows
 
 
@@ -81,24 +89,22 @@ def _scales(choices: SVDQConfig) -> str:
     return f"one per {group}{bits}, {grid.scale}{columns}"
 
 
-def _parameters(folder: str | Path, weights: Footprint) -> int:
-    """Numbers that the model has, a quantized weight counted as one."""
-    packed = {key for layer in weights.layers for key in WeightName(layer.name, layer.shape).all_keys()}
-    count = weights.weights
-    for file in weight_files(folder):
-        with open_tensors(file) as opened:
-            names = set(opened.keys()) - packed
-            count += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
-    return count
+def dense_layers(
+    model: nn.Module | None, weights: Footprint, choices: SVDQConfig, folder: str | Path
+) -> list[str] | None:
+    """Linear layers that were not quantized; those that differ by a number are one: `layers.*.gate x 12`.
 
+    Args:
+        model: the dense model of the folder, without weights; None: it is built.
+        weights: the folder's footprint.
+        choices: its config.
+        folder: of the quantized model.
 
-def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -> list[str] | None:
-    """Linear layers that were not quantized, of a model built without weights; None: not to be had.
-
-    Layers that differ by a number only share a place: `layers.*.gate` x 12.
+    Returns:
+        The names; None: not to be had, and the log says why.
     """
     try:
-        model = _model_without_weights(folder)
+        model = model if model is not None else _model_without_weights(folder)
         linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
         linear |= {stored.name for name, one in model.named_modules() for stored in stacks_of(name, one)}
         tables = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
@@ -113,7 +119,13 @@ def _dense_layers(folder: str | Path, weights: Footprint, choices: SVDQConfig) -
         logger.warning("%s: the card does not name the dense layers: %s", folder, error)
         return None
     shared = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in sorted(linear - quantized))
-    return [f"{code(name)} x {count}" if count > 1 else code(name) for name, count in shared.items()]
+    return [f"{name} x {count}" if count > 1 else name for name, count in shared.items()]
+
+
+def _row_of(layers: str) -> str:
+    """The entry of a card for one entry of `dense_layers`."""
+    name, times, count = layers.partition(" x ")
+    return f"{code(name)}{times}{count}"
 
 
 def _model_without_weights(folder: str | Path) -> nn.Module:

@@ -1,5 +1,7 @@
 """The Hub as a client sees it: a model's folder, downloaded where it is not here, and errors in words."""
 
+import glob
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +36,21 @@ def local_folder(model: str | Path) -> Path:
     told = name if "/" in name else f"{name} (no such folder is here)"
     patterns = ["*.safetensors", README, *(f"*{suffix}" for suffix in COMPANIONS)]
     with explained(told):
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS))
+        modules = _module_patterns(folder)
+        if modules:
+            snapshot_download(name, allow_patterns=modules, ignore_patterns=[f"*{end}" for end in PICKLES])
+        return folder
+
+
+def _module_patterns(folder: Path) -> list[str]:
+    """All files of the modules beside a transformer (sentence-transformers' modules.json), as patterns."""
+    try:
+        entries = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        paths = [one["path"] for one in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # which is told where it matters
+        return []
+    return [f"{glob.escape(path)}/*" for path in paths if isinstance(path, str) and path.strip("./")]
 
 
 OTHER_WEIGHTS = ["consolidated*"]
@@ -42,6 +58,10 @@ OTHER_WEIGHTS = ["consolidated*"]
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 """Last parts of their names; of Marian (spm), PhoBERT (codes), ProphetNet (tokenizer), Qwen (tiktoken)."""
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+"""Files that may run code when they are read, and never are."""
 
 
 @contextmanager

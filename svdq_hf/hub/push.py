@@ -7,6 +7,7 @@ that no text that somebody wrote on the Hub is lost. Not here: downloading (`fro
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.hub.card import CardResult, write_card
 from svdq_hf.hub.client import explained
 from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, section_of
-from svdq_hf.quantize.footprint import footprint, read_footprint
+from svdq_hf.quantize.footprint import Footprint, footprint, read_footprint
 
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 """Files of a push before this one that must not stay beside the new ones."""
@@ -60,28 +61,17 @@ def push_folder(
         PermissionError: no token, a wrong one, or one that may not write there.
         ConnectionError: the Hub was not reached, or not to the end.
     """
-    read_footprint(folder)
+    weights = read_footprint(folder)
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id}: a model's name on the Hub is user/model")
     if not Path(folder, README).exists():
-        write_card(folder)
+        write_card(folder, footprint=weights)
     if not (token or get_token()):
         raise PermissionError(f"{repo_id}: no token to push with; run `hf auth login`, or set HF_TOKEN")
     with explained(repo_id):
-        api = HfApi(token=token, library_name="svdq_hf")
-        _check_repository(api, repo_id, revision, folder, private=private, replace=replace)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        text = None if replace else _merged_readme(api, folder, repo_id, revision)
-        added = _additions(Path(folder), text)
-        there = api.list_repo_files(repo_id, revision=revision)
-        api.create_commit(
-            repo_id,
-            [*added, *_deletions(there, added, "*" if replace else WEIGHTS)],
-            commit_message=commit_message or "Upload quantized weights (svdq_hf)",
-            revision=revision,
-        )
+        push = _Push(HfApi(token=token, library_name="svdq_hf"), Path(folder), repo_id, revision, replace)
+        push.check(private)
+        url = push.upload(private, commit_message or "Upload quantized weights (svdq_hf)")
     return f"{url}/tree/{revision}" if revision else str(url)
 
 
@@ -104,33 +94,102 @@ def push_model(
         )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        written = _check_saved(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         base_model, base_card = _base(model, choices.get("token"))
-        write_card(folder, base_model=base_model, base_card=base_card, results=results, repo_id=repo_id)
+        write_card(
+            folder,
+            base_model=base_model,
+            base_card=base_card,
+            results=results,
+            repo_id=repo_id,
+            footprint=written,
+        )
         return push_folder(folder, repo_id, **choices)
 
 
-def _check_repository(
-    api: HfApi, repo_id: str, revision: str | None, folder: str | Path, *, private: bool | None, replace: bool
-) -> None:
-    """Refuse a repository in which this push would do harm."""
-    try:
-        info = api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        return
-    if private and not info.private:
+def _check_saved(model: Any, folder: str | Path) -> Footprint:
+    """The footprint of what `save_pretrained` wrote, once it is known that nothing of the model is lost.
+
+    Raises:
+        ValueError: a tensor of the model is not in the files.
+    """
+    held, written = footprint(model), read_footprint(folder)
+    state = model.state_dict(keep_vars=True)
+    never = {
+        id(state[name]): state[name].nbytes for name in model._keys_to_ignore_on_save or () if name in state
+    }
+    names = {layer.name for layer in written.layers}
+    if len(names) < len(held.layers) or written.total_bytes < held.total_bytes - sum(never.values()):
         raise ValueError(
-            f"{repo_id} is there and public: make it private in its settings, or push to another name"
+            f"{type(model).__name__}: {held.total_bytes:,} bytes in {len(held.layers)} quantized layers are "
+            f"in memory, and {written.total_bytes:,} in {len(written.layers)} were saved: a tensor is lost, "
+            "and nothing was pushed; save_pretrained of this class writes less than it holds"
         )
-    stored = None if replace else _remote_text(api, repo_id, "config.json", revision)
-    if stored is not None:
-        difference = _difference(stored, Path(folder, "config.json").read_text())
-        if difference:
+    return written
+
+
+@dataclass(frozen=True)
+class _Push:
+    """A folder on its way into a repository. replace: whether another model may be there, and gives way."""
+
+    api: HfApi
+    folder: Path
+    repo_id: str
+    revision: str | None
+    replace: bool
+
+    def check(self, private: bool | None) -> None:
+        """Refuse a repository in which this push would do harm."""
+        try:
+            info = self.api.model_info(self.repo_id)
+        except RepositoryNotFoundError:
+            return
+        if private and not info.private:
             raise ValueError(
-                f"{repo_id} holds another model ({difference}): push to another name, or replace it "
-                "with `replace=True` (--replace)"
+                f"{self.repo_id} is there and public: make it private in its settings, or push to another "
+                "name"
             )
+        stored = None if self.replace else self._remote("config.json")
+        if stored is not None:
+            difference = _difference(stored, (self.folder / "config.json").read_text())
+            if difference:
+                raise ValueError(
+                    f"{self.repo_id} holds another model ({difference}): push to another name, or replace it "
+                    "with `replace=True` (--replace)"
+                )
+
+    def upload(self, private: bool | None, message: str) -> str:
+        """Send the folder; returns the repository's URL."""
+        url = self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        if self.revision is not None and not self.revision.startswith("refs/"):
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        added = _additions(self.folder, None if self.replace else self._merged_readme())
+        there = self.api.list_repo_files(self.repo_id, revision=self.revision)
+        self.api.create_commit(
+            self.repo_id,
+            [*added, *_deletions(there, added, "*" if self.replace else WEIGHTS)],
+            commit_message=message,
+            revision=self.revision,
+        )
+        return str(url)
+
+    def _merged_readme(self) -> str | None:
+        """The Hub's README.md with our section, where the folder's holds nothing that its user wrote.
+
+        None: the folder's is to be uploaded as it is.
+        """
+        local = read_text(self.folder / README)
+        generated = section_of(local) and not own_text(local)
+        remote = self._remote(README) if generated else None
+        if remote is None:
+            return None
+        merged = merge(remote, metadata_of(local), section_of(local))
+        return None if merged == local else merged
+
+    def _remote(self, name: str) -> str | None:
+        return _remote_text(self.api, self.repo_id, name, self.revision)
 
 
 def _difference(theirs: str, ours: str) -> str:
@@ -168,20 +227,6 @@ def _deletions(
     stay = {".gitattributes", *(each.path_in_repo for each in added)}
     gone = filter_repo_objects(there, allow_patterns=patterns)
     return [CommitOperationDelete(name) for name in gone if name not in stay]
-
-
-def _merged_readme(api: HfApi, folder: str | Path, repo_id: str, revision: str | None) -> str | None:
-    """The Hub's README.md with our section, where the folder's holds nothing that its user wrote.
-
-    None: the folder's is to be uploaded as it is.
-    """
-    local = read_text(Path(folder, README))
-    generated = section_of(local) and not own_text(local)
-    remote = _remote_text(api, repo_id, README, revision) if generated else None
-    if remote is None:
-        return None
-    merged = merge(remote, metadata_of(local), section_of(local))
-    return None if merged == local else merged
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:

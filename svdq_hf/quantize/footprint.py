@@ -62,10 +62,11 @@ class LayerFootprint:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A whole model: its quantized layers, and the bytes of everything that stays dense."""
+    """A whole model: its quantized layers, and what stays dense: its bytes, and how many numbers it is."""
 
     layers: list[LayerFootprint]
     dense_bytes: int
+    dense_weights: int = field(default=0, compare=False)
 
     @property
     def weights(self) -> int:
@@ -133,8 +134,9 @@ def footprint(model: nn.Module) -> Footprint:
         k = parts["salient_values"].shape[-1]
         count = experts[0] if experts else None
         layers.append(LayerFootprint(name, out, in_features, k, size, facts, count))
-    rest = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
-    return Footprint(layers, sum(size for key, size in rest.items() if key not in counted))
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    rest = [tensor for key, tensor in tensors.items() if key not in counted]
+    return Footprint(layers, sum(one.nbytes for one in rest), sum(one.numel() for one in rest))
 
 
 def read_footprint(folder: str | Path) -> Footprint:
@@ -155,8 +157,8 @@ def read_footprint(folder: str | Path) -> Footprint:
         raise ValueError(f"{folder}: no layer in these files is quantized by svdq")
     layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
     quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
-    dense = sum(size for name, (_, size) in tensors.items() if name not in quantized)
-    return Footprint(layers, dense)
+    dense = [entry for name, entry in tensors.items() if name not in quantized]
+    return Footprint(layers, sum(size for _, size in dense), sum(math.prod(shape) for shape, _ in dense))
 
 
 def _stored_layer(

@@ -14,10 +14,19 @@ from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored
 from svdq_hf.core.topk import top_positions
+from svdq_hf.format.checks import check_scales
 from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
 from svdq_hf.quantize.prepared import Prepared, choose, score
+
+SMALLEST_TOP = 2.0**-110
+"""Least size of a matrix's largest weight. Its row's scale, `top / 8 / 127`, is then 2**6 times the smallest
+normal bfloat16, 2**-126: below that a scale loses digits, and then it is zero."""
+
+LARGEST_TOP = 2.0**123
+"""Most that a weight may be: 2**5 below the end of float32, since level times row's times column's scale is
+more than the weight where these are not of one row and column."""
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,6 +98,11 @@ def errors_at(
 def _encoded(prepared: Prepared, rows: Tensor, columns: Tensor) -> tuple[dict[str, Tensor], float]:
     """The stored parts, and the relative error."""
     parts = encode(prepared, rows, columns)
+    try:
+        check_scales(parts)  # or it would be refused when it is loaded
+    except ValueError as error:
+        top = float(prepared.dense.abs().max())
+        raise ValueError(f"{error}: its largest weight is {top:.3g}; {_KEEP_DENSE}") from error
     return parts, relative_error(prepared.dense, parts, prepared.config.scheme)
 
 
@@ -114,7 +128,7 @@ def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, empty, without data, a NaN or an infinity."""
+    """Refuse a weight that cannot be quantized: no plain float, empty, without data, a NaN, or out of range."""
     check_source_dtype(name, weight.dtype)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
@@ -125,10 +139,20 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    if not torch.isfinite(weight).all():
+    low, high = map(float, weight.detach().aminmax()) if weight.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
         )
+    top = max(-low, high)
+    if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
+        raise ValueError(
+            f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those "
+            f"from {SMALLEST_TOP:.1g} to {LARGEST_TOP:.1g}: the checkpoint is damaged, or {_KEEP_DENSE}"
+        )
+
+
+_KEEP_DENSE = "keep this layer dense with modules_to_not_convert"
 
 
 def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:

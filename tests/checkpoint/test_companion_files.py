@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,111 @@ def names(folder: Path) -> set[str]:
 def test_files_of_tokenizers_come_along(name, source, tmp_path):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_text("{}")
-    if "/" in name:  # a part of a sentence-transformers model, with weights
+    if "/" in name:  # a folder that no modules.json names, with weights
         save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense" / "model.safetensors")
     quantize_checkpoint(source, tmp_path / "out", CONFIG)
     assert (tmp_path / "out" / name).read_text() == "{}"
     export_dense(tmp_path / "out", tmp_path / "dense-again")
     assert (tmp_path / "dense-again" / name).read_text() == "{}"
+
+
+def modules(folder: Path, **kinds: str) -> None:
+    """A folder becomes a sentence-transformers model of these modules after the transformer."""
+    entries = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    for number, (name, kind) in enumerate(kinds.items(), 1):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+        entries.append({"idx": number, "name": str(number), "path": name, "type": f"somewhere.{kind}"})
+    (folder / "modules.json").write_text(json.dumps(entries))
+
+
+@pytest.mark.parametrize("kind", ["Dense", "MyOwn"])
+def test_modules_are_carried_over_whole_whatever_they_hold(kind, source, tmp_path):
+    modules(source, pooling="Pooling", dense=kind)
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "dense" / "model.safetensors")
+    for name in ("code.py", "deep/table.npy", "model.safetensors.index.json", "pytorch_model.bin"):
+        (source / "dense" / name).parent.mkdir(exist_ok=True)
+        (source / "dense" / name).write_bytes(name.encode())
+    whole = {name for name in names(source / "dense") if not name.endswith(".bin")}
+    quantize_checkpoint(source, tmp_path / "out", CONFIG)
+    export_dense(tmp_path / "out", tmp_path / "again")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        assert names(folder / "dense") == whole  # the same weights in a pickle stay behind
+        for name in whole:
+            assert (folder / "dense" / name).read_bytes() == (source / "dense" / name).read_bytes()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "dense" / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def linked_away(folder: Path) -> None:
+    (folder.parent / "secret.safetensors").write_bytes(b"x")
+    (folder / "dense" / "model.safetensors").symlink_to(folder.parent / "secret.safetensors")
+
+
+def elsewhere(folder: Path) -> None:
+    entry = {"path": "../other", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([entry]))
+
+
+def damaged(folder: Path) -> None:
+    (folder / "modules.json").write_text("[{]")
+
+
+BAD_MODULES = {
+    pickled: r"dense \(Dense\) has no safetensors file: dense/pytorch_model\.bin is a pickle",
+    lambda folder: None: r"the module dense \(Dense\) has no safetensors file: it has none here; load",
+    linked_away: r"dense/model\.safetensors is a link to outside of that folder",
+    elsewhere: r"modules\.json: names '\.\./other', which is no folder beside it",
+    damaged: r"modules\.json: damaged",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_MODULES, ids=["pickle", "nothing", "link", "elsewhere", "damaged"])
+def test_a_module_that_cannot_be_carried_over_is_refused_before_the_work(
+    spoil, source, tmp_path, monkeypatch
+):
+    quantize_checkpoint(source, tmp_path / "quantized", CONFIG)
+    monkeypatch.setattr("svdq_hf.checkpoint.quantize.make_plan", None)
+    monkeypatch.setattr("svdq_hf.checkpoint.export.load_complete", None)
+    for folder, write in ((source, quantize_checkpoint), (tmp_path / "quantized", export_dense)):
+        modules(folder, dense="Dense")
+        spoil(folder)
+        with pytest.raises(ValueError, match=BAD_MODULES[spoil]):
+            write(folder, tmp_path / "out", *([CONFIG] if write is quantize_checkpoint else []))
+        shutil.rmtree(folder / "dense")
+        (tmp_path / "secret.safetensors").unlink(missing_ok=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_sentence_model_with_a_dense_module_loads_and_answers_alike(source, tmp_path):
+    script = f"""
+import warnings; warnings.simplefilter("ignore")
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Pooling, Transformer
+from svdq_hf import SVDQConfig
+from svdq_hf.checkpoint import export_dense, quantize_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+words = Tokenizer(WordLevel({{"[PAD]": 0, "[UNK]": 1, "a": 2}}, unk_token="[UNK]"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+tokenizer.save_pretrained({str(source)!r})
+transformer = Transformer({str(source)!r})
+model = SentenceTransformer(modules=[transformer, Pooling(64), Dense(64, 8)], device="cpu")
+model.save({str(tmp_path / "st")!r})
+quantize_checkpoint({str(tmp_path / "st")!r}, {str(tmp_path / "q")!r}, SVDQConfig(bits=8))
+export_dense({str(tmp_path / "q")!r}, {str(tmp_path / "again")!r}, "float32")
+first = model.encode(["a"], convert_to_tensor=True)
+for folder in ({str(tmp_path / "q")!r}, {str(tmp_path / "again")!r}):
+    second = SentenceTransformer(folder, device="cpu").encode(["a"], convert_to_tensor=True)
+    assert torch.nn.functional.cosine_similarity(first, second).item() > 0.999, folder
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_quantized_models_in_subfolders_stay_where_they_are(source):

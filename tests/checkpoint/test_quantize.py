@@ -139,7 +139,7 @@ def test_full_disk_leaves_nothing_of_a_model_quantized_in_memory(source, tmp_pat
 def test_kill_in_the_middle_leaves_no_target(source, tmp_path):
     # The child stops itself, by signal, after the weights are written and before the last rename.
     code = (
-        "import os, signal, svdq_hf, svdq_hf.checkpoint as c;"
+        "import os, signal, svdq_hf, svdq_hf.checkpoint.quantize as c;"
         "c.copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"c.quantize_checkpoint({str(source)!r}, {str(tmp_path / 'out')!r}, svdq_hf.SVDQConfig(k=16))"
     )

@@ -12,8 +12,8 @@ from transformers import AutoModel, BertForSequenceClassification, LlamaForCausa
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import export_dense
+from svdq_hf.checkpoint.load import load_complete
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
-from svdq_hf.checkpoint.source import load_complete
 from svdq_hf.cli.command import main
 
 CONFIG = SVDQConfig(k=4)

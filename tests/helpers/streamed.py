@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
-from svdq_hf.checkpoint.source import model_class
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import make_plan
 from svdq_hf.checkpoint.streaming.unit import Unstreamable
 
@@ -48,12 +48,14 @@ def same(streamed: Path, saved: Path) -> None:
             assert told == expected
 
 
-def check(folder: Path, size: str = "1GB", *, kind: type | None = None, config: SVDQConfig = CONFIG) -> None:
-    """Assert that `folder / "dense"` is streamed, and that it is the same then."""
-    kind = kind or model_class(folder / "dense")
-    make_plan(kind, folder / "dense", config, 10**9)  # or it would be Unstreamable
-    quantize_checkpoint(folder / "dense", folder / "ours", config, shard_size=size)
-    loaded = kind.from_pretrained(folder / "dense", quantization_config=config)
+def check(
+    folder: Path, size: str = "1GB", *, drop: tuple[str, ...] = (), config: SVDQConfig = CONFIG
+) -> None:
+    """Assert that `folder / "dense"` is streamed, and that it is the same then. drop: see `Source`."""
+    source = Source.resolve(folder / "dense", drop=drop)
+    make_plan(source, config, 10**9)  # or it would be Unstreamable
+    quantize_checkpoint(source, folder / "ours", config, shard_size=size)
+    loaded = source.kind.from_pretrained(folder / "dense", quantization_config=config)
     loaded.save_pretrained(folder / "theirs", max_shard_size=size)
     same(folder / "ours", folder / "theirs")
 
@@ -75,15 +77,15 @@ def memory_only(
     folder: Path, words: str, caplog: pytest.LogCaptureFixture, config: SVDQConfig = CONFIG
 ) -> None:
     """Assert that a model is not streamed, that one line says why, and that it is quantized all the same."""
-    kind = model_class(folder / "dense")
+    source = Source.resolve(folder / "dense")
     with pytest.raises(Unstreamable, match=words):
-        make_plan(kind, folder / "dense", config, 10**9)
-    quantize_checkpoint(folder / "dense", folder / "ours", config)
+        make_plan(source, config, 10**9)
+    quantize_checkpoint(source, folder / "ours", config)
     told = [record.getMessage() for record in caplog.records if "not streamed" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith(f"{folder / 'dense'} is quantized in memory, not streamed: ")
     torch.manual_seed(0)
-    loaded = kind.from_pretrained(folder / "dense", quantization_config=config)
+    loaded = source.kind.from_pretrained(folder / "dense", quantization_config=config)
     loaded.save_pretrained(folder / "theirs")
     assert contents(folder / "ours")[0].keys() == contents(folder / "theirs")[0].keys()
 

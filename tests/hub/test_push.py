@@ -28,6 +28,7 @@ from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.cli.command import main
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card import CardResult
+from svdq_hf.hub.client import local_folder
 from svdq_hf.hub.push import push_folder, push_model
 from svdq_hf.hub.readme import BEGIN, metadata_of, own_text, section_of
 
@@ -85,6 +86,32 @@ def put(server: HubServer, name: str, files: dict[str, bytes]) -> None:
     repository = server.repositories[name]
     there = repository.commits[repository.branches["main"]]
     repository.commit("main", {**there, **{path: Blob(text, lfs=False) for path, text in files.items()}})
+
+
+def test_modules_beside_a_transformer_are_downloaded_whole_but_for_pickles(server):
+    module = {"idx": 1, "name": "1", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    put(
+        server,
+        "alice/sentences",
+        {
+            "config.json": b"{}",
+            "code.py": b"raise",
+            "modules.json": json.dumps([{"path": "", "type": "a.Transformer"}, module]).encode(),
+            "2_Dense/model.safetensors": b"weights",
+            "2_Dense/own.py": b"x = 1",
+            "2_Dense/table.npy": b"table",
+            "2_Dense/pytorch_model.bin": b"pickle",
+        },
+    )
+    folder = local_folder("alice/sentences")
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert there == {
+        "config.json",
+        "modules.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/own.py",
+        "2_Dense/table.npy",
+    }
 
 
 # What arrives.

@@ -6,6 +6,7 @@ of a tensor (`plan`, `shard`).
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,15 @@ def tensor_places(folder: str | Path) -> dict[str, Place]:
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3])
-        raise ValueError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there, but {there or 'no weights'}")
+        variant = re.match(r"model\.(\w+)\.safetensors", there)
+        remedy = (
+            f'; load that in Python, from_pretrained(folder, variant="{variant[1]}"), and save it again'
+            if variant
+            else ""
+        )
+        raise ValueError(
+            f"{folder}: neither {WEIGHTS} nor {INDEX} is there, but {there or 'no weights'}{remedy}"
+        )
     places: dict[str, Place] = {}
     index = read_index(folder / INDEX)
     for file in weight_files(folder):

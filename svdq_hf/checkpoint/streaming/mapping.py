@@ -6,6 +6,7 @@ Not here: the order and size of the files that are written (`plan`).
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -19,50 +20,87 @@ from svdq_hf.nn.embedding import TiedEmbedding
 from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
 
 
-def _units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Unit]:
+class _Mapping:
+    """A planned model and the files it comes from; what is looked up for each tensor is found once."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+        self.model, self.checkpoint, self.places = model, checkpoint, places
+        self.layers = dict(svdq_layers(model))
+        self.experts = dict(svdq_experts(model))
+        self.readers = head_readers(model)
+        self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.aliases = self._aliases()
+
+    def _aliases(self) -> dict[str, list[str]]:
+        """All names of each tensor: those that are tied to it, and of a head's weight also its readers'."""
+        same: dict[int, list[str]] = {}
+        for name, tensor in self.state.items():
+            same.setdefault(id(tensor), []).append(name)
+        found = {name: list(same[id(tensor)]) for name, tensor in self.state.items()}
+        for reader, head in self.readers.items():
+            found.setdefault(f"{head}.weight", []).append(f"{reader}.weight")
+        return found
+
+    def unit_of(self, weight: WeightName) -> Unit:
+        """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
+        if len(weight.shape) == 3:
+            transposed = self.experts[weight.name.rpartition(".")[0]].layout.transposed
+            found, turned = expert_places(weight, self.checkpoint, self.places, transposed=transposed)
+            return Unit(found, {}, weight, transposed=transposed, turned=turned)
+        place = self.whole(weight.key("weight"))
+        return Unit((place,), {}, weight, transposed=self.layers[weight.name].transposed)
+
+    def whole(self, name: str) -> Place:
+        """Where the one tensor is that is `name` in the model."""
+        entries = self.checkpoint.entries
+        known = (
+            name if name in entries else next((o for o in self.aliases.get(name, ()) if o in entries), name)
+        )
+        entry = entries.get(known)
+        if entry is None or not entry.whole:
+            why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
+            raise Unstreamable(f"it has {name}, {why}")
+        return self.places[entry.name]
+
+    def check_sources(self) -> None:
+        """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
+        known = {*self.state, *(f"{name}.weight" for name in self.readers)}
+        known -= {stored.name for stored, _, _ in packed_weights(self.model) if len(stored.shape) == 3}
+        for name, entries in self.checkpoint.sources.items():
+            if len(entries) > 1 and name in known:
+                one = entries[0].name
+                raise Unstreamable(f"several tensors of its files become one of the model ({one} is one)")
+        for one, other in (self.model.all_tied_weights_keys or {}).items():
+            if one in self.checkpoint.entries and other in self.checkpoint.entries:
+                raise Unstreamable(f"{one} and {other} are tied and both in the files: they must be compared")
+        for place in self.places.values():
+            if place.dtype not in DTYPE_NAMES.values():
+                raise Unstreamable(f"{place.name} is {place.dtype}")
+
+
+def make_units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Unit]:
     """What is to be made, in the order of the model.
 
     Raises:
         Unstreamable: a tensor that would be saved is not made of one tensor of the files.
     """
-    _check_sources(model, checkpoint, places)
-    state = model.state_dict()
+    mapping = _Mapping(model, checkpoint, places)
+    mapping.check_sources()
     parts = {weight.key(part): (weight, part) for weight, found, _ in packed_weights(model) for part in found}
     units: dict[str, Unit] = {}
     for stored, name in saved_tensors(model).items():
-        spec = PartSpec(tuple(state[name].shape), state[name].dtype)
+        spec = PartSpec(tuple(mapping.state[name].shape), mapping.state[name].dtype)
         if name in parts:
             weight, part = parts[name]
-            unit = units.get(weight.name) or _of_weight(weight, model, checkpoint, places)
+            unit = units.get(weight.name) or mapping.unit_of(weight)
             outputs = {**unit.outputs, stored: spec}
             units[weight.name] = replace(unit, outputs=outputs, parts=(*unit.parts, part))
             continue
-        place = _whole(name, model, checkpoint, places)
+        place = mapping.whole(name)
         if spec.shape != place.shape:
             raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
         units[name] = Unit((place,), {stored: spec})
     return list(units.values())
-
-
-def _of_weight(
-    weight: WeightName, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]
-) -> Unit:
-    """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
-    if len(weight.shape) == 3:
-        transposed = dict(svdq_experts(model))[weight.name.rpartition(".")[0]].layout.transposed
-        found, turned = expert_places(weight, checkpoint, places, transposed=transposed)
-        return Unit(found, {}, weight, transposed=transposed, turned=turned)
-    place = _whole(weight.key("weight"), model, checkpoint, places)
-    return Unit((place,), {}, weight, transposed=dict(svdq_layers(model))[weight.name].transposed)
-
-
-def _whole(name: str, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> Place:
-    """Where the one tensor is that is `name` in the model."""
-    entry = checkpoint.entries.get(_source(model, checkpoint, name))
-    if entry is None or not entry.whole:
-        why = "which the files do not hold" if entry is None else "made of a tensor that is joined or cut"
-        raise Unstreamable(f"it has {name}, {why}")
-    return places[entry.name]
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
@@ -85,33 +123,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
     return {name: names[id(tensor)] for name, tensor in stored.items()}
 
 
-def _check_sources(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
-    """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
-    known = {*model.state_dict(), *(f"{name}.weight" for name in _readers(model))}
-    known -= {stored.name for stored, _, _ in packed_weights(model) if len(stored.shape) == 3}
-    for name, entries in checkpoint.sources.items():
-        if len(entries) > 1 and name in known:
-            one = entries[0].name
-            raise Unstreamable(f"several tensors of its files become one of the model ({one} is one)")
-    for one, other in (model.all_tied_weights_keys or {}).items():
-        if one in checkpoint.entries and other in checkpoint.entries:
-            raise Unstreamable(f"{one} and {other} are tied and both in the files: they must be compared")
-    for place in places.values():
-        if place.dtype not in DTYPE_NAMES.values():
-            raise Unstreamable(f"{place.name} is {place.dtype}")
-
-
-def _source(model: PreTrainedModel, checkpoint: Checkpoint, name: str) -> str:
-    """The name, of those that a tied tensor has, that the files know."""
-    if name in checkpoint.entries:
-        return name
-    state = model.state_dict(keep_vars=True)
-    same = [other for other, tensor in state.items() if tensor is state.get(name)]
-    same += [f"{reader}.weight" for reader, head in _readers(model).items() if name == f"{head}.weight"]
-    return next((other for other in same if other in checkpoint.entries), name)
-
-
-def _readers(model: PreTrainedModel) -> dict[str, str]:
+def head_readers(model: PreTrainedModel) -> dict[str, str]:
     """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
     heads = {id(layer): name for name, layer in svdq_layers(model)}
     modules = model.named_modules()

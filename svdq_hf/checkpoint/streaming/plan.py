@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.checkpoint.source import load_complete
-from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
-from svdq_hf.checkpoint.streaming.mapping import _readers, _units
+from svdq_hf.checkpoint.load import load_complete
+from svdq_hf.checkpoint.source import Source
+from svdq_hf.checkpoint.streaming.byte_ranges import Place
+from svdq_hf.checkpoint.streaming.mapping import head_readers, make_units
 from svdq_hf.checkpoint.streaming.unit import Unit, Unstreamable
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import INDEX, WEIGHTS
+from svdq_hf.format.metadata import layers_metadata
 from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PartSpec
 from svdq_hf.integrations.transformers.checkpoint_headers import read_checkpoint
-from svdq_hf.integrations.transformers.file_names import config_in_memory
+from svdq_hf.integrations.transformers.file_names import config_in_memory, file_names
 from svdq_hf.nn.inventory import packed_weights
 from svdq_hf.quantize.footprint import Footprint, footprint
 
@@ -75,11 +77,12 @@ class StreamPlan:
 
     def metadata(self, facts: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
         """What each file's header says, given what was measured of each layer."""
-        for stored, _, measured in packed_weights(self.model):
-            measured.clear()
-            measured.update(facts[stored.name])
-        _, metadata = self.model.hf_quantizer.get_state_dict_and_metadata(self.model)
-        return {"format": "pt", **metadata}
+        names = file_names(self.model)
+        layers = {
+            names[stored.name]: {"shape": list(stored.shape), **facts[stored.name]}
+            for stored, _, _ in packed_weights(self.model)
+        }
+        return {"format": "pt", **layers_metadata(layers)}
 
     def write_config(self, folder: Path) -> None:
         """Write config.json, generation_config.json and the index, as `save_pretrained` does."""
@@ -96,20 +99,20 @@ class StreamPlan:
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: int) -> StreamPlan:
-    """How the model in the folder `source` becomes a quantized one, in files of about `shard_size` bytes.
+def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan:
+    """How the model of `source` becomes a quantized one, in files of about `shard_size` bytes.
 
     Raises:
         Unstreamable: it must be quantized in memory.
         ValueError: it cannot be quantized at all: see `tensor_places` and `load_complete`.
     """
-    _check_usual(model_class, source, config)
-    places = tensor_places(source)
-    files = tuple(sorted({place.file for place in places.values()}))
+    kind = source.kind
+    _check_usual(source, config)
+    files = tuple(sorted({place.file for place in source.places.values()}))
     try:
         model, _ = load_complete(
-            model_class,
-            source,
+            kind,
+            source.folder,
             named=config.modules_to_not_convert or (),
             quantization_config=config,
             device_map={"": "meta"},
@@ -117,10 +120,10 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
     weights = [stored for stored, _, _ in packed_weights(model)]
-    readers = [WeightName(name, ()) for name in _readers(model)]
+    readers = [WeightName(name, ()) for name in head_readers(model)]
     checkpoint = read_checkpoint(model, [*weights, *readers], files)
     try:
-        units = _units(model, checkpoint, places)
+        units = make_units(model, checkpoint, source.places)
     except Unstreamable as error:
         error.footprint = footprint(model)
         raise
@@ -128,7 +131,7 @@ def make_plan(model_class: Any, source: Path, config: SVDQConfig, shard_size: in
     return StreamPlan(model, config, files, _shards(units, shard_size))
 
 
-def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
+def _check_usual(source: Source, config: SVDQConfig) -> None:
     """What is not streamed whatever the files hold."""
     if config.synthetic:
         raise Unstreamable("its error feedback runs the dense model")
@@ -136,10 +139,10 @@ def _check_usual(model_class: Any, source: Path, config: SVDQConfig) -> None:
         raise Unstreamable("its budget is spent over all layers, which are measured first")
     if config.data_needs:
         raise config.no_data()
-    model_config = model_class.config_class if hasattr(model_class, "config_class") else None
-    if any((source / name).is_file() for name in getattr(model_config, "extra_files", ())):
+    model_config = getattr(source.kind, "config_class", None)
+    if any((source.folder / name).is_file() for name in getattr(model_config, "extra_files", ())):
         raise Unstreamable("it has weights in files of names of their own")
-    if "transformers_weights" in json.loads((source / "config.json").read_text()):
+    if "transformers_weights" in source.stored:
         raise Unstreamable("its config.json names a file of weights of its own")
 
 

@@ -16,21 +16,18 @@ from typing import Any
 
 from accelerate import PartialState
 
-from svdq_hf.checkpoint.streaming.byte_ranges import readable
+from svdq_hf.checkpoint.folders import check_disk
 from svdq_hf.checkpoint.streaming.plan import Shard, StreamPlan
 from svdq_hf.checkpoint.streaming.shard import (
     add_header,
     data_file,
     finished_record,
-    model_folder,
     read_record,
     record_file,
 )
 from svdq_hf.checkpoint.streaming.workers import make_shards, progress_bar
+from svdq_hf.checkpoint.unfinished import PLAN_FILE, check_own, empty, locked, model_folder, remove_old
 from svdq_hf.format.files import write_atomically
-
-PLAN_FILE = "plan.json"
-LOCK_FILE = "lock"
 
 MADE_BY = ("svdq_hf", "torch")
 """Packages of which another version might make other bytes."""
@@ -53,10 +50,11 @@ def stream(
     """
     state = PartialState()
     if state.is_main_process:
+        check_own(folder)
         check_disk(folder.parent, bytes_needed(plan, folder))
         folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
-    with _lock(folder, wanted=state.is_main_process):
+    with locked(folder, wanted=state.is_main_process):
         if state.is_main_process:
             _prepare(plan, folder, restart)
         state.wait_for_everyone()
@@ -82,21 +80,6 @@ def _kept(folder: Path) -> Iterator[None]:
         raise
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk of `folder`, or of the nearest that is there, cannot take.
-
-    Raises:
-        ValueError: it says what is needed and what is free.
-    """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(
-            f"{folder}: needs {readable(needed)} of disk, and {readable(free)} are free; "
-            "make room, or name a folder on another disk"
-        )
-
-
 def bytes_needed(plan: StreamPlan, folder: Path) -> int:
     """Disk that the work takes at its height, beyond what is in `folder` (and is used, or deleted first)."""
     there = 0
@@ -108,34 +91,13 @@ def bytes_needed(plan: StreamPlan, folder: Path) -> int:
     return plan.size + largest + len(plan.shards) * 512 * len(plan.footprint.layers) - there
 
 
-@contextmanager
-def _lock(folder: Path, *, wanted: bool) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go of it whatever becomes of this one."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows: there, runs are not kept apart
-        wanted = False
-    if not wanted:
-        yield
-        return
-    with open(folder / LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"{folder}: another run is at work there; wait for it, or end it") from error
-        yield
-
-
 def _prepare(plan: StreamPlan, folder: Path, restart: bool) -> None:
     """Make the folder ready: begin it, or check that it was begun for this plan."""
-    if restart:
-        for file in folder.iterdir():
-            if file.is_dir():
-                shutil.rmtree(file)
-            elif file.name != LOCK_FILE:
-                file.unlink()
-    model_folder(folder).mkdir(exist_ok=True)
     noted = folder / PLAN_FILE
+    if restart or not noted.exists():  # without a plan, it is what work in memory has left (`work_folder`)
+        empty(folder)
+    remove_old(folder)
+    model_folder(folder).mkdir(exist_ok=True)
     facts = _plan_facts(plan)
     if not noted.exists():
         write_atomically(noted, json.dumps(facts, indent=1))

@@ -18,6 +18,7 @@ from torch import Tensor
 from svdq_hf.checkpoint.streaming.byte_ranges import PIECE, Place, header_bytes, layout, read_pieces, size_of
 from svdq_hf.checkpoint.streaming.plan import Shard
 from svdq_hf.checkpoint.streaming.unit import Unit
+from svdq_hf.checkpoint.unfinished import model_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.files import DTYPES, _sync, write_atomically
 from svdq_hf.format.names import WeightName
@@ -65,7 +66,9 @@ def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> No
     with open(data_file(shard, folder), "wb") as file:
         file.truncate(shard.size)
         for unit in shard.units:
-            for name, data in _outputs(unit, config, source, facts):
+            outputs, measured = _made(unit, config, source)
+            facts |= measured
+            for name, data in outputs:
                 file.seek(starts[name])
                 starts[name] += data.numel()
                 file.write(data.numpy().data)
@@ -75,16 +78,25 @@ def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> No
     write_atomically(record_file(shard, folder), json.dumps(record))
 
 
-def _outputs(
-    unit: Unit, config: SVDQConfig, source: _Input, facts: dict[str, dict[str, float]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and bytes of what a unit becomes, piece by piece in order; fills `facts`."""
+def _made(
+    unit: Unit, config: SVDQConfig, source: _Input
+) -> tuple[Iterator[tuple[str, Tensor]], dict[str, dict[str, float]]]:
+    """Names and bytes of what a unit becomes, piece by piece, and what was measured of its weight."""
     if unit.weight is None:
-        ((name, spec),), (place,) = unit.outputs.items(), unit.places
-        for data in source.pieces(place):
-            yield name, as_bytes(data.view(DTYPES[place.dtype]).to(spec.dtype))
-        return
-    parts, facts[unit.weight.name] = _quantized(unit, unit.weight, config, source)
+        return _copied(unit, source), {}
+    parts, facts = _quantized(unit, unit.weight, config, source)
+    return _stored(unit, parts), {unit.weight.name: facts}
+
+
+def _copied(unit: Unit, source: _Input) -> Iterator[tuple[str, Tensor]]:
+    """The bytes of a tensor that stays dense, cast where the dtypes differ."""
+    ((name, spec),), (place,) = unit.outputs.items(), unit.places
+    for data in source.pieces(place):
+        yield name, as_bytes(data.view(DTYPES[place.dtype]).to(spec.dtype))
+
+
+def _stored(unit: Unit, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The bytes of a weight's parts, which must be those that were planned."""
     for part, (name, spec) in zip(unit.parts, unit.outputs.items(), strict=True):
         if (tuple(parts[part].shape), parts[part].dtype) != spec:
             raise ValueError(f"{name}: {list(parts[part].shape)} {parts[part].dtype}, planned was {spec}")
@@ -200,8 +212,3 @@ def record_file(shard: Shard, folder: Path) -> Path:
 def data_file(shard: Shard, folder: Path) -> Path:
     """Where a shard's data lies without its header."""
     return folder / f"{shard.number:05d}.data"
-
-
-def model_folder(folder: Path) -> Path:
-    """The part of an unfinished folder that will be the model."""
-    return folder / "model"

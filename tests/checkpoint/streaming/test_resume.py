@@ -18,10 +18,12 @@ from tiny_models import llama
 import svdq_hf.checkpoint.streaming.resume
 import svdq_hf.checkpoint.streaming.shard
 from svdq_hf import SVDQConfig
-from svdq_hf.checkpoint.folders import unfinished_folder
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.source import Source
+from svdq_hf.checkpoint.streaming.plan import make_plan
 from svdq_hf.checkpoint.streaming.resume import stream
 from svdq_hf.checkpoint.streaming.workers import _Workers
+from svdq_hf.checkpoint.unfinished import unfinished_folder
 from svdq_hf.cli.command import main
 
 CONFIG = SVDQConfig(k=4)
@@ -111,7 +113,7 @@ def test_damaged_data_of_the_first_run_are_made_again(whole, source, tmp_path, m
     out = tmp_path / "out"
     if whole:
         with monkeypatch.context() as patched:
-            patched.setattr(svdq_hf.checkpoint.streaming.resume.Plan, "write_config", None)
+            patched.setattr(svdq_hf.checkpoint.streaming.plan.StreamPlan, "write_config", None)
             with pytest.raises(TypeError):
                 quantize_checkpoint(source, out, CONFIG, shard_size=SIZE)
         damaged = unfinished_folder(out) / "model" / "model-00002-of-00005.safetensors"
@@ -318,7 +320,7 @@ def test_each_process_makes_its_own_shards_and_the_first_puts_them_together(sour
     work = unfinished_folder(tmp_path / "out")
     assert {int(file.stem) for file in work.glob("0*.json")} == {1, 3, 5}
     monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "PartialState", lambda: Rank(1))
-    plan = svdq_hf.checkpoint.quantize.make_plan(type(llama()), source, CONFIG, 20_000)
+    plan = make_plan(Source.resolve(source), CONFIG, 20_000)
     stream(plan, work, lambda folder: pytest.fail("only the first process finishes"))
     assert {int(file.stem) for file in work.glob("0*.json")} == {1, 2, 3, 4, 5}
     monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "PartialState", lambda: Rank(0))

@@ -29,6 +29,7 @@ from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 import svdq_hf.checkpoint.streaming.shard
 from svdq_hf import SVDQConfig
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.byte_ranges import (
     DTYPE_NAMES,
     header_bytes,
@@ -77,17 +78,17 @@ def test_dtype_that_config_json_says_is_the_one_of_what_stays_dense(stored, said
 
 
 @pytest.mark.oldest
-def test_tensors_that_the_model_does_not_know_are_not_written(tmp_path):
+def test_tensors_that_the_model_does_not_know_are_dropped_where_they_are_named(tmp_path):
     classifier().save_pretrained(tmp_path / "dense")
     edit_tensors(tmp_path / "dense", lambda tensors: tensors.update(stray=torch.ones(3)))
-    check(tmp_path)
+    check(tmp_path, drop=("stray",))
     assert "stray" not in contents(tmp_path / "ours")[0]
 
 
-def test_head_that_is_not_asked_for_is_left_out_and_names_are_the_files_own(tmp_path):
+def test_head_that_is_not_asked_for_is_dropped_by_name_and_names_are_the_files_own(tmp_path):
     classifier().save_pretrained(tmp_path / "dense")
     edit_config(tmp_path / "dense", architectures=["BertModel"])
-    check(tmp_path)
+    check(tmp_path, drop=("classifier",))
     assert not any("classifier" in name for name in contents(tmp_path / "ours")[0])
 
 
@@ -95,13 +96,14 @@ def test_head_that_is_not_asked_for_is_left_out_and_names_are_the_files_own(tmp_
 def test_class_is_found_where_config_json_names_none(tmp_path):
     bert().save_pretrained(tmp_path / "dense")
     edit_config(tmp_path / "dense", architectures=None)
-    check(tmp_path, kind=AutoModel)
+    check(tmp_path)
+    assert Source.resolve(tmp_path / "dense").kind is AutoModel
 
 
 @pytest.mark.oldest
 def test_a_shard_holds_whole_layers_and_no_more_than_was_asked(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
-    plan = make_plan(type(llama()), tmp_path / "dense", CONFIG, 20_000)
+    plan = make_plan(Source.resolve(tmp_path / "dense"), CONFIG, 20_000)
     assert all(shard.size <= 20_000 or len(shard.units) == 1 for shard in plan.shards)
     assert sum(one.size + next_.units[0].size > 20_000 for one, next_ in pairwise(plan.shards)) == (
         len(plan.shards) - 1
