@@ -267,6 +267,7 @@ def test_a_library_of_another_release_is_left_alone(without_library, caplog):
     assert ctypes.CDLL(str(built)).svdq_abi() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, whose sanitizers this needs")
 def test_sanitizers_see_no_byte_beyond_a_buffer_and_nothing_undefined(tmp_path):
     program = tmp_path / "check"
