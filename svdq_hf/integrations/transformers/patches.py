@@ -12,6 +12,9 @@ PreTrainedModel.save_pretrained
     quantized one's config has that, and what is saved is refused. While it is saved it has the right one.
     Fails when not needed: `test_transformers_writes_a_dense_models_quantization_config`,
     `test_transformers_loads_packed_bytes_as_weights`.
+PreTrainedModel.num_parameters
+    Why: it counts the bytes of packed weights; bitsandbytes' 4 bits alone are known to it.
+    Fails when not needed: `test_transformers_counts_packed_bytes`.
 PreTrainedModel.resize_token_embeddings
     Why: it resizes the embedding and then finds that the head is no nn.Linear. Asked before, it refuses.
     Fails when not needed: `test_transformers_resizes_half_of_a_model`.
@@ -56,11 +59,13 @@ from transformers import PreTrainedModel
 from svdq_hf.format.names import is_salient_values
 from svdq_hf.integrations.transformers.saved_config import as_it_is
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
+from svdq_hf.nn.inventory import packed_weights, uncounted_weights
 from svdq_hf.nn.linear import SVDQLinear
 
-OWN_DTYPE, OWN_SAVE, OWN_RESIZE = (
+OWN_DTYPE, OWN_SAVE, OWN_COUNT, OWN_RESIZE = (
     PreTrainedModel.dtype,
     PreTrainedModel.save_pretrained,
+    PreTrainedModel.num_parameters,
     PreTrainedModel.resize_token_embeddings,
 )
 """What is changed, as transformers has it."""
@@ -70,6 +75,7 @@ def apply() -> None:
     """Change transformers' class; a second call changes nothing."""
     PreTrainedModel.dtype = property(main_dtype)
     PreTrainedModel.save_pretrained = save_as_it_is
+    PreTrainedModel.num_parameters = count_weights
     PreTrainedModel.resize_token_embeddings = resize_dense_ends
 
 
@@ -96,6 +102,24 @@ def save_as_it_is(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     with as_it_is(model):
         return OWN_SAVE(model, *args, **kwargs)
+
+
+@functools.wraps(OWN_COUNT)
+def count_weights(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """`num_parameters`: as many as the dense model has, packed or not; of those that train, all that do."""
+    total: int = OWN_COUNT(model, only_trainable, exclude_embeddings)
+    tables = {id(one.weight) for one in packed_tables(model)} if exclude_embeddings else set()
+    if not only_trainable:
+        return total + uncounted_weights(model, without=tables)
+    parts = [one.parts for one in packed_weights(model) if id(one.parts["weight"]) in tables]
+    values = [part["salient_values"] for part in parts]
+    return total - sum(one.numel() for one in values if one.requires_grad)
+
+
+def packed_tables(model: nn.Module) -> list[SVDQLinear]:
+    """The packed matrices whose rows are embeddings."""
+    found = [module for module in model.modules() if isinstance(module, SVDQEmbedding)]
+    return [*found, *(module.head for module in model.modules() if isinstance(module, TiedEmbedding))]
 
 
 @functools.wraps(OWN_RESIZE)
