@@ -293,4 +293,5 @@ def _base(model: Any, token: str | None) -> tuple[str | None, str]:
     except (FileNotFoundError, HFValidationError):
         return None, ""
     # A model that was loaded quantized has a card that names its base.
-    return None if model.hf_quantizer.pre_quantized else name, card
+    loaded = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)  # of parts: no quantizer
+    return None if loaded else name, card

@@ -3,7 +3,8 @@
 Not here: their sizes in bytes (`quantize.footprint`).
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -60,3 +61,32 @@ def svdq_experts(model: nn.Module) -> Iterator[tuple[str, SVDQExperts]]:
 def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
     """The quantized layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQLinear))
+
+
+def number_of_weights(model: nn.Module) -> int:
+    """The weights of a model, each once: of a quantized layer as many as it stands for, not its bytes.
+
+    Args:
+        model: any module.
+
+    >>> number_of_weights(nn.Sequential(SVDQLinear(64, 8), nn.Linear(8, 2)))
+    538
+    """
+    return sum(one.numel() for one in model.parameters()) + uncounted_weights(model)
+
+
+def uncounted_weights(model: nn.Module, *, without: Container[int] = ()) -> int:
+    """What to add to the number of elements of a model's parameters for the number of its weights.
+
+    Packed bytes are fewer than the weights they stand for, and salient values are among these.
+
+    Args:
+        model: any module.
+        without: ids of packed codes whose layer is not to count at all.
+    """
+    total = 0
+    for stored, parts, _ in packed_weights(model):
+        held = (parts["weight"], parts["salient_values"])
+        total -= sum(part.numel() for part in held if isinstance(part, nn.Parameter))
+        total += 0 if id(parts["weight"]) in without else math.prod(stored.shape)
+    return total

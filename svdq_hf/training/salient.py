@@ -4,7 +4,6 @@ The packed weights are integers and stay; the rest are floats and can train with
 no adapter. Not here: adapters (`integrations.peft`).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.names import is_salient_values
-from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.nn.inventory import number_of_weights, packed_weights
 from svdq_hf.quantize.selection import heads
 
 ADAMW_BYTES = 4 + 4 + 4
@@ -110,7 +109,7 @@ def mark_trainable(
     for kind, parameter in chosen:
         parameter.requires_grad_(True)
         counts[kind] += parameter.numel()
-    result = Trainable(counts, _weights(model) - sum(counts.values()))
+    result = Trainable(counts, number_of_weights(model) - sum(counts.values()))
     if show:
         Console().print(result)
     return result
@@ -142,19 +141,3 @@ def _kind(name: str, norm: bool, *, outside: bool) -> str:
     if name == "bias" or (name.endswith("_bias") and name not in ROUTING):
         return "biases"
     return "norms" if norm else ""
-
-
-def _weights(model: nn.Module) -> int:
-    """Number of weights of the model; a quantized layer counts with the weights that it represents."""
-    packed = {id(one.parts["weight"]): one for one in packed_weights(model)}
-    total = 0
-    for parameter in model.parameters():
-        one = packed.get(id(parameter))
-        if one is None:
-            total += parameter.numel()
-            continue
-        total += math.prod(one.stored.shape)
-        values = one.parts["salient_values"]
-        if isinstance(values, nn.Parameter):  # counted by itself
-            total -= values.numel()
-    return total

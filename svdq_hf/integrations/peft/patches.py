@@ -1,6 +1,6 @@
 """Patches of PEFT (0.18 to 0.22): every change that svdq_hf makes to it, and why.
 
-Two functions are wrapped, for the whole process: now if PEFT is imported already, otherwise when it is
+Functions are wrapped, for the whole process: now if PEFT is imported already, otherwise when it is
 imported. The user calls nothing, and PEFT is not imported for it. For other layers they work as before.
 
 peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.model)
@@ -10,8 +10,11 @@ peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.
 peft.tuners.tuners_utils._maybe_include_all_linear_layers
     Why: "all-linear" is made of a fixed list of classes.
     Fails when not needed: `test_peft_does_not_count_quantized_layers_among_all_linear`.
+PeftModel.get_nb_trainable_parameters (and PeftMixedModel's), which print_trainable_parameters prints
+    Why: it counts the bytes of packed weights; bitsandbytes' 4 bits alone are known to it.
+    Fails when not needed: `test_peft_counts_packed_bytes`.
 
-No upstream issue is known for either. Not here: transformers (`integrations.transformers.patches`).
+No upstream issue is known for any. Not here: transformers (`integrations.transformers.patches`).
 """
 
 import functools
@@ -20,8 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 LAYERS, TUNERS, USER = "peft.tuners.lora.layer", "peft.tuners.tuners_utils", "peft.tuners.lora.model"
-"""The modules that define the two functions, and one that imports the first by name."""
-WATCHED = (LAYERS, TUNERS, USER)
+"""The modules that define two of the functions, and one that imports the first by name."""
+MODEL, MIXED = "peft.peft_model", "peft.mixed_model"
+WATCHED = (LAYERS, TUNERS, USER, MODEL, MIXED)
 
 
 def register() -> None:
@@ -30,12 +34,17 @@ def register() -> None:
         (LAYERS, "dispatch_default", _dispatch),
         (USER, "dispatch_default", _dispatch),
         (TUNERS, "_maybe_include_all_linear_layers", _all_linear),
+        (MODEL, "PeftModel.get_nb_trainable_parameters", _counts),
+        (MIXED, "PeftMixedModel.get_nb_trainable_parameters", _counts),
     ):
-        found = getattr(sys.modules.get(module), name, None)
+        owner: Any = sys.modules.get(module)
+        *holder, name = name.split(".")
+        owner = getattr(owner, holder[0], None) if holder else owner
+        found = getattr(owner, name, None)
         if found is not None and not hasattr(found, "knows_svdq"):
             wrapper = functools.wraps(found)(wrap(found))
             wrapper.knows_svdq = True  # type: ignore[attr-defined]
-            setattr(sys.modules[module], name, wrapper)
+            setattr(owner, name, wrapper)
 
 
 def has_adapters(model: Any) -> bool:
@@ -70,3 +79,15 @@ def _all_linear(default: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return include
+
+
+def _counts(default: Callable[..., Any]) -> Callable[..., Any]:
+    """How many weights train, and how many there are: as many as the dense model has, packed or not."""
+
+    def count(model: Any) -> tuple[int, int]:
+        from svdq_hf.nn.inventory import uncounted_weights
+
+        trainable, total = default(model)
+        return trainable, total + uncounted_weights(model)
+
+    return count

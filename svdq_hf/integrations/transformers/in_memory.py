@@ -16,6 +16,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.integrations.peft.patches import has_adapters
+from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
@@ -87,6 +88,7 @@ def _quantized(
         quantize_embedding(model, table, config)
     if isinstance(model, PreTrainedModel):
         _mark_quantized(model, SVDQHfQuantizer(config, pre_quantized=False))
+    patches.apply()  # a part of a model: the whole may be saved
     return model
 
 

@@ -7,9 +7,14 @@ PreTrainedModel.dtype
     is a salient weight, FP32, a bfloat16 model would come back in FP32. Since: 5.20, and before.
     Fails when not needed: `test_transformers_takes_a_salient_weight_for_the_models_dtype`.
 PreTrainedModel.save_pretrained
-    Why: a dense model that was made from a quantized one's config writes its quantization_config, and what is
-    saved is refused when it is loaded. For a quantized model it is transformers' own.
-    Fails when not needed: `test_transformers_writes_a_dense_models_quantization_config`.
+    Why: a model is saved with the quantization_config that it has. Where a part of it was quantized by itself
+    that is none, and what is saved cannot be loaded, or is wrong; a dense model that was made from a
+    quantized one's config has that, and what is saved is refused. While it is saved it has the right one.
+    Fails when not needed: `test_transformers_writes_a_dense_models_quantization_config`,
+    `test_transformers_loads_packed_bytes_as_weights`.
+PreTrainedModel.num_parameters
+    Why: it counts the bytes of packed weights; bitsandbytes' 4 bits alone are known to it.
+    Fails when not needed: `test_transformers_counts_packed_bytes`.
 PreTrainedModel.resize_token_embeddings
     Why: it resizes the embedding and then finds that the head is no nn.Linear. The patch refuses before that.
     Fails when not needed: `test_transformers_resizes_half_of_a_model`.
@@ -51,15 +56,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.format.names import is_salient_values
+from svdq_hf.integrations.transformers.saved_config import as_it_is
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
-from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.nn.inventory import packed_weights, uncounted_weights
 from svdq_hf.nn.linear import SVDQLinear
 
-OWN_DTYPE, OWN_SAVE, OWN_RESIZE = (
+OWN_DTYPE, OWN_SAVE, OWN_COUNT, OWN_RESIZE = (
     PreTrainedModel.dtype,
     PreTrainedModel.save_pretrained,
+    PreTrainedModel.num_parameters,
     PreTrainedModel.resize_token_embeddings,
 )
 """transformers' own versions of what is patched."""
@@ -70,6 +76,7 @@ def apply() -> None:
     """Patch transformers' class, once; what others patch afterwards stays."""
     PreTrainedModel.dtype = property(main_dtype)
     PreTrainedModel.save_pretrained = save_as_it_is
+    PreTrainedModel.num_parameters = count_weights
     PreTrainedModel.resize_token_embeddings = resize_dense_ends
 
 
@@ -93,21 +100,31 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 
 @functools.wraps(OWN_SAVE)
 def save_as_it_is(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained` without `quantization_config` for a dense model with a quantized one's config."""
-    config = model.config
-    quantized = getattr(model, "hf_quantizer", None) is not None or any(packed_weights(model))
-    if quantized or _method(getattr(config, "quantization_config", None)) != QUANT_METHOD:
+    """`save_pretrained`, by which a model says what it holds, dense or quantized, whoever's config it has.
+
+    Raises:
+        ValueError: no config can say that; see `as_it_is`.
+    """
+    with as_it_is(model):
         return OWN_SAVE(model, *args, **kwargs)
-    others = config.quantization_config
-    del config.quantization_config
-    try:
-        return OWN_SAVE(model, *args, **kwargs)
-    finally:
-        config.quantization_config = others
 
 
-def _method(config: Any) -> Any:
-    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+@functools.wraps(OWN_COUNT)
+def count_weights(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """`num_parameters`: as many as the dense model has, packed or not; of those that train, all that do."""
+    total: int = OWN_COUNT(model, only_trainable, exclude_embeddings)
+    tables = {id(one.weight) for one in packed_tables(model)} if exclude_embeddings else set()
+    if not only_trainable:
+        return total + uncounted_weights(model, without=tables)
+    parts = [one.parts for one in packed_weights(model) if id(one.parts["weight"]) in tables]
+    values = [part["salient_values"] for part in parts]
+    return total - sum(one.numel() for one in values if one.requires_grad)
+
+
+def packed_tables(model: nn.Module) -> list[SVDQLinear]:
+    """The packed matrices whose rows are embeddings."""
+    found = [module for module in model.modules() if isinstance(module, SVDQEmbedding)]
+    return [*found, *(module.head for module in model.modules() if isinstance(module, TiedEmbedding))]
 
 
 @functools.wraps(OWN_RESIZE)
