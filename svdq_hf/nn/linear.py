@@ -29,7 +29,8 @@ class SVDQLinear(nn.Module):
 
     The stored tensors are those of `part_specs`; they are created empty, and filled by `load_parts` or by
     loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
-    parameter of packed bytes; the others are buffers.
+    parameter of packed bytes, since FSDP shards parameters alone and accelerate moves to disk parameters
+    alone; the rest are buffers.
 
     Args:
         in_features: columns of W.
