@@ -8,32 +8,39 @@ which the function itself checks.
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class WrongKind(TypeError, ValueError):
+    """An argument of a wrong kind: a TypeError to Python, a ValueError as all that svdq_hf refuses."""
+
+
 def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: an argument that is not of its annotated type is a TypeError that names it.
+    """Decorator: an argument that is not of its annotated type is a `WrongKind` that names it.
 
     Args:
-        remedies: by parameter, what to do instead, for what people mix up most.
+        remedies: by parameter name, what to do instead, for what people mix up most.
 
     Returns:
         The decorator; the function keeps its signature and docstring.
 
-    >>> @checked_arguments(workers="a whole number")
+    Raises:
+        WrongKind: the decorated function was called with an unknown, a missing or a wrongly typed argument.
+
+    >>> @checked_arguments(workers="a whole number, please")
     ... def work(workers: int = 1) -> int:
     ...     return workers
     >>> work("2")
     Traceback (most recent call last):
         ...
-    TypeError: work: workers='2' is a str, and must be int: a whole number
+    svdq_hf.core.arguments.WrongKind: work: workers='2' is a str, no int: a whole number, please
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,11 +55,13 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
-                raise TypeError(f"{function.__name__}: {error}") from None
-            for name, value in given.items():
-                several = signature.parameters[name].kind in _SEVERAL
-                if not several and name in hints() and not is_a(value, hints()[name]):
-                    raise TypeError(f"{function.__name__}: {_told(name, value, hints()[name], remedies)}")
+                raise WrongKind(f"{function.__name__}: {error}") from None
+            try:
+                for name, value, hint in _singly(given, signature, hints()):
+                    if not is_a(value, hint):
+                        raise WrongKind(_told(name, value, hint, remedies))
+            except WrongKind as error:
+                raise WrongKind(f"{function.__name__}: {error}") from None
             return function(*args, **kwargs)
 
         return checked
@@ -60,14 +69,32 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
     return decorate
 
 
-_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def _singly(
+    given: Mapping[str, Any], signature: inspect.Signature, hints: Mapping[str, Any]
+) -> Iterator[tuple[str, object, Any]]:
+    """Each argument with its annotation; of `**kwargs: Unpack[SomeTypedDict]` each key by itself.
+
+    Raises:
+        WrongKind: a key is none of the typed dict's.
+    """
+    for name, value in given.items():
+        kind, hint = signature.parameters[name].kind, hints.get(name, Any)
+        if kind is inspect.Parameter.VAR_KEYWORD and get_origin(hint) is Unpack:
+            keys = get_type_hints(get_args(hint)[0])
+            for key, one in value.items():
+                if key not in keys:
+                    raise WrongKind(f"got an unexpected keyword argument {key!r}; it takes {list(keys)}")
+                yield key, one, keys[key]
+        elif kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            yield name, value, hint
 
 
 def _told(name: str, value: object, hint: Any, remedies: Mapping[str, str]) -> str:
     shown = repr(value) if isinstance(value, str | bytes | Real | None) else ""
-    given = f"={shown[:60]} is a {_name(type(value))}" if shown else f" is a {_name(type(value))}"
-    remedy = f": {remedies[name]}" if name in remedies else ""
-    return f"{name}{given}, and must be {_name(hint)}{remedy}"
+    kind = _name(type(value))
+    given = f"{f'={shown[:60]}' if shown else ''} is a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
+    wanted = f"no {_name(hint)}: {remedies[name]}" if name in remedies else f"and must be {_name(hint)}"
+    return f"{name}{given}, {wanted}"
 
 
 def _name(hint: Any) -> str:
@@ -91,16 +118,19 @@ def _is_union(hint: Any) -> bool:
 def is_a(value: object, hint: Any) -> bool:
     """Whether a value is of an annotated type, as a person means it.
 
-    True is no number, a whole number is a float, text is no sequence, and a path may be any `os.PathLike`.
+    True is not a number, an int passes as a float, a str is not a sequence, and a path may be any
+    `os.PathLike`.
 
     Args:
         value: anything.
-        hint: an annotation; one that is not understood admits everything.
+        hint: an annotation; one of a kind not handled here admits everything.
 
     >>> is_a(1, float), is_a(True, int), is_a("ab", Sequence[str]), is_a(["a", 1], list[str])
     (True, False, False, False)
     """
     origin, inner = get_origin(hint), get_args(hint)
+    if hint in (Any, object):
+        return True
     if _is_union(hint):
         return any(is_a(value, one) for one in inner)
     if origin is Literal:
@@ -108,7 +138,7 @@ def is_a(value: object, hint: Any) -> bool:
     if origin is not None:
         return _is_collection(value, origin, inner)
     plain = {int: Integral, float: Real, Path: os.PathLike, None: types.NoneType}.get(hint, hint)
-    if not isinstance(plain, type):
+    if plain is Any or not isinstance(plain, type):  # `Any` is a class, since Python 3.11
         return True
     if plain in (Integral, Real):
         return isinstance(value, plain) and not isinstance(value, bool)
@@ -116,7 +146,7 @@ def is_a(value: object, hint: Any) -> bool:
 
 
 def _is_collection(value: object, origin: Any, inner: tuple[Any, ...]) -> bool:
-    """Whether a value is a collection of that kind; its items are looked at where that uses nothing up."""
+    """Whether a value is a collection of that kind; items are checked unless that would use them up."""
     if origin is Callable:
         return callable(value)
     if not isinstance(origin, type) or not issubclass(origin, Iterable):

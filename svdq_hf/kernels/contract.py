@@ -1,10 +1,10 @@
-"""What the ops ask of their arguments: devices, dtypes and sizes, looked at here and nowhere else.
+"""Contract of the ops: what their arguments must be (devices, dtypes, sizes), checked here and nowhere else.
 
-Each op asks before it computes, and before it answers with a shape alone (on the meta device, in a trace), so
-a backend may rely on what it gets: no tensor is elsewhere, none is read beyond its end. The C library's own
-call from Python (`cpu_direct`) looks at the same by itself and leaves what it does not take to the op. Only
-sizes are looked at, never data, so nothing waits for a device. Not here: where salient weights lie
-(`positions`), which is data.
+Each op checks before it computes, and before it answers with a shape alone (on the meta device, in a trace).
+So a backend may rely on its arguments: no tensor is on another device, none is read beyond its end. The C
+library's direct call from Python (`kernels.cpu_direct`) checks the same itself and leaves everything else to
+the op. Only sizes are checked, never data, so nothing waits for a device. Not here: salient positions
+(`kernels.positions`), which are data.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,18 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def check_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int) -> None:
-    """Refuse what `svdq::linear` cannot compute: x `[..., in]`, the parts of a layer, bias `[out]` or None.
+    """Refuse arguments that `svdq::linear` cannot compute with.
+
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
 
     Raises:
-        ValueError: it names what is wrong: x or a part, its size, dtype or device.
+        ValueError: it names x or the part that is wrong, and its size, dtype or device.
+        TypeError: x or a part that every weight has is None; it is named.
     """
     _check_devices("input", x, _PARTS_AND_BIAS, (*stored, bias))
     _check_tokens("input", x, in_features)
@@ -41,7 +49,17 @@ def check_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, in_featur
 
 
 def check_input_gradient(gradient: Tensor, stored: StoredWeight, in_features: int, group: int) -> None:
-    """The same of `svdq::input_gradient`: gradient `[..., out]`."""
+    """Refuse arguments that `svdq::input_gradient` cannot compute with.
+
+    Args:
+        gradient: `[..., out]`.
+        stored: the weight `[out, in]`.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+
+    Raises:
+        ValueError: see `check_linear`.
+    """
     _check_devices("gradient", gradient, PARTS, stored)
     _check_stored(stored, in_features, group)
     _check_tokens("gradient", gradient, stored.out)
@@ -50,7 +68,18 @@ def check_input_gradient(gradient: Tensor, stored: StoredWeight, in_features: in
 def check_embedding(
     ids: Tensor, stored: StoredWeight, in_features: int, group: int, dtype: torch.dtype
 ) -> None:
-    """The same of `svdq::embedding`: ids of any shape, dtype: of the rows."""
+    """Refuse arguments that `svdq::embedding` cannot compute with.
+
+    Args:
+        ids: `[...]`, int64 or int32.
+        stored: the weight `[rows, in]`.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        dtype: of the result.
+
+    Raises:
+        ValueError: see `check_linear`.
+    """
     _check_devices("ids", ids, PARTS, stored)
     if ids.dtype not in _INTEGERS or dtype not in _FLOATS:
         raise ValueError(f"ids are {ids.dtype} and rows {dtype}; ids are int64 or int32, rows floating point")
@@ -58,7 +87,18 @@ def check_embedding(
 
 
 def check_experts(x: Tensor, stored: StoredWeight, ends: Tensor, in_features: int, group: int) -> None:
-    """The same of `svdq::expert_linear`: x `[n, in]`, parts stacked, ends `[experts]`."""
+    """Refuse arguments that `svdq::expert_linear` cannot compute with.
+
+    Args:
+        x: tokens sorted by expert, `[n, in]`.
+        stored: the stacked weights `[experts, out, in]`.
+        ends: where each expert's tokens end, `[experts]`.
+        in_features: columns of each weight.
+        group: columns that share a scale.
+
+    Raises:
+        ValueError: see `check_linear`.
+    """
     _check_stack("input", x, stored, ends)
     _check_stored(stored, in_features, group, stacked=True)
     _check_matrix("input", x, in_features)
@@ -67,14 +107,36 @@ def check_experts(x: Tensor, stored: StoredWeight, ends: Tensor, in_features: in
 def check_experts_gradient(
     gradient: Tensor, stored: StoredWeight, ends: Tensor, in_features: int, group: int
 ) -> None:
-    """The same of `svdq::expert_input_gradient`: gradient `[n, out]`."""
+    """Refuse arguments that `svdq::expert_input_gradient` cannot compute with.
+
+    Args:
+        gradient: `[n, out]`, sorted by expert.
+        stored: the stacked weights `[experts, out, in]`.
+        ends: where each expert's tokens end, `[experts]`.
+        in_features: columns of each weight.
+        group: columns that share a scale.
+
+    Raises:
+        ValueError: see `check_linear`.
+    """
     _check_stack("gradient", gradient, stored, ends)
     _check_stored(stored, in_features, group, stacked=True)
     _check_matrix("gradient", gradient, stored.weight.shape[1])
 
 
 def check_values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> None:
-    """The same of `svdq::expert_values_gradient`: x `[n, in]`, gradient `[n, out]`, rows `[experts, k]`."""
+    """Refuse arguments that `svdq::expert_values_gradient` cannot compute with.
+
+    Args:
+        x: tokens sorted by expert, `[n, in]`.
+        gradient: `[n, out]`.
+        rows: rows of the salient entries, `[experts, k]`.
+        columns: columns of the salient entries, `[experts, k]`.
+        ends: where each expert's tokens end, `[experts]`.
+
+    Raises:
+        ValueError: see `check_linear`.
+    """
     names = ("gradient", "salient_rows", "salient_columns", "ends")
     _check_devices("input", x, names, (gradient, rows, columns, ends))
     for name, tokens in (("input", x), ("gradient", gradient)):
@@ -88,7 +150,14 @@ def check_values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Te
 
 
 def check_ends(ends: Sequence[int], tokens: int) -> None:
-    """Refuse ends of experts' tokens that fall, or leave the tokens.
+    """Refuse ends of experts' tokens that decrease, or exceed the number of tokens.
+
+    Args:
+        ends: where each expert's tokens end.
+        tokens: how many there are.
+
+    Raises:
+        ValueError: an end is before the previous one, or beyond the tokens.
 
     >>> check_ends([0, 2, 2, 5], 5)
 
@@ -117,7 +186,7 @@ def _check_matrix(what: str, x: Tensor, width: int) -> None:
 
 
 def _check_devices(what: str, x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Refuse tensors of which one is elsewhere (offloaded, say): torch would answer with memory as it is."""
+    """Refuse a tensor on another device (offloaded, say): torch would read whatever is in memory."""
     for name, tensor in ((what, x), *zip(names, tensors, strict=True)):
         if tensor is None and name not in _MAY_BE_ABSENT:  # torch hands None on where its schema says Tensor
             raise TypeError(f"{name} is None: it must be a tensor")

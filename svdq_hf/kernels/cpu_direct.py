@@ -1,8 +1,8 @@
-"""The shortest way to the native library: no dispatcher, for what is plain inference on a CPU.
+"""Direct call of the native library, without torch's dispatcher, for plain inference on a CPU.
 
-A small layer's product takes as long as torch's dispatcher and its way back into Python. Where nothing but
-the product can come of a call (no gradient, no mode, no trace, no compiler), the library is called at once,
-and looks at every tensor itself, each time. All else is the op's.
+For a small layer, torch's dispatcher and its way back into Python take as long as the product. Where a call
+needs nothing but the product (no gradient, no mode, no trace, no compiler), the library is called at once,
+and checks every tensor itself. Everything else is left to the op (`kernels.linear_op`).
 """
 
 from typing import Final
@@ -24,7 +24,18 @@ _FLOAT32: Final = torch.float32
 def linear(
     x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor | None:
-    """`x @ W.T + bias` as the op `svdq::linear` computes it, bit for bit; None: ask the op.
+    """`x @ W.T + bias`, bit for bit as the op `svdq::linear` computes it.
+
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight W `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        fast: whether activations of few tokens may be rounded to 16 bits.
+
+    Returns:
+        `[..., out]`, in the dtype of x; None: the caller must use the op.
 
     Raises:
         ValueError: a salient position is out of range or out of order.
@@ -50,12 +61,12 @@ def linear(
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether x is numbers in memory, one after another."""
+    """Whether x is a plain contiguous CPU tensor."""
     return type(x) is Tensor and x.dtype in cpu.DTYPES and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def _is_watched() -> bool:
-    """Whether someone wants to see, or to change, what operations are called."""
+    """Whether a mode, a trace or a profiler must see the call of an operation."""
     return bool(
         torch.is_autocast_enabled("cpu")
         or _len_torch_dispatch_stack()

@@ -1,7 +1,8 @@
-"""`svdq::embedding`: rows of a stored matrix, by number: `ids [...] -> [..., in]`.
+"""The op `svdq::embedding`: rows of a stored matrix by number, `ids [...] -> [..., in]`.
 
-Each row asked for is taken out of the parts as they are stored, and only those are dequantized. It has no
-gradient: what it reads is frozen, and the salient entries train through the product alone.
+The rows are taken out of the stored parts, and only those are dequantized. It has no
+gradient: what it reads is frozen, and the salient entries train through the product alone. Not here: the
+module (`nn.embedding`).
 """
 
 from typing import Any

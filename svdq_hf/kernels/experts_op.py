@@ -1,9 +1,10 @@
-"""`svdq::expert_linear`: tokens sorted by expert, each times the matrix of its own: `x [n, in] -> [n, out]`.
+"""The op `svdq::expert_linear`: each token times its expert's matrix, `x [n, in] -> [n, out]`.
 
-An expert that no token chose is not looked at. For the others it is `svdq::linear` on slices of the stacked
-parts, so whatever computes that on a device computes this. `ends` `[experts]` says where each one's tokens
-stop; rows behind the last are zero. sparse: tokens that are all zero are not computed either, their rows stay
-zero. As ops, the loops over experts that were hit, a question to the data, are one node of a graph.
+Tokens are sorted by expert; experts without tokens are skipped. For the others it is `svdq::linear` on slices
+of the stacked parts, so every backend of that computes this. `ends` `[experts]` says where each expert's
+tokens end; rows after the last end are zero. With `sparse`, tokens that are all zero are skipped and their
+rows stay zero. As an op, the loop over experts, which looks at data, is one node of a graph. Not here: the
+module (`nn.experts`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,20 @@ torch.library.define(
 
 
 _AFTER = 1 + len(PARTS)
-"""Where the stored parts end in the ops' arguments."""
+"""Position after the stored parts in the ops' arguments."""
 
 
 class ExpertArguments(NamedTuple):
-    """The arguments of `svdq::expert_linear` and `svdq::expert_input_gradient`; tokens: x, or a gradient."""
+    """The arguments of `svdq::expert_linear` and `svdq::expert_input_gradient`.
+
+    Attributes:
+        tokens: x `[n, in]`, or a gradient `[n, out]`, sorted by expert.
+        stored: the stacked weights `[experts, out, in]`.
+        ends: where each expert's tokens end, `[experts]`.
+        in_features: columns of each weight.
+        group: columns that share a scale.
+        sparse: whether tokens that are all zero are skipped.
+    """
 
     tokens: Tensor
     stored: StoredWeight
@@ -47,12 +57,12 @@ class ExpertArguments(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> "ExpertArguments":
-        """Of what the op is called with, or of one thing for each of these (torch adds one for itself)."""
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
         return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 4])
 
 
 def _hit(ends: Tensor, tokens: Tensor, sparse: bool) -> Iterator[tuple[int, Any]]:
-    """The experts that have tokens, with the rows of those: a slice, or of sparse tokens an index."""
+    """The experts that have tokens, with their rows: a slice, or an index where `sparse`."""
     start, stops = 0, ends.tolist()
     check_ends(stops, tokens.shape[0])
     for expert, end in enumerate(stops):
@@ -90,7 +100,7 @@ def _input_gradient(*inputs: Any) -> Tensor:
 
 @torch.library.impl(VALUES_GRADIENT, "CompositeExplicitAutograd")
 def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    """Of all experts' salient values, `[experts, k]`, float32."""
+    """The gradient of all experts' salient values, `[experts, k]`, float32."""
     check_values_gradient(x, gradient, rows, columns, ends)
     found = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
     for expert, tokens in _hit(ends, x, sparse=False):
@@ -138,7 +148,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
-    """For `gradient @ W`: what a gradient penalty asks for."""
+    """Backward of `gradient @ W`, which a gradient penalty needs."""
     gradient, ends, *parts = ctx.saved_tensors
     stored, wanted = StoredWeight(*parts), ExpertArguments.of(ctx.needs_input_grad)
     others = (*stored, ends, ctx.in_features, ctx.group, ctx.sparse)
@@ -155,7 +165,7 @@ def _for_values(x: Tensor | None, gradient: Tensor, stored: StoredWeight, ends: 
 
 
 _NONE_FOR_THE_LAST = [None] * 4
-"""Of `_LAST` nothing has a gradient."""
+"""Gradients of the arguments in `_LAST`: none."""
 
 torch.library.register_fake(LINEAR, _linear_shape)
 torch.library.register_fake(INPUT_GRADIENT, _input_gradient_shape)
@@ -165,5 +175,12 @@ torch.library.register_autograd(INPUT_GRADIENT, _backward_gradient, setup_contex
 
 
 def expert_linear(*inputs: Any) -> Tensor:
-    """Call the op."""
+    """Call `svdq::expert_linear`.
+
+    Args:
+        *inputs: x `[n, in]`, the stacked parts, ends `[experts]`, in_features, group, sparse.
+
+    Returns:
+        `[n, out]`, in the dtype of x.
+    """
     return torch.ops.svdq.expert_linear(*inputs)  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
-"""`svdq::linear`, the one op: its schema, shapes without data, and gradients.
+"""The op `svdq::linear`: its schema, its shapes without data, and its gradients.
 
-Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
+Every backend keeps this contract: `x [..., in] -> y [..., out]`, y in x's dtype,
 `y = x @ W.T + bias` with `W = row_scale * scale * level(code) * column_scale + salient`. Gradients
-exist for x, bias and salient_values; backward keeps no dense weight. `fast` lets a kernel round the
-activations of a few tokens to 16 bits; one that has nothing to win by it does not. Not here: what arguments
-must be (`contract`), what computes (`backends`).
+exist for x, bias and salient_values; backward keeps no dense weight. `fast` allows a kernel to round the
+activations of a few tokens to 16 bits; kernels that would not gain by it do not. Not here: what arguments
+must be (`kernels.contract`), which code computes (`kernels.backends`).
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,14 @@ torch.library.define(
 
 
 def linear(*inputs: Any) -> Tensor:
-    """Call the op; without its autograd, which takes longer than a small layer, where there is none to do."""
+    """Call `svdq::linear`; without its autograd, which takes longer than a small layer, where none is needed.
+
+    Args:
+        *inputs: x `[..., in]`, the stored parts, bias `[out]` or None, in_features, group, fast.
+
+    Returns:
+        `[..., out]`, in the dtype of x.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _OP(*inputs)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
@@ -44,7 +51,16 @@ def linear(*inputs: Any) -> Tensor:
 
 
 class LinearArguments(NamedTuple):
-    """The arguments of `svdq::linear`: fast, which torch leaves out where it is false, is always there."""
+    """The arguments of `svdq::linear`. torch omits `fast` where it is false; here it is always present.
+
+    Attributes:
+        x: activations `[..., in]`.
+        stored: the weight `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        fast: whether activations of few tokens may be rounded to 16 bits.
+    """
 
     x: Tensor
     stored: StoredWeight
@@ -55,12 +71,19 @@ class LinearArguments(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> "LinearArguments":
-        """Of what the op is called with, or of one thing for each of these (torch adds one for itself)."""
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
         return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 4])
 
 
 class GradientArguments(NamedTuple):
-    """The arguments of `svdq::input_gradient`."""
+    """The arguments of `svdq::input_gradient`.
+
+    Attributes:
+        gradient: `[..., out]`.
+        stored: the weight `[out, in]`.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+    """
 
     gradient: Tensor
     stored: StoredWeight
@@ -69,12 +92,12 @@ class GradientArguments(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> "GradientArguments":
-        """Of what the op is called with, or of one thing for each of these (torch adds one for itself)."""
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
         return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 2])
 
 
 _AFTER = 1 + len(PARTS)
-"""Where the stored parts end in the ops' arguments."""
+"""Position after the stored parts in the ops' arguments."""
 
 
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
@@ -94,9 +117,10 @@ def _input_gradient(*inputs: Any) -> Tensor:
 
 
 def with_float32_values(stored: StoredWeight) -> StoredWeight:
-    """The weight with FP32 salient values, which FSDP's mixed precision casts as any parameter.
+    """The weight with salient values in FP32; FSDP's mixed precision casts them as any parameter.
 
-    Not before the op: what it saves for backward is then FSDP's own, let go of and gathered again.
+    They are cast inside the op, not before: so what the op saves for backward is FSDP's own tensor, which
+    FSDP can free and gather again.
     """
     if stored.salient_values.dtype == torch.float32:
         return stored
@@ -116,7 +140,11 @@ def _input_gradient_shape(*inputs: Any) -> Tensor:
 
 
 def gradients_of(values: Tensor | None) -> StoredWeight:
-    """What backward answers for the stored parts: only salient values have a gradient."""
+    """The gradients of the stored parts that backward returns: only the salient values have one.
+
+    Args:
+        values: gradient of the salient values, `[k]` (experts: `[experts, k]`), or None.
+    """
     return StoredWeight(None, None, values, None, None)  # type: ignore[arg-type]
 
 
@@ -147,7 +175,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
-    """For `gradient @ W`: what a gradient penalty asks for."""
+    """Backward of `gradient @ W`, which a gradient penalty needs."""
     gradient, *parts = ctx.saved_tensors
     stored, wanted = StoredWeight(*parts), GradientArguments.of(ctx.needs_input_grad)
     for_gradient = for_values = None
@@ -163,7 +191,17 @@ GATHERED = 1 << 22
 
 
 def values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """For each salient entry, `sum over tokens of gradient[:, row] * x[:, column]`: `[k]`, float32."""
+    """The gradient of the salient values: the sum over tokens of `gradient[:, row] * x[:, column]`.
+
+    Args:
+        x: activations `[..., in]`.
+        gradient: of the output, `[..., out]`.
+        rows: rows of the salient entries, `[k]`.
+        columns: columns of the salient entries, `[k]`.
+
+    Returns:
+        `[k]`, float32.
+    """
     tokens, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     step = max(1, GATHERED // max(1, tokens.shape[0]))
     pieces = [

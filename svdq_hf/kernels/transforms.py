@@ -1,8 +1,9 @@
-"""A product inside `torch.func`'s transforms (grad, vmap, jacrev, ...), in operations that they know.
+"""Product inside `torch.func`'s transforms (grad, vmap, jacrev, ...), in operations that they know.
 
-They take functions apart operation by operation and know none of ours. So the weight is dequantized as a
-whole and multiplied by torch itself: exact, slower, and for that time a dense weight exists. Only x, the bias
-and the salient values may be what is differentiated or mapped over; packed tensors are frozen.
+The transforms take functions apart operation by operation and do not know the ops here. So the whole weight
+is dequantized and multiplied by torch itself: exact, slower, and for that time a dense weight exists. Only x,
+the bias and the salient values may be differentiated or mapped over; packed tensors are frozen. Not here: the
+op outside of transforms (`kernels.linear_op`).
 """
 
 import torch
@@ -16,15 +17,25 @@ from svdq_hf.kernels.positions import check_positions
 
 
 def is_transforming() -> bool:
-    """Whether a transform of `torch.func` is under way."""
+    """Whether a transform of `torch.func` is running."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int) -> Tensor:
-    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`, for x, bias and salient values of a transform.
+    """`x @ W.T + bias` for x, bias and salient values of a transform.
+
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight W `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+
+    Returns:
+        `[..., out]`, in the dtype of x.
 
     Raises:
-        ValueError: a packed tensor is of a transform, too; what `contract` and `positions` refuse.
+        ValueError: a packed tensor belongs to a transform, too; or see `check_linear` and `check_positions`.
     """
     check_linear(x, stored, bias, in_features, group)
     _refuse_packed(stored)
@@ -50,10 +61,13 @@ def _refuse_packed(stored: StoredWeight) -> None:
 
 
 def refuse(what: str) -> None:
-    """Refuse a transform of `torch.func` where there is nothing that it could take apart.
+    """Refuse a transform of `torch.func` around something that it cannot take apart.
+
+    Args:
+        what: cannot be computed, for the error.
 
     Raises:
-        ValueError: a transform is under way.
+        ValueError: a transform is running.
     """
     if is_transforming():
         raise ValueError(

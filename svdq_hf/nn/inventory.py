@@ -1,6 +1,10 @@
-"""All that is quantized in a model, linear layers and experts alike: names, shapes, tensors, facts."""
+"""Inventory of the quantized weights of a model, linear layers and experts: names, shapes, tensors, facts.
 
-from collections.abc import Iterator, Mapping
+Not here: their sizes in bytes (`quantize.footprint`).
+"""
+
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +16,13 @@ from svdq_hf.nn.linear import SVDQLinear
 
 
 class Packed(NamedTuple):
-    """A quantized weight of a model, or a stack of them: its name and shape, its parts and facts."""
+    """A quantized weight of a model, or a stack of them.
+
+    Attributes:
+        stored: its name and shape.
+        parts: the model's own tensors of a weight `[out, in]`, or `[experts, out, in]`, by part.
+        facts: what was measured while quantizing, by name.
+    """
 
     stored: WeightName
     parts: dict[str, Tensor]
@@ -20,7 +30,7 @@ class Packed(NamedTuple):
 
 
 def packed_weights(model: nn.Module) -> Iterator[Packed]:
-    """All quantized weights of a model; the parts are the model's own tensors."""
+    """All quantized weights of a model; their parts are the model's own tensors."""
     for name, layer in svdq_layers(model):
         parts = {part: tensor for part in PARTS if (tensor := getattr(layer, part)) is not None}
         yield Packed(WeightName(name, layer.shape), parts, layer.facts)
@@ -35,7 +45,7 @@ def layer_facts(model: nn.Module, names: Mapping[str, str]) -> dict[str, dict[st
 
     Args:
         model: any module.
-        names: what each weight is called in files, by its name in the model.
+        names: name in files by name in the model.
     """
     return {
         names[stored.name]: {"shape": list(stored.shape), **facts}
@@ -51,3 +61,32 @@ def svdq_experts(model: nn.Module) -> Iterator[tuple[str, SVDQExperts]]:
 def svdq_layers(model: nn.Module) -> Iterator[tuple[str, SVDQLinear]]:
     """The quantized layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SVDQLinear))
+
+
+def number_of_weights(model: nn.Module) -> int:
+    """The weights of a model, each once: of a quantized layer as many as it stands for, not its bytes.
+
+    Args:
+        model: any module.
+
+    >>> number_of_weights(nn.Sequential(SVDQLinear(64, 8), nn.Linear(8, 2)))
+    538
+    """
+    return sum(one.numel() for one in model.parameters()) + uncounted_weights(model)
+
+
+def uncounted_weights(model: nn.Module, *, without: Container[int] = ()) -> int:
+    """What to add to the number of elements of a model's parameters for the number of its weights.
+
+    Packed bytes are fewer than the weights they stand for, and salient values are among these.
+
+    Args:
+        model: any module.
+        without: ids of packed codes whose layer is not to count at all.
+    """
+    total = 0
+    for stored, parts, _ in packed_weights(model):
+        held = (parts["weight"], parts["salient_values"])
+        total -= sum(part.numel() for part in held if isinstance(part, nn.Parameter))
+        total += 0 if id(parts["weight"]) in without else math.prod(stored.shape)
+    return total

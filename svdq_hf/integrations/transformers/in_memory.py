@@ -1,4 +1,7 @@
-"""A model in memory, quantized in place, and the way back: what `from_pretrained` does, without a file."""
+"""Quantization of a model in memory, in place, and the way back: what `from_pretrained` does, without files.
+
+Not here: the loop over layers (`quantize.convert`).
+"""
 
 import copy
 from collections.abc import Iterable
@@ -11,7 +14,9 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.integrations.peft.patches import has_adapters
+from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
@@ -19,26 +24,36 @@ from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
 
+LOAD_FIRST = "load it first, e.g. AutoModel.from_pretrained(name)"
+AS_CONFIG = "must be an SVDQConfig, such as SVDQConfig(k=256)"
+AS_BATCHES = "must be a list of batches, each what the model takes; put a single one into a list: [batch]"
 
+
+@checked_arguments(model=LOAD_FIRST, config=AS_CONFIG, batches=AS_BATCHES)
 def quantize_model(
     model: nn.Module,
     config: SVDQConfig | dict[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Quantize a model that is in memory, in place; returns it.
+    """Quantize a model that is in memory, in place.
 
-    config: an SVDQConfig, or its choices as a dict; None: the defaults.
+    For a transformers model everything is set as `from_pretrained` sets it, so that
+    `save_pretrained`, `dequantize` and `Trainer` work. Other modules only have their layers replaced.
 
-    batches: for error feedback and the scores that need data ("awq", "spqr"): what the model takes, a few
-    of them, each a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
+    Args:
+        model: a dense model.
+        config: an SVDQConfig, or its choices as a dict; None: the defaults.
+        batches: for error feedback and the scores that need data ("awq", "spqr"): a few inputs of the model,
+            each a mapping of keyword arguments, a tuple, or one tensor. Tokens hidden by a mask do not count.
 
-    For a transformers model everything else is set as `from_pretrained` sets it, so that
-    `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
-            a NaN or an infinity; data is needed and missing, or batches cannot be made of none
-            ("synthetic"); lm_head is asked for and there is no head that can be quantized.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has a NaN or
+            an infinity; data is needed and missing, or synthetic batches cannot be made for the model;
+            lm_head is True and there is no head that can be quantized.
     """
     with trainable_tensors():
         return _quantized(model, config, batches)
@@ -47,13 +62,9 @@ def quantize_model(
 def _quantized(
     model: nn.Module, config: SVDQConfig | dict[str, Any] | None, batches: Iterable[Any] | None
 ) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: load it first, e.g. AutoModel.from_pretrained({model!r})")
     config = (
         SVDQConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config or SVDQConfig())
     )
-    if not isinstance(config, SVDQConfig):
-        raise ValueError(f"config is {config!r}: must be an SVDQConfig, such as SVDQConfig(k=256)")
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, which would be quantized as its layers are: merge_and_unload() them "
@@ -77,6 +88,7 @@ def _quantized(
         quantize_embedding(model, table, config)
     if isinstance(model, PreTrainedModel):
         _mark_quantized(model, SVDQHfQuantizer(config, pre_quantized=False))
+    patches.apply()  # a part of a model: the whole may be saved
     return model
 
 
@@ -90,10 +102,20 @@ def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:
     _assign_is_quantized(model)
 
 
+@checked_arguments(model=LOAD_FIRST, dtype="such as torch.float32")
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every quantized layer by the dense one it stands for, in place; returns the model.
+    """Replace every quantized layer by the dense one that it represents, in place.
 
-    dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
+    Args:
+        model: a quantized model.
+        dtype: of the result; None: the model's own (FP32 for modules that are not transformers models).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: a layer is offloaded to disk.
     """
     for module in list(model.modules()):  # a PeftModel, for one, has the model inside
         if isinstance(module, PreTrainedModel) and isinstance(

@@ -168,3 +168,43 @@ def test_a_model_with_dense_ends_is_resized():
     model = quantize_model(tiny.llama(tie_word_embeddings=False), CONFIG)
     model.resize_token_embeddings(model.config.vocab_size + 8)
     assert model.lm_head.out_features == model.get_input_embeddings().num_embeddings
+
+
+def test_transformers_counts_packed_bytes():
+    dense = tiny.bert().num_parameters()
+    model = quantize_model(tiny.bert(), CONFIG)
+    assert patches.OWN_COUNT(model) < dense == model.num_parameters()
+
+
+COUNTED = {
+    "layers": (tiny.bert, {}),
+    "bits": (tiny.bert, {"bits": 3}),
+    "k=0": (tiny.bert, {"k": 0}),
+    "embedding": (tiny.bert, {"embeddings": True}),
+    "head": (lambda: tiny.llama(tie_word_embeddings=False), {"lm_head": True}),
+    "tied head": (lambda: tiny.llama(tie_word_embeddings=True), {"lm_head": True}),
+    "experts": (tiny.mixtral, {}),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+@pytest.mark.parametrize("exclude_embeddings", [False, True], ids=["all", "without embeddings"])
+def test_a_quantized_model_has_as_many_weights_as_the_dense_one(case, exclude_embeddings):
+    build, choices = COUNTED[case]
+    dense = build().num_parameters(exclude_embeddings=exclude_embeddings)
+    model = quantize_model(build(), SVDQConfig(**{"k": 9, **choices}))
+    assert model.num_parameters(exclude_embeddings=exclude_embeddings) == dense
+    training = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    if exclude_embeddings:
+        tables = {id(one) for table in patches.packed_tables(model) for one in table.parameters()}
+        tables |= {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        training = {name: one for name, one in training.items() if id(one) not in tables}
+    expected = sum(one.numel() for one in training.values())
+    assert model.num_parameters(only_trainable=True, exclude_embeddings=exclude_embeddings) == expected
+
+
+def test_a_saved_index_says_as_many(tmp_path):
+    dense = tiny.bert().num_parameters()
+    quantize_model(tiny.bert(), CONFIG).save_pretrained(tmp_path, max_shard_size="50KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == dense
