@@ -19,4 +19,5 @@ test:
 	$(PYTHON) -m pytest -q -n 2
 
 fuzz:
-	SVDQ_FUZZ_SECONDS=600 SVDQ_EXAMPLES=140 $(PYTHON) -m pytest -q -s tests/scenarios/test_fuzz.py tests/scenarios/test_every_tensor.py
+	SVDQ_FUZZ_SECONDS=600 SVDQ_EXAMPLES=140 $(PYTHON) -m pytest -q -s tests/scenarios/test_fuzz.py \
+		tests/kernels/test_fuzz_ops.py tests/scenarios/test_every_tensor.py
