@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from svdq_hf.format.decode import dense_blocks
 from svdq_hf.format.parts import StoredWeight
@@ -35,6 +36,7 @@ class Hang(BaseException):
 
 def for_a_while(try_one: Callable[[Any], None], share: float) -> None:
     """Call `try_one(draw)` with draws until the share of the time is over."""
+    disable_progress_bar()
     end, tried, rounds = time.monotonic() + SECONDS * share, 0, 0
 
     def one(data: Any) -> None:
