@@ -19,6 +19,7 @@ from svdq_hf.kernels import cpu_direct as direct
 from svdq_hf.kernels import transforms
 from svdq_hf.kernels.backends import Choice, choice
 from svdq_hf.kernels.linear_op import linear
+from svdq_hf.kernels.positions import check_positions
 
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 """Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
@@ -119,7 +120,12 @@ class SVDQLinear(nn.Module):
             setattr(self, name, part)
 
     def dequantize(self) -> Tensor:
-        """The weight `[out, in]`, float32."""
+        """The weight `[out, in]`, float32.
+
+        Raises:
+            ValueError: a salient position that was loaded is out of range or out of order.
+        """
+        check_positions(self.salient_rows, self.salient_columns, self.out_features, self.in_features)
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,6 +195,15 @@ def test_skip_takes_one_name_and_may_be_given_again(source, tmp_path, capsys):
     assert not any("pooler" in name or "query" in name for name in names)
 
 
+def test_what_a_name_keeps_dense_is_shown(source, tmp_path, capsys):
+    assert main(["quantize", source, str(tmp_path / "out"), "--skip", "pooler", "--skip", "attention"]) == 0
+    printed = capsys.readouterr().out
+    assert "pooler keeps 1 layer dense: pooler.dense\n" in printed
+    assert re.search(
+        r"attention keeps \d+ layers dense: encoder\.layer\.0\.attention\S+, .*, \.\.\.\n", printed
+    )
+
+
 def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", source, str(out), "--skip", "pooler", "--skip", "nonsense"]) == 1

@@ -69,9 +69,18 @@ def stream(
             state.wait_for_everyone()
             if state.is_main_process:
                 _put_together(plan, folder)
-                finish(model_folder(folder))
-                shutil.rmtree(folder)
+                _finished(finish, folder)
     state.wait_for_everyone()
+
+
+def _finished(finish: Callable[[Path], None], folder: Path) -> None:
+    """Hand the whole model on; what is found wrong in it then would be found again, so it does not stay."""
+    try:
+        finish(model_folder(folder))
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 @contextmanager
