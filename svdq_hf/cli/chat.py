@@ -153,9 +153,13 @@ def _loaded(options: argparse.Namespace) -> Chat:
 
     folder = local_folder(options.folder)
     check_no_adapter(folder)
-    kind = AutoConfig.from_pretrained(folder, **SAFE).model_type
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"{options.folder} is a {kind} model, which does not write text: no causal model")
+    config = AutoConfig.from_pretrained(folder, **SAFE)
+    kind = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)])[0]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{options.folder} is a model that does not write text, no causal language model: "
+            f"{kind or config.model_type}"
+        )
     choices = {"quantization_config": config_of(options)} if options.quantize else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
@@ -164,6 +168,8 @@ def _loaded(options: argparse.Namespace) -> Chat:
             f"{options.folder} has no tokenizer that can be loaded: save the model's own there, "
             f"tokenizer.save_pretrained({options.folder!r})"
         ) from error
+    if len(tokenizer) < 2:  # transformers makes an empty one where there is none
+        raise ValueError(f"{options.folder} has no tokenizer: save the model's own there")
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **SAFE, **choices).eval()
     greedy = {"do_sample": False} if options.greedy else {}
     return Chat(model, tokenizer, {"max_new_tokens": options.max_new_tokens, **greedy})

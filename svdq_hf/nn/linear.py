@@ -107,6 +107,18 @@ class SVDQLinear(nn.Module):
         names = part_specs(self.out_features, self.in_features, self.scheme)
         return {name: getattr(self, name).detach() for name in names}
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also for every assignment of a parameter: packed bytes say what trains instead of them."""
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            refuse_to_train(param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed = self._parameters.get("weight")
+        if packed is not None:
+            refuse_to_train(packed)  # a copy of a parameter has no attributes
+
     def load_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Put stored tensors into the layer.
 
@@ -196,6 +208,30 @@ def _check_sizes(in_features: int, out_features: int, scheme: Scheme | None) -> 
             raise ValueError(f"{name}={size!r}: must be an int from 1 on")
     if not is_a(scheme, Scheme | None):
         raise TypeError(f"scheme={scheme!r}: must be a Scheme, such as SVDQConfig(k=256).scheme, or None")
+
+
+def refuse_to_train(packed: nn.Parameter) -> None:
+    """Let `packed.requires_grad_(True)`, which loops over a model's parameters call, say what to do instead.
+
+    Packed bytes are a parameter, since FSDP and offloading know no other tensors that belong to a layer.
+
+    Args:
+        packed: int8.
+    """
+    packed.requires_grad_ = only_frozen  # type: ignore[assignment]
+
+
+def only_frozen(requires_grad: bool = True) -> None:
+    """`requires_grad_` of packed bytes, which stay frozen.
+
+    Raises:
+        ValueError: they are to train.
+    """
+    if requires_grad:
+        raise ValueError(
+            "the packed weight of a quantized layer is bytes, which cannot train: mark_trainable(model) of "
+            "svdq_hf marks all that can; in a loop of your own take `if parameter.is_floating_point()`"
+        )
 
 
 def leaf_of_a_trace(module: nn.Module, *inputs: Any) -> Any:

@@ -213,7 +213,7 @@ def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp
         "encoder.layer.0.attention.self.query, encoder.layer.0.attention.self.key, "
         "encoder.layer.0.attention.self.value, encoder.layer.0.attention.output.dense, "
         "encoder.layer.0.intermediate.dense, encoder.layer.0.output.dense, ... (a name matches from the "
-        "start, as a regular expression like '.*attention.*', or as an end)\n"
+        "start, as a part between dots, as an end, or as a regular expression like '.*attention.*')\n"
     )
     assert not out.exists()
 
