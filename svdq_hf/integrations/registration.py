@@ -1,7 +1,8 @@
 """What `import svdq_hf` makes known to other libraries, each when it is imported: not before, and not it.
 
 torch gets the ops `torch.ops.svdq`, transformers the quantization method "svdq", PEFT its layer for LoRA on
-quantized layers. Not here: how imports are followed (`after_import`).
+quantized layers, sentence-transformers the dtype of a model whose embedding is packed. Not here: how imports
+are followed (`after_import`).
 """
 
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from svdq_hf.integrations.after_import import AfterImport
 from svdq_hf.integrations.peft import patches as peft
+from svdq_hf.integrations.sentence_transformers import patches as sentence_transformers
 
 QUANTIZERS = "transformers.quantizers.auto"
 """The module with the lists of methods; all of transformers that loads models imports it."""
@@ -19,6 +21,7 @@ def register() -> None:
     AfterImport(("torch",), define_ops).install()
     AfterImport((QUANTIZERS,), register_method).install()
     AfterImport(peft.WATCHED, peft.register).install()
+    AfterImport(sentence_transformers.WATCHED, sentence_transformers.register).install()
 
 
 def define_ops() -> None:

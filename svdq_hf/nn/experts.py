@@ -18,7 +18,7 @@ from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PARTS, Scheme
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
-from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes
+from svdq_hf.nn.linear import FLOAT_PARTS, FLOATS_FIRST, as_computed, keeping_dtypes
 
 
 class SVDQExperts(nn.Module):
@@ -56,7 +56,7 @@ class SVDQExperts(nn.Module):
         """What was measured while quantizing, by matrix and name."""
         for stored in self.stored():
             specs = stored.specs(self.scheme)
-            for part in PARTS:
+            for part in FLOATS_FIRST:
                 empty = None
                 if part in specs:
                     empty = torch.empty(specs[part].shape, dtype=specs[part].dtype, device=device)

@@ -18,6 +18,10 @@ from svdq_hf.kernels.linear_op import linear
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 """Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
 
+FLOATS_FIRST = tuple(sorted(PARTS, key="salient_values".__ne__))
+"""The parts in the order of a module's tensors, behind its bias: families ask for the dtype of a module's
+first parameter (Swin V2 for that of its position bias), and are not to get that of packed bytes."""
+
 
 class SVDQLinear(nn.Module):
     """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits but for k entries.
@@ -64,8 +68,10 @@ class SVDQLinear(nn.Module):
         self.group = self.scheme.grid.columns(in_features)
         self.facts: dict[str, float] = {}
         """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
         specs = part_specs(out_features, in_features, self.scheme)
-        for name in PARTS:
+        for name in FLOATS_FIRST:
             if name not in specs:
                 self.register_buffer(name, None)
                 continue
@@ -79,8 +85,6 @@ class SVDQLinear(nn.Module):
                 )
             else:
                 self.register_buffer(name, empty)
-        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
     @property
     def shape(self) -> tuple[int, int]:
