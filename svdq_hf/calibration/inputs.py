@@ -1,9 +1,10 @@
-"""What each layer sees: statistics of its inputs over a few batches, for the scores that need data.
+"""Input statistics: what a few batches tell about the inputs of each layer, for scores that need data.
 
 One pass over the batches with forward hooks. Per layer it keeps the sum of squares of each input
-(float64) and, only where a score asks for it, the Gram matrix of the inputs in float32: `4 in^2`
-bytes a layer, freed as its layer is quantized, and off by at most (batches + 1) * 2**-24 of its diagonal from
-accumulating. Padding has no say: tokens that a batch's mask hides are left out. Not here: scores.
+(float64) and, only where a score needs it, the Gram matrix of the inputs in float32: `4 in^2` bytes a layer,
+freed as its layer is quantized, and off by at most (batches + 1) * 2**-24 of its diagonal from accumulating.
+Padding tokens, which a batch's mask hides, are left out. Not here: scores (`core.saliency`), and batches made
+without data (`calibration.synthetic`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 @dataclass
 class InputStatistics:
-    """Over all tokens X `[tokens, in]` that one layer saw.
+    """Sums over all tokens X `[tokens, in]` that one layer received.
 
-    square_sum: `[in]`, float64, the diagonal of `X.T @ X`; gram: `X.T @ X` `[in, in]`, or None.
+    Attributes:
+        tokens: how many there were.
+        square_sum: diagonal of `X^T X`, `[in]`, float64; None before the first token.
+        gram: `X^T X`, `[in, in]`, float32; None where it was not collected.
     """
 
     tokens: int = 0
@@ -28,7 +32,12 @@ class InputStatistics:
     gram: Tensor | None = field(default=None, repr=False)
 
     def add(self, tokens: Tensor, with_gram: bool) -> None:
-        """Count the inputs `[tokens, in]` of one call."""
+        """Add the inputs of one call.
+
+        Args:
+            tokens: `[tokens, in]`, of any float dtype.
+            with_gram: whether the Gram matrix is summed up, too.
+        """
         with torch.autocast(tokens.device.type, enabled=False):
             self._add(tokens.float(), with_gram)
 
@@ -42,7 +51,11 @@ class InputStatistics:
 
     @property
     def norm(self) -> Tensor:
-        """Euclidean norm of each input over all tokens, `[in]`, float32."""
+        """Euclidean norm of each input over all tokens, `[in]`, float32.
+
+        Raises:
+            ValueError: no token was added.
+        """
         if self.square_sum is None:
             raise ValueError("no token was seen")
         return self.square_sum.sqrt().float()
@@ -51,13 +64,22 @@ class InputStatistics:
 def collect_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], *, gram: bool = False
 ) -> dict[str, InputStatistics]:
-    """Run `model` on the batches and return what each of `layers` (by name) saw.
+    """Run a model on batches and collect statistics of the inputs of some of its layers.
 
-    A batch is what the model takes: a mapping of keyword arguments, a tuple of positional ones, or
-    one tensor. The model runs without gradients and in evaluation mode, and is left as it was.
+    The model runs without gradients and in evaluation mode, and is left as it was.
+
+    Args:
+        model: the model.
+        layers: the layers to watch, by name.
+        batches: each what the model takes: a mapping of keyword arguments, a tuple of positional ones, or
+            one tensor.
+        gram: whether Gram matrices `[in, in]` are collected.
+
+    Returns:
+        Statistics by the layer's name.
 
     Raises:
-        TypeError: `batches` is nothing that batches can be taken from.
+        TypeError: `batches` cannot be iterated over.
         ValueError: no batch, one that holds no tensor, a layer that never ran, or inputs that are NaN or
             infinite.
 
@@ -114,9 +136,9 @@ def _masks(batch: Any) -> list[Tensor]:
 
 
 def _mask_of(name: str, shape: tuple[int, ...], masks: list[Tensor]) -> Tensor | None:
-    """The mask that fits inputs of `shape`: `[batch, tokens]`, or flattened to one dimension.
+    """The mask that fits inputs of `shape`: `[batch, tokens]`, or both flattened to one dimension.
 
-    Where encoder and decoder are of one length, a decoder's layer takes the decoder's mask, unless
+    Where encoder and decoder have the same length, a decoder's layer takes the decoder's mask, unless
     it reads the encoder (keys and values of its cross attention).
     """
     fitting = [mask for mask in masks if shape in (tuple(mask.shape), (mask.numel(),))]
@@ -132,7 +154,14 @@ def _reads_encoder(name: str) -> bool:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """What the model answers to a batch: a mapping of keyword arguments, a tuple or list, or one tensor.
+    """Run a model on one batch.
+
+    Args:
+        model: the model.
+        batch: a mapping of keyword arguments, a tuple or list of positional ones, or one tensor.
+
+    Returns:
+        The model's output.
 
     Raises:
         ValueError: the batch holds plain numbers or texts where a model takes tensors.
@@ -166,7 +195,7 @@ TENSORS = {
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is numbers or texts, in lists or arrays or alone: nothing that torch computes with."""
+    """Whether a value is made of numbers or texts, alone or in lists or arrays, and not of tensors."""
     while isinstance(value, list | tuple | set) and value:
         value = next(iter(value))
     plain = (int, float, str, list, tuple, set, np.ndarray, np.generic)
@@ -182,7 +211,11 @@ def _check_batches(batches: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without gradients and in evaluation mode; afterwards as it was."""
+    """Context manager: the model in evaluation mode and without gradients; afterwards each module as it was.
+
+    Args:
+        model: the model; its modules may be in different modes.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

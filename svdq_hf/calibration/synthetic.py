@@ -1,8 +1,9 @@
-"""Batches for those who have no data: a model that writes text writes its own, another reads random tokens.
+"""Synthetic calibration batches: text that a causal model writes itself; random tokens for other models.
 
-Error feedback needs to know which inputs of a layer are large and which go together. Of an encoder, random
-tokens say most of it; of a causal model hardly any, and its own words do (measured: the README), which is the
-idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: what is measured on them (`calibration`).
+Error feedback needs to know which inputs of a layer are large and which vary together. For an encoder, random
+tokens tell most of that; for a causal model hardly any, but text of its own does (measured), which is the
+idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: the statistics of the inputs
+(`calibration.inputs`).
 """
 
 from itertools import chain
@@ -18,21 +19,31 @@ TOKENS = 8192
 """Tokens of all batches together."""
 
 OWN_WORDS, RANDOM_TOKENS = 128, 64
-"""Length of a text: its first words say little of what later ones look like, more of them cost time."""
+"""Tokens of a text, written or random: too few show only how texts begin, more cost time."""
 
 ROWS = 16
 """Texts in a batch."""
 
 
 def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Batches for `quantize_model` that are made without data, about `tokens` tokens in all.
+    """Batches for `quantize_model`, made without data.
 
-    A causal language model writes them, at temperature 1 from its first token on, which takes as long as
-    `model.generate` does; other models of tokens get ids drawn evenly from the vocabulary.
+    A causal language model samples them, at temperature 1 from its first token on, which takes as long as
+    `model.generate` does. Other models that read tokens get ids drawn evenly from the vocabulary.
+
+    Args:
+        model: a dense transformers model.
+        tokens: about how many in all.
+        seed: of sampling and drawing.
+
+    Returns:
+        Batches of keyword arguments, token ids `[rows, length]`, int64, on the model's device.
 
     Raises:
         ValueError: the model does not read token ids (it sees pictures, hears sound, or is no
             transformers model).
+
+    Source: LLM-QAT, arXiv 2305.17888.
     """
     text = _text_config(model)
     vocabulary = getattr(text, "vocab_size", None)
@@ -56,9 +67,9 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Where a model computes: where its first weight is that is not offloaded (those are "meta").
+    """The device on which a model computes: that of its first weight that is not offloaded to "meta".
 
-    Packed weights are buffers: a model may have no parameter at all.
+    Buffers count, since packed weights are buffers: a model may have no parameter at all.
     """
     return next((one.device for one in chain(model.parameters(), model.buffers()) if not one.is_meta), CPU)
 
@@ -74,18 +85,22 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _writes(model: nn.Module) -> bool:
-    """Whether a model continues a text."""
+    """Whether a model is a causal one that can continue a text."""
     can = getattr(model, "can_generate", None)
     return callable(can) and can() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tensor:
-    """Texts that the model writes, as many and as long as `random`; that starts them where no token does."""
+    """Texts that the model writes, token ids of the shape of `random` `[rows, length]`.
+
+    first: the token that each text begins with; None: the first column of `random`.
+    """
     length = random.shape[1]
     start = random[:, :1] if first is None else torch.full_like(random[:, :1], first)
     with torch.random.fork_rng(), evaluating(model):
         torch.manual_seed(seed)
-        own, model.generation_config = model.generation_config, GenerationConfig()  # not its penalties
+        # The model's own generation config may have penalties.
+        own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             written: Tensor = model.generate(
                 input_ids=start,

@@ -1,4 +1,7 @@
-"""Checkpoints, folder to folder: quantize one, export it dense, estimate what either costs."""
+"""Checkpoints, folder to folder: quantize one, export it dense, estimate what either costs.
+
+Not here: a model in memory (`integrations.transformers.in_memory`).
+"""
 
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import export_dense

@@ -1,7 +1,6 @@
-"""Is every tensor of a model's files in what will be written? A class that lacks one would lose it silently.
+"""Account of a folder's tensors: which of them a model's class would lose silently, ignore, or make up.
 
-Known from headers and from the model built without weights, before anything is read: which tensors of the
-files a class has no place for, which it is said to ignore, and which it would make up. Not here: how a file's
+Known from headers and from the model built without weights, before anything is read. Not here: how a file's
 names become the model's (`integrations.transformers.checkpoint_headers`).
 """
 
@@ -22,11 +21,13 @@ NAMES_SHOWN = 3
 
 
 class Account(NamedTuple):
-    """What a class makes of a folder's tensors; names in files, but for `missing`.
+    """What a class does with a folder's tensors; names are those in files, except for `missing`.
 
-    lost: tensors that it has no place for. ignored: those of them that its family says it does without, or
-    that it never saves. missing: its own tensors that no file holds. prefixed: whether the files' names begin
-    with the name that models with a head have for their base.
+    Attributes:
+        lost: tensors that the class has no place for.
+        ignored: tensors without a place that its family declares unneeded, or that it never saves.
+        missing: tensors of the class that no file holds; names of the model.
+        prefixed: whether names in files begin with the prefix that models with a head give their base model.
     """
 
     lost: list[str]
@@ -36,12 +37,12 @@ class Account(NamedTuple):
 
 
 def account(model: PreTrainedModel, files: Iterable[str | Path], *, packed: bool = False) -> Account:
-    """Compare the tensors of safetensors `files` with those of a dense `model`, on the meta device.
+    """Compare the tensors of safetensors files with those of a dense model on the meta device.
 
     Args:
         model: of the class that is to be loaded.
         files: as `weight_files` gives them.
-        packed: whether layers may be quantized in them, by svdq.
+        packed: whether layers in the files may be quantized by svdq.
     """
     weights = list(_weights(model)) if packed else []
     checkpoint = read_checkpoint(model, weights, files)
@@ -67,9 +68,18 @@ def unwritten(
     *,
     packed: bool = False,
 ) -> list[str]:
-    """Tensors of safetensors `files` that the class has and that the files `written` of it lack.
+    """Tensors of the input files that belong to the model and that the output files lack.
 
-    A tie counts as written where one of its tensors is.
+    A tied tensor counts as written where any tensor of the tie is.
+
+    Args:
+        model: the dense model on the meta device.
+        files: safetensors files of the input.
+        written: safetensors files of the output.
+        packed: whether layers in the input may be quantized by svdq.
+
+    Returns:
+        Their names in the input files, sorted.
     """
     weights = list(_weights(model))
     before = read_checkpoint(model, weights if packed else [], files)
@@ -96,7 +106,7 @@ def _weights(model: nn.Module) -> Iterator[WeightName]:
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether loading leaves out a tensor without a word, as transformers decides it."""
+    """Whether transformers' loading leaves out a tensor without a warning."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     patterns |= {
@@ -106,7 +116,7 @@ def _is_ignored(model: PreTrainedModel, name: str) -> bool:
 
 
 _COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
-"""Tensors of old files that models with such buffers compute: transformers' own list, in its loading."""
+"""Tensors of old files that models with such buffers compute themselves: transformers' own list."""
 
 
 def _ties(model: PreTrainedModel) -> set[str]:
@@ -115,7 +125,7 @@ def _ties(model: PreTrainedModel) -> set[str]:
 
 
 def _missing(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """Tensors that the class would make up; of tied ones it is enough that one is there."""
+    """Tensors that the class would initialize at random; of tied ones one in the files suffices."""
     there = set(checkpoint.sources)
     for one, other in (model.all_tied_weights_keys or {}).items():
         if one in there or other in there:
@@ -128,15 +138,18 @@ def _missing(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
 
 
 def split_dropped(lost: Sequence[str], drop: Sequence[str], where: str | Path) -> tuple[list[str], list[str]]:
-    """Those of the `lost` tensors that the user has not named, and those that he has.
+    """Split lost tensors into those that the user has not named, and those that the user has.
 
     Args:
         lost: names of tensors.
         drop: names of tensors or of modules, or patterns with `*`.
         where: the folder, for the error.
 
+    Returns:
+        The tensors not named by `drop`, and the others.
+
     Raises:
-        ValueError: one of `drop` names nothing that would be lost.
+        ValueError: one of `drop` matches no lost tensor.
     """
     useless = [name for name in drop if not any(_fits(one, name) for one in lost)]
     if useless:
@@ -153,7 +166,7 @@ def _fits(tensor: str, name: str) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """The first few names, with their verb.
+    """The first few names, with "is" or "are".
 
     >>> listed(["a"]), listed(["a", "b", "c", "d"])
     ('a is', 'a, b, c and 1 more are')

@@ -1,6 +1,6 @@
-"""Of which class is the model in a folder? Of the one that config.json names, or of one that has its tensors.
+"""Choice of the class of a folder's model: the one that config.json names, or one that has its tensors.
 
-Not here: what a class makes of a folder's tensors (`accounting`).
+Not here: what a class does with a folder's tensors (`checkpoint.accounting`).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,18 +19,18 @@ HEADED = (
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION", "PRETRAINING",
 )  # fmt: skip
-"""Tasks, as transformers names its mappings, whose classes are tried where config.json names none."""
+"""Tasks, by transformers' names of mappings, whose classes are tried where config.json names none."""
 
 
 class Choice(NamedTuple):
-    """A class, and the model of it on the meta device, without weights."""
+    """A class, and a model of it on the meta device, without weights."""
 
     kind: Any
     model: Any
 
 
 def named_class(architectures: object) -> Any:
-    """The first transformers class of a list of names; AutoModel where none is one, or it is no list."""
+    """The first transformers class that config.json's `architectures` name; AutoModel where none is one."""
     for name in architectures if isinstance(architectures, list) else ():
         candidate = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
@@ -47,15 +47,18 @@ def built(kind: Any, config: Any) -> Any:
 
 
 def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
-    """The class of a model whose config.json names none; None: there is not even one without a head.
+    """The class of a model whose config.json names none.
 
-    A class with a head is taken where it has all tensors and makes none up; and where the base model would
-    lose one, or the files' names say that there was a head: then they begin with a name for the base model,
-    but in families (T5's) whose names never do.
+    A class with a head is chosen where it has all tensors and makes none up, and there is a sign of a head:
+    the base model would lose a tensor, or names in the files begin with the base model's prefix. (In some
+    families, T5's, names never do, and no sign is needed.)
 
     Args:
         config: as transformers reads it.
-        accounted: what a model, on the meta device, makes of the files.
+        accounted: returns the account of a model on the meta device.
+
+    Returns:
+        The choice; None where not even a class without a head exists.
     """
     try:
         base = Choice(AutoModel, built(AutoModel, config))
@@ -69,7 +72,12 @@ def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
 
 
 def whole_class(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:
-    """The first class with a head that loses no tensor and makes none up."""
+    """The first class with a head that loses no tensor and makes none up; None: there is none.
+
+    Args:
+        config: as transformers reads it.
+        accounted: returns the account of a model on the meta device.
+    """
     for kind in _headed_classes(config):
         try:
             model = built(kind, config)

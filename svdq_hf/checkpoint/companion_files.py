@@ -1,7 +1,7 @@
-"""What lies beside a model's weights and belongs to it: tokenizers, processors, pooling, prompts, modules.
+"""Companion files of a model's weights: tokenizers, processors, pooling, prompts, modules.
 
-The modules of a sentence-transformers model (modules.json) are carried over whole, weights too. Not here: the
-model's own weights; code and pickles beside it, which are never copied; README.md (`card`).
+The modules of a sentence-transformers model (modules.json) are copied completely, weights too. Not here: the
+model's own weights; code and pickles beside it, which are never copied; README.md (`hub.card`).
 """
 
 import json
@@ -19,15 +19,22 @@ _WITH_WEIGHTS = {
     "Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling", "WordEmbeddings", "StaticEmbedding",
     "SparseStaticEmbedding", "SparseAutoEncoder", "IDF",
 }  # fmt: skip
-"""Modules of sentence-transformers that have weights: a folder of one without any is not whole."""
+"""Modules of sentence-transformers that have weights: a folder without any is incomplete."""
 
 logger = logging.getLogger(__name__)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy small files that are not weights, and that saving has not written itself; and modules, whole.
+    """Copy small files that are not weights and that saving has not written itself; and all files of modules.
 
-    Left out: what is hidden, subfolders that are models of their own, links to outside of `source`.
+    Hidden files, subfolders that are models themselves, and links to outside of `source` are left out.
+
+    Args:
+        source: folder of the model.
+        target: folder of the output; files that exist there are kept.
+
+    Raises:
+        ValueError: see `module_folders`.
     """
     modules = [source / path for path in module_folders(source)]
     for folder in modules:
@@ -51,7 +58,13 @@ def _copy(file: Path, place: Path) -> None:
 
 
 def module_folders(source: Path) -> dict[str, str]:
-    """Modules beside the transformer of a sentence-transformers model: folder -> class, as modules.json says.
+    """The modules beside the transformer of a sentence-transformers model.
+
+    Args:
+        source: folder of the model.
+
+    Returns:
+        Class by folder, as modules.json lists them.
 
     Raises:
         ValueError: modules.json is damaged, or names a folder elsewhere.
@@ -71,10 +84,13 @@ def module_folders(source: Path) -> dict[str, str]:
 
 
 def check_modules(source: Path) -> None:
-    """Refuse modules that could not be carried over whole.
+    """Refuse modules that could not be copied completely.
+
+    Args:
+        source: folder of the model.
 
     Raises:
-        ValueError: a module's weights are pickled or not there, or a file of it is a link to elsewhere.
+        ValueError: a module's weights are pickled or missing, or one of its files is a link to elsewhere.
     """
     for path, kind in module_folders(source).items():
         folder = source / path
@@ -98,7 +114,7 @@ def check_modules(source: Path) -> None:
 
 
 def _files_of_module(folder: Path) -> Iterator[Path]:
-    """All files of a module but pickles, beside which the same weights are safetensors (`check_modules`)."""
+    """All files of a module except pickles; `check_modules` has found its weights in safetensors."""
     return (file for file in _walk(folder) if file.suffix not in PICKLES)
 
 

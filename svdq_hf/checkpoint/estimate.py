@@ -1,7 +1,7 @@
-"""What quantizing a model will take, told without doing it: bytes, bits, time, memory, disk.
+"""Estimate of what quantizing a model takes, without doing it: bytes, bits, time, memory, disk.
 
-Sizes are exact, for every shape is known beforehand. Time and memory are measured on a few of the model's
-own layers, in this process, and multiplied.
+Sizes are exact, since every shape is known beforehand. Time and memory are measured on a few of the model's
+own layers, in this process, and multiplied. Not here: the run itself (`checkpoint.quantize`).
 """
 
 import math
@@ -37,9 +37,17 @@ SAMPLES = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take. in_memory: why the model cannot be streamed, or None.
+    """What a run would take.
 
-    footprint: sizes afterwards. seconds, memory_bytes: estimated; None where the model is not streamed.
+    Attributes:
+        bytes_before: of the source's safetensors files.
+        footprint: sizes afterwards; None where they are not known before the run.
+        seconds: estimated time; None where the model is not streamed.
+        memory_bytes: estimated memory; None where the model is not streamed.
+        disk_bytes: disk that the run needs.
+        free_bytes: disk that is free.
+        sampled: names of the layers that time was measured on.
+        in_memory: the reason why the model cannot be streamed; None where it can.
     """
 
     bytes_before: int
@@ -52,7 +60,7 @@ class Estimate:
     in_memory: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """All fields, in types that JSON has."""
         told = {
             "bytes_before": self.bytes_before,
             "bytes_after": self.footprint.total_bytes if self.footprint is not None else None,
@@ -75,10 +83,18 @@ def estimate_checkpoint(
     shard_size: str = SHARD_SIZE,
     workers: int = 1,
 ) -> Estimate:
-    """What `quantize_checkpoint` with these arguments would take; writes nothing.
+    """Estimate `quantize_checkpoint` with the same arguments; writes nothing.
+
+    Args:
+        model: a folder, the Hub's user/model, or a `Source`.
+        out: folder of the output.
+        config: how the model would be quantized.
+        shard_size: size of a file of the output, such as "500MB".
+        workers: processes that would share the work.
 
     Raises:
-        ValueError: what it would raise before the work starts, and of the sampled layers.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: what `quantize_checkpoint` would refuse before its work starts, or in a sampled layer.
     """
     check_target(out)
     size, source = parse_size(shard_size), Source.resolve(model)
@@ -101,7 +117,7 @@ def estimate_checkpoint(
 
 
 def _measured(plan: StreamPlan) -> tuple[float, list[str]]:
-    """Seconds that all weights will take, and the names of those of which a matrix was measured for it."""
+    """Estimated seconds for all weights, and the names of the weights of which one matrix was measured."""
     units = {unit.weight: unit for shard in plan.shards for unit in shard.units if unit.weight is not None}
     count: Counter[tuple[int, ...]] = Counter()
     for weight in units:
@@ -134,7 +150,7 @@ def _stack_bytes(plan: StreamPlan) -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held so far; 0 where the system does not say."""
+    """The most bytes of memory that this process has used so far; 0 where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows

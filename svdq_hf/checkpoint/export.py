@@ -1,7 +1,8 @@
-"""A quantized folder -> a plain 16-bit checkpoint that every engine reads, llama.cpp's converter among them.
+"""Export of a quantized folder to a dense checkpoint that every engine reads.
 
-The weights are those that the quantized model computes with: exporting gives back no precision, only the
-common format. Written like `quantize_checkpoint`: complete or not there at all.
+llama.cpp's converter reads it, too. The weights are those that the quantized model computes with: exporting
+restores no precision, only the common format. Like `quantize_checkpoint`, it leaves a complete folder or
+none.
 """
 
 from pathlib import Path
@@ -32,17 +33,21 @@ weights are the quantized model's, rounded to {dtype}; what quantizing lost is n
 
 @checked_arguments(folder=A_SOURCE, dtype="such as 'bfloat16'")
 def export_dense(folder: str | Path | Source, out: str | Path, dtype: str = "bfloat16") -> int:
-    """Write a quantized model into the folder `out`, dense; returns its bytes.
+    """Write a quantized model into a folder, dense.
 
     Args:
         folder: of a model that svdq has quantized, or its name on the Hub.
-        out: must not be there, or be an empty folder.
+        out: folder to write; must not exist, or be empty.
         dtype: of all weights, one of `DTYPES`.
 
+    Returns:
+        Bytes of the written safetensors files.
+
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the folder holds no model that svdq has quantized, or not all of its tensors, or some that
-            its class does not know; a file is damaged; `out` is there and not empty, or cannot be replaced;
-            the dtype is none of `DTYPES`; or a weight is more than float16 can hold.
+            its class does not know; a file is damaged; `out` exists and is not empty, or cannot be replaced;
+            the dtype is none of `DTYPES`; or a weight is larger than float16 can hold.
         OSError: another run is at work for `out`.
     """
     target = Path(out).absolute()

@@ -1,6 +1,6 @@
-"""The output folder of a command: checked first, hidden while it is written, renamed when it is whole.
+"""Output folder of a command: checked first, hidden while it is written, renamed when it is complete.
 
-Not here: whose the hidden folder is, and how it is locked (`unfinished`).
+Not here: the hidden folder's owner and lock (`checkpoint.unfinished`).
 """
 
 import os
@@ -12,7 +12,7 @@ from svdq_hf.checkpoint.streaming.byte_ranges import readable
 
 REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"
-"""A run that is cut off loses what it has done of one file."""
+"""Default size of a file; a run that is cut off loses its work on one file."""
 
 A_SOURCE = "a model's folder, or its name on the Hub, user/model"
 A_CONFIG = "such as SVDQConfig(k=256), or SVDQConfig(**choices) of a dict"
@@ -23,11 +23,14 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def check_target(out: str | Path) -> None:
-    """Refuse an output folder that could not be given its name at the end, before any work is done.
+    """Refuse, before any work is done, an output folder that could not be renamed into place at the end.
+
+    Args:
+        out: folder of the output.
 
     Raises:
-        ValueError: `out` is there and not an empty folder, is a symbolic link or a mount point, lies in what
-            is no folder, or its name is not UTF-8.
+        ValueError: `out` exists and is not an empty folder, is a symbolic link or a mount point, lies inside
+            a file, or its name is not UTF-8.
     """
     check_text(out)
     target = Path(out).absolute()
@@ -50,8 +53,11 @@ def check_target(out: str | Path) -> None:
 def check_text(name: str | Path) -> None:
     """Refuse a path that is not UTF-8: config files, cards and the safetensors library hold text.
 
+    Args:
+        name: the path.
+
     Raises:
-        ValueError: it says the path with what is not text escaped.
+        ValueError: it shows the path with its other bytes escaped.
     """
     text = os.fspath(name)
     if "\0" in text or text != text.encode(errors="replace").decode():
@@ -59,7 +65,7 @@ def check_text(name: str | Path) -> None:
 
 
 def _is_mount_point(folder: Path) -> bool:
-    """Whether a folder is one, a bind mount of its own file system (which `ismount` does not know) too."""
+    """Whether a folder is a mount point; bind mounts, which `os.path.ismount` does not know, count."""
     if not folder.exists():
         return False
     if os.path.ismount(folder):
@@ -72,10 +78,14 @@ def _is_mount_point(folder: Path) -> bool:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk of `folder`, or of the nearest that is there, cannot take.
+    """Refuse work that the disk of a folder has no room for.
+
+    Args:
+        folder: on that disk; it need not exist yet.
+        needed: bytes.
 
     Raises:
-        ValueError: it says what is needed and what is free.
+        ValueError: it says how much is needed and how much is free.
     """
     free = free_bytes(folder)
     if needed > free:
@@ -86,7 +96,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder, or of the nearest above it that is there."""
+    """Free bytes on the disk of a folder, or of its nearest parent that exists."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
@@ -95,7 +105,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def put_in_place(work: Path, target: Path) -> None:
-    """Give a folder that is whole its name; `target` is not there, or empty."""
+    """Rename a complete folder to its final name; `target` must not exist, or be empty."""
     if target.exists():
         target.rmdir()  # empty, or this fails and nothing is lost
     os.rename(work, target)
@@ -103,6 +113,9 @@ def put_in_place(work: Path, target: Path) -> None:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as "500MB".
+
+    Raises:
+        ValueError: it is not a number above 0 followed by KB, MB, GB or TB.
 
     >>> parse_size("1.5GB")
     1500000000

@@ -1,7 +1,7 @@
-"""The model of a folder, loaded with nothing made up.
+"""Loading of a folder's model without random tensors.
 
-`from_pretrained` makes a tensor that no file holds at random, and says so in its log. Who goes on to train
-wants that of a new head. A command that writes a checkpoint wants it of nothing else.
+`from_pretrained` initializes a tensor that no file holds at random, and says so in its log. For somebody who
+goes on to train a new head that is wanted. A command that writes a checkpoint must allow nothing else.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,17 @@ from svdq_hf.format.files import REMEDY
 def load_complete(
     kind: Any, source: Path, *, heads: bool = True, named: Iterable[str] = (), **choices: Any
 ) -> tuple[Any, list[str]]:
-    """The model of a folder, by the class `kind` and `from_pretrained`, and names of what is random there.
+    """Load a model and refuse tensors that would be random.
 
-    choices: those of `from_pretrained`.
-    heads: whether a head outside of the base model may be new; an output embedding may not.
-    named: modules that the user has asked to keep dense, and which may be new as well.
+    Args:
+        kind: the class; its `from_pretrained` is called.
+        source: folder of the model.
+        heads: whether a head outside the base model may be new; an output embedding may not.
+        named: modules that the user keeps dense, which may be new as well.
+        **choices: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of its tensors that are new.
 
     Raises:
         ValueError: a tensor is not in the files; and what `from_pretrained` raises.
@@ -39,7 +45,7 @@ def load_complete(
 
 
 def _made_by_code(model: PreTrainedModel) -> set[str]:
-    """Tensors that no file need hold: those that are never saved; counters and masks, no weights."""
+    """Tensors that files need not hold: those that are never saved, and integer buffers (counters, masks)."""
     state = model.state_dict()
     counted = {name for name, _ in model.named_buffers() if name in state and not _is_float(state[name])}
     return counted | set(model._keys_to_ignore_on_save or ())
@@ -50,7 +56,7 @@ def _is_float(tensor: Any) -> bool:
 
 
 def _is_new_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether a tensor is outside of the base model, and no row of an output vocabulary."""
+    """Whether a tensor is outside the base model and not part of an output embedding."""
     base = model.base_model
     output = model.get_output_embeddings()
     kept = [name for name, module in model.named_modules() if module is base or module is output]

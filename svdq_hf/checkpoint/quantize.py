@@ -1,9 +1,9 @@
-"""A model's folder -> a quantized model's folder, complete or not there at all.
+"""Quantization of a checkpoint: a model's folder -> a quantized model's folder, complete or not there at all.
 
 The work is done in a hidden folder beside the target, which is renamed when everything in it is
-written, so that a kill or a full disk leaves nothing that looks whole. Only safetensors are read and
-no code of the model's author is run. Where it can be, the model is streamed (`streaming`), and a run that
-was interrupted goes on; else it is quantized in memory.
+written, so that a kill or a full disk leaves nothing that looks complete. Only safetensors are read and
+no code of the model's author is run. Where possible the model is streamed (`checkpoint.streaming`), and a run
+that was interrupted goes on; otherwise it is quantized in memory.
 """
 
 import json
@@ -51,13 +51,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What quantizing a checkpoint came to.
+    """What quantizing a checkpoint resulted in.
 
     Attributes:
         footprint: of the output.
         bytes_before: of the source's safetensors files.
         bytes_after: of the output's.
-        dense: linear layers that stayed dense, those that differ by a number in one entry; None: not known.
+        dense: linear layers that stayed dense, one entry for those that differ by a number; None: not known.
     """
 
     footprint: Footprint
@@ -76,25 +76,28 @@ def quantize_checkpoint(
     workers: int = 1,
     restart: bool = False,
 ) -> Footprint:
-    """Quantize a model into the folder `out`; what it weighs then.
+    """Quantize a model into a folder.
 
-    Every tensor of the model's files is in the output, or is named: by its class, which leaves it out and is
-    told, or by the user (`Source.resolve(model, drop=[...])`). Else nothing is written.
+    Every tensor of the model's files is in the output or is named: in a warning where the model's class
+    leaves it out, or by the user (`Source.resolve(model, drop=[...])`). Otherwise nothing is written.
 
     Args:
         model: a folder, the Hub's user/model, or a `Source`.
-        out: must not be there, or be an empty folder.
-        config: how.
-        shard_size: of a file of the output, such as "500MB"; what is done when a run is cut off is kept by
-            file.
+        out: folder to write; must not exist, or be empty.
+        config: how the model is quantized.
+        shard_size: size of a file of the output, such as "500MB"; a run that is cut off keeps whole files.
         workers: processes that share the work and this process's threads.
-        restart: whether to throw away what an earlier run, cut off, has done for `out`.
+        restart: whether to discard what an earlier run for `out`, cut off, has done.
+
+    Returns:
+        The footprint of the output.
 
     Raises:
-        ValueError: `out` is there and not empty, or cannot be replaced; the model is quantized already, has
-            no safetensors file, is damaged, needs code of its own, has tensors that its class does not know,
-            or is refused by `from_pretrained`; the disk is too small; a run that was cut off had another
-            input or other choices.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: `out` exists and is not empty, or cannot be replaced; the model is quantized already, has
+            no safetensors file, is damaged, needs its author's code, has tensors that its class does not
+            know, or is refused by `from_pretrained`; the disk is too small; a run that was cut off had
+            another input or other choices.
         RuntimeError: a worker died.
         OSError: the disk is full, the model is not there, or another run is at work for `out`.
     """
@@ -112,7 +115,22 @@ def quantize_source(
     workers: int = 1,
     restart: bool = False,
 ) -> Result:
-    """`quantize_checkpoint`, and all that it has found out on the way."""
+    """`quantize_checkpoint` with everything it has found out.
+
+    Args:
+        model: a folder, the Hub's user/model, or a `Source`.
+        out: folder to write.
+        config: how the model is quantized.
+        shard_size: size of a file of the output.
+        workers: processes that share the work.
+        restart: whether to discard what an earlier run has done.
+
+    Returns:
+        Footprint, bytes, and layers that stayed dense.
+
+    Raises:
+        ValueError: see `quantize_checkpoint`; also for its other errors.
+    """
     target = Path(out).absolute()
     check_target(out)
     size = parse_size(shard_size)
@@ -145,7 +163,7 @@ def quantize_source(
 
 
 def _finish(source: Source, work: Path) -> Result:
-    """Check what was written, and put beside it what belongs to it: companions, report, card."""
+    """Check what was written, and add companion files, report and model card."""
     source.check_written(work)
     copy_companions(source.folder, work)
     result = _result(source, work)
@@ -168,9 +186,13 @@ def _result(source: Source, folder: Path) -> Result:
 
 
 def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
-    """Refuse names of modules to keep dense that match nothing; the model is built without weights.
+    """Refuse names in `modules_to_not_convert` that match no layer; the model is built without weights.
 
-    Quantizing itself only warns: a config may be meant for many models, a command line is for one.
+    Quantizing itself only warns, since a config may be meant for many models; a command line is for one.
+
+    Args:
+        model: a folder, the Hub's user/model, or a `Source`.
+        config: the config.
 
     Raises:
         ValueError: a name matches no linear layer of the model; see also `quantize_checkpoint`.
@@ -193,7 +215,7 @@ def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
 
 
 def _quantized(source: Source, config: SVDQConfig) -> Any:
-    """The quantized model; one that makes its own batches runs dense first, so it is loaded whole."""
+    """The model, quantized in memory; a config with synthetic batches runs the dense model first."""
     choices = {} if config.synthetic else {"quantization_config": config}
     named = config.modules_to_not_convert or ()
     model, new = load_complete(source.kind, source.folder, named=named, **choices)

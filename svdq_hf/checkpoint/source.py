@@ -1,7 +1,7 @@
-"""The model in a folder, looked at once: where it is, of which class, with which files and tensors.
+"""Source: the model in a folder, inspected once: where it is, its class, files and tensors.
 
-What is refused before any work starts is refused here, tensors that an output would lack above all. Not here:
-loading it (`load`), the choice of its class (`class_choice`).
+What is refused before any work starts is refused here, above all tensors that an output would lack. Not here:
+loading it (`checkpoint.load`), the choice of its class (`checkpoint.class_choice`).
 """
 
 import json
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 class Source:
     """A model's folder, resolved once and handed on: its config, class, files, bytes and headers.
 
-    Everything is found out when it is first asked for, and then kept.
+    Every property is computed when it is first used, and then kept.
 
     Attributes:
         folder: where it is on this machine.
-        name: on the Hub, or None where it was given as a folder.
-        drop: tensors of its files, or modules, that the output may lack; the user names them.
-        packed: whether it is to be one that svdq has quantized (of `export`), or a dense one.
+        name: on the Hub; None where it was given as a folder.
+        drop: tensors of its files, or modules, that the user allows the output to lack.
+        packed: whether the model must be quantized by svdq (for export) instead of dense.
     """
 
     folder: Path
@@ -48,7 +48,12 @@ class Source:
     def resolve(
         cls, model: "str | Path | Source", *, drop: Sequence[str] = (), packed: bool = False
     ) -> "Source":
-        """The source of a folder or a Hub name; of a source, the same, packed or not.
+        """The source of a folder or of a Hub name.
+
+        Args:
+            model: a folder, the Hub's user/model, or a `Source`, which is returned with the given `packed`.
+            drop: tensors of its files, or modules, that the output may lack.
+            packed: whether the model must be quantized by svdq.
 
         Raises:
             ValueError: no such folder, or its name is not UTF-8.
@@ -65,10 +70,10 @@ class Source:
 
     @cached_property
     def stored(self) -> dict[str, Any]:
-        """config.json as it is written.
+        """The keys of config.json.
 
         Raises:
-            ValueError: it is not there, or no JSON.
+            ValueError: the file is missing or no JSON; or the folder holds an adapter.
         """
         check_no_adapter(self.folder)
         file = self.folder / "config.json"
@@ -100,26 +105,26 @@ class Source:
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """All tensors of its files, by their names there; see `tensor_places`."""
+        """Where each tensor of the files is, by its name in files; see `tensor_places`."""
         return tensor_places(self.folder)
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Its safetensors files."""
+        """Paths of the safetensors files."""
         return tuple(map(str, weight_files(self.folder)))
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of its safetensors files."""
+        """Bytes of the safetensors files."""
         return folder_bytes(self.folder)
 
     @cached_property
     def choice(self) -> Choice:
-        """The class that loads it, and the dense model of that class on the meta device.
+        """The class that loads the model, and the dense model of that class on the meta device.
 
         Raises:
             ValueError: the folder holds an adapter, has no config.json or no safetensors file; it is
-                quantized already, where `packed` is not said; or there is no such class.
+                quantized already and `packed` is False; or transformers has no such class.
         """
         self._check_kind()
         named = named_class(self.config.architectures)
@@ -136,7 +141,7 @@ class Source:
 
     @property
     def kind(self) -> Any:
-        """The class that loads it."""
+        """The class that loads the model."""
         return self.choice.kind
 
     @property
@@ -145,11 +150,11 @@ class Source:
         return self.choice.model
 
     def check(self) -> None:
-        """Refuse a source of which a tensor would not be in the output; say what its class leaves out.
+        """Refuse a source that the output would lack a tensor of; warn of tensors that its class leaves out.
 
         Raises:
             ValueError: a tensor would be lost, and the user has not named it; a module beside the model
-                cannot be carried over; see also `kind` and `tensor_places`.
+                cannot be copied completely; see also `choice` and `tensor_places`.
         """
         self._check_kind()
         check_modules(self.folder)
@@ -174,7 +179,10 @@ class Source:
             logger.warning("%s: %s not of the model's files, and left there", self, listed(unread))
 
     def check_written(self, work: Path) -> None:
-        """Refuse an output that lacks a tensor of the source: the last look, at what is really there.
+        """Refuse an output that lacks a tensor of the source: the last check, of the written files.
+
+        Args:
+            work: folder of the output.
 
         Raises:
             ValueError: it names the tensors.
@@ -195,7 +203,7 @@ class Source:
             raise ValueError(f"{self.folder}: quantized already, by {method!r}; quantize the original model")
 
     def _unread(self) -> list[str]:
-        """Safetensors files that are none of the model's."""
+        """Safetensors files in the folder that do not belong to the model."""
         extra = getattr(getattr(self.kind, "config_class", None), "extra_files", ())
         read = {Path(file).name for file in self.files} | set(extra)
         return sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in read)
@@ -232,6 +240,9 @@ def _others(folder: Path) -> str:
 
 def check_no_adapter(source: Path) -> None:
     """Refuse the folder of an adapter, which `from_pretrained` would put on top of the model.
+
+    Args:
+        source: the folder.
 
     Raises:
         ValueError: adapter_config.json is there.

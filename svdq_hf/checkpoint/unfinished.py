@@ -1,7 +1,8 @@
-"""The hidden folder in which an output is made: `.OUT.unfinished`, svdq's own, locked while a run is at work.
+"""Hidden folder in which an output is made: `.OUT.unfinished`, owned by svdq, locked while a run is at work.
 
-What a run that was killed has left there is found by the next run for the same output, which goes on with it
-(`streaming.resume`) or removes it. Whatever svdq has not made is refused, never entered and never deleted.
+What a killed run has left there is found by the next run for the same output, which goes on with it
+(`checkpoint.streaming.resume`) or removes it. Anything that svdq has not made is refused, never entered and
+never deleted.
 """
 
 import os
@@ -16,25 +17,28 @@ LOCK_FILE = "lock"
 MODEL = "model"
 
 _OURS = re.compile(rf"{LOCK_FILE}|{MODEL}|plan\.(json|partial)|\d{{5}}\.(json|data|partial)")
-"""Names of all that svdq writes into such a folder."""
+"""Names of everything that svdq writes into such a folder."""
 
 
 def unfinished_folder(out: str | Path) -> Path:
-    """Where the work for `out` is done until it is whole."""
+    """The folder in which the output `out` is made until it is complete."""
     target = Path(out).absolute()
     return target.with_name(f".{target.name}.unfinished")
 
 
 def model_folder(folder: Path) -> Path:
-    """The part of an unfinished folder that will be the model."""
+    """The subfolder of an unfinished folder that becomes the model."""
     return folder / MODEL
 
 
 def check_own(folder: Path) -> None:
-    """Refuse an unfinished folder that is not svdq's: a link, another user's, or one with other things in it.
+    """Refuse an unfinished folder that is not svdq's: a link, another user's, or one with other files in it.
+
+    Args:
+        folder: the unfinished folder; it need not exist.
 
     Raises:
-        ValueError: it says what is there.
+        ValueError: it says what is wrong with it.
     """
     if not os.path.lexists(folder):
         return
@@ -60,7 +64,11 @@ def _is_own(entry: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, *, wanted: bool = True) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go of it whatever becomes of this one.
+    """Context manager that keeps other runs out of a folder; the system releases the lock if this run dies.
+
+    Args:
+        folder: the unfinished folder.
+        wanted: False: do nothing.
 
     Raises:
         OSError: another run is at work there.
@@ -83,7 +91,7 @@ def locked(folder: Path, *, wanted: bool = True) -> Iterator[None]:
 
 
 def empty(folder: Path) -> None:
-    """Delete what is in a folder of svdq's, but for its lock."""
+    """Delete everything in an unfinished folder except its lock."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -93,14 +101,14 @@ def empty(folder: Path) -> None:
 
 @contextmanager
 def work_folder(out: str | Path, *, restart: bool = False) -> Iterator[Path]:
-    """A place for work that is done in one go: yields the folder of the model, not made yet.
+    """Context manager: a folder for work that is done in one go; yields the path for the model.
 
-    It is removed at the end, whether or not the model was moved away; what a run that was killed has left,
-    at the beginning.
+    What a killed run has left is removed first. The folder is removed at the end, whether or not the model
+    was moved away.
 
     Args:
         out: the output folder.
-        restart: whether to throw away what a streamed run, cut off, has done for `out`.
+        restart: whether to discard what a streamed run, cut off, has done for `out`.
 
     Raises:
         ValueError: the hidden folder is not svdq's, or has the work of a streamed run.
@@ -134,7 +142,7 @@ def remove_old(folder: Path) -> None:
 
 
 def _is_ours_alone(folder: Path) -> bool:
-    """Whether a folder, and the model in it, is this user's, and is one or nothing."""
+    """Whether a folder belongs to this user, and what it holds is a model or nothing."""
     mine = not hasattr(os, "geteuid") or folder.stat().st_uid == os.geteuid()
     model = model_folder(folder)
     files = list(model.iterdir()) if model.is_dir() and not model.is_symlink() else []

@@ -1,4 +1,4 @@
-"""The command line `svdq`: its entry point. What it does is in `command`."""
+"""Entry point of the command line `svdq`. What it does is in `cli.command`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; an interrupt while it is still being imported is one line as well.
+    """Run the command line; an interrupt during its imports is reported in one line as well.
 
     Args:
         arguments: of the command; None: those of this process.

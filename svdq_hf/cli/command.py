@@ -1,8 +1,9 @@
 """The command `svdq`: quantize, inspect, evaluate, lm-eval, export, push, demo. It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
-SVDQ_TRACEBACK=1 in the environment shows where an error comes from as well. Torch and transformers are
-imported when a command runs, not to parse one.
+With SVDQ_TRACEBACK=1 in the environment the place of an error is shown as well. Torch and transformers are
+imported when a command runs, not to parse one. Not here: the options (`cli.options`), and each command (a
+file of its name in `cli`).
 """
 
 import argparse
@@ -13,15 +14,15 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf.cli import demo, evaluate, export, inspect, lm_eval, push, quantize
+from svdq_hf.cli import chat, demo, evaluate, export, inspect, lm_eval, push, quantize
 from svdq_hf.cli.options import Parser
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, inspect, export, push, demo, evaluate)
-"""Each has `add`, its parser, and `run`, which returns what `--json` prints."""
+COMMANDS: Final = (quantize, inspect, chat, export, push, demo, evaluate)
+"""Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"
-"""The environment variable that asks for one."""
+"""The environment variable that switches tracebacks on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,21 +97,21 @@ def _disable_progress_bars() -> None:
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> str:
-    """What went wrong in one line, and the remedy where the error does not say it."""
+    """An error in one line, with a remedy where its text has none."""
     from safetensors import SafetensorError
 
     text = " ".join(str(error).split())
     told = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)
     if isinstance(error, told) and not isinstance(error, RecursionError):
         return text
-    # Nobody has foreseen this one: mostly it is transformers, of a config.json that says nonsense.
+    # An unforeseen error, mostly of transformers, about a damaged config.json.
     folder = getattr(options, "model", None) or getattr(options, "folder", None)
     cause = f"{folder}'s config.json or files may be damaged; " if folder else ""
     return f"{type(error).__name__}: {text} ({cause}{TRACEBACK}=1 shows where)"
 
 
 def _print(result: dict[str, object] | None) -> OSError | None:
-    """Print a result as JSON, and all that was printed before; returns why that cannot be written."""
+    """Print a result as JSON and flush what was printed before; returns the error where writing failed."""
     if sys.stdout is None:  # closed by `>&-`
         return None
     try:

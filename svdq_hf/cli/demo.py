@@ -1,4 +1,7 @@
-"""`svdq demo`: the whole round on the embedded all-MiniLM-L6-v2."""
+"""`svdq demo`: quantize the embedded all-MiniLM-L6-v2, save, reload and compare.
+
+Not here: the work itself (`svdq_hf.demo`).
+"""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,7 @@ MEGABYTE = 10**6
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo", help="the whole round on the embedded all-MiniLM-L6-v2"
     )
@@ -23,10 +26,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Quantize, save, reload and compare.
+    """Run the demo and print what it measured.
+
+    Args:
+        options: the parsed command line.
+
+    Returns:
+        The result, as `--json` prints it.
 
     Raises:
-        RuntimeError: the reloaded model is not the saved one.
+        RuntimeError: the reloaded model differs from the saved one.
     """
     config = config_of(options)
     from svdq_hf.checkpoint.quantize import check_names

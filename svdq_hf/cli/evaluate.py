@@ -1,4 +1,7 @@
-"""`svdq evaluate`: what quantizing costs, on GLUE or in perplexity; a report."""
+"""`svdq evaluate`: measures what quantizing costs, on GLUE or in perplexity, and writes a report.
+
+Not here: the run (`evaluation.run`), and its request from Python (`evaluation.request`).
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
         help="what quantizing costs: GLUE or perplexity, a report",
@@ -38,7 +41,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    """The choices to compare, several values each."""
+    """Options of the choices to compare; each takes several values."""
     add = parser.add_argument_group("compared").add_argument
     add("--k", help=f"salient weights, or shares below 1 {_shown(KS)}", **several("k", KS))
     add("--saliency", help=f"scores to compare {_shown(METHODS)}", **several("saliency", METHODS))
@@ -50,7 +53,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(options: argparse.Namespace) -> "EvaluationRequest":
-    """The request that the options spell: its fields have their names."""
+    """The request that the options express: its fields have their names."""
     from svdq_hf.evaluation import EvaluationRequest
 
     return EvaluationRequest(**{one.name: getattr(options, one.name) for one in fields(EvaluationRequest)})
@@ -61,7 +64,13 @@ def _shown(values: Sequence[object]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Run the cells that are not there yet and write the report.
+    """Run the cells that are not computed yet and write the report.
+
+    Args:
+        options: the parsed command line.
+
+    Returns:
+        The result, as `--json` prints it.
 
     Raises:
         ImportError: the extra `evaluate` is not installed.

@@ -1,4 +1,7 @@
-"""`svdq export`: a quantized folder -> a plain checkpoint for other engines."""
+"""`svdq export`: a quantized folder -> a dense checkpoint for other engines.
+
+Not here: the work itself (`checkpoint.export`).
+"""
 
 import argparse
 from typing import Any
@@ -10,7 +13,7 @@ MEGABYTE = 10**6
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "export", help="a quantized folder -> a plain checkpoint for other engines"
     )
@@ -26,7 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Export, and tell the size."""
+    """Export, and print the size; returns what `--json` prints."""
     from svdq_hf.checkpoint import Source, export_dense
 
     source = Source.resolve(options.folder, drop=options.drop, packed=True)

@@ -1,11 +1,14 @@
-"""`svdq inspect`: what a quantized folder holds, layer by layer."""
+"""`svdq inspect`: shows what a quantized folder holds, layer by layer.
+
+Not here: reading the files (`quantize.footprint`).
+"""
 
 import argparse
 from typing import Any
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect", help="what a quantized folder holds, layer by layer"
     )
@@ -14,7 +17,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Read the files' headers and tell what they hold."""
+    """Print what the headers of the files say; returns what `--json` prints."""
     from svdq_hf.cli.tables import console, layer_table, totals_table
     from svdq_hf.quantize.footprint import read_footprint
 

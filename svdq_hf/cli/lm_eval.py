@@ -1,4 +1,4 @@
-"""`svdq lm-eval`: EleutherAI's harness in a process that knows "svdq"; its own arguments, handed on."""
+"""`svdq lm-eval`: EleutherAI's harness in a process that knows "svdq"; it takes the harness's arguments."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ NAME: Final = "lm-eval"
 
 
 def add(commands: Any) -> None:
-    """Its line in `svdq --help`; `svdq` hands on all that follows the name, unparsed."""
+    """Add the command's line to `svdq --help`; what follows its name is passed on unparsed."""
     told = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
     commands.add_parser(NAME, help=told)
 
@@ -18,8 +18,11 @@ def add(commands: Any) -> None:
 def run(arguments: Sequence[str]) -> None:
     """Run the harness as its own command would.
 
+    Args:
+        arguments: of the harness.
+
     Raises:
-        ImportError: it is not installed.
+        ImportError: the harness is not installed.
     """
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -1,6 +1,6 @@
-"""Options of the commands, made from the table of choices; and a parser that says what was meant.
+"""Options of the commands, made from the table of choices; and a parser that suggests the nearest word.
 
-Imports neither torch nor transformers.
+Imports neither torch nor transformers. Not here: the choices themselves (`config.choices`).
 """
 
 import argparse
@@ -14,18 +14,18 @@ from svdq_hf.config.presets import PRESETS
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors name the word that was meant; options are not taken for longer ones."""
+    """A parser whose errors suggest the word that was probably meant; abbreviated options are refused."""
 
     def __init__(self, **choices: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **choices})
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage, the message and, of a word that is not known, the nearest one; exit code 2."""
+        """Print the usage and the message, with the nearest known word for an unknown one; exit code 2."""
         super().error(message + _hint(message, self._option_string_actions))
 
 
 def _hint(message: str, options: Iterable[str]) -> str:
-    """What was meant, where it is near: of argparse's two messages about a word that is not known.
+    """The end of an error about an unknown word: the nearest known one, or nothing.
 
     >>> _hint("unrecognized arguments: --grup-size 32", ["--group-size", "--k"])
     '; did you mean --group-size?'
@@ -43,7 +43,14 @@ def _hint(message: str, options: Iterable[str]) -> str:
 
 
 def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
-    """The choices of SVDQConfig that a command takes; the config's defaults hold where none is given."""
+    """Add options for the choices of SVDQConfig that a command takes.
+
+    An option that is not given is absent from the result, so that the config's defaults hold.
+
+    Args:
+        parser: the command's parser.
+        command: its name.
+    """
     group = parser.add_argument_group("choices")
     presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
     told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
@@ -60,7 +67,7 @@ def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def option_name(name: str, option: Option) -> str:
-    """How a choice is called on the command line.
+    """Name of a choice on the command line.
 
     >>> option_name("group_size", Option())
     '--group-size'
@@ -69,7 +76,12 @@ def option_name(name: str, option: Option) -> str:
 
 
 def several(name: str, default: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
-    """What argparse needs for an option that takes several values of one choice, to compare them."""
+    """Keywords for argparse's `add_argument`, for an option that takes several values of one choice.
+
+    Args:
+        name: of the choice.
+        default: the values compared where the option is not given.
+    """
     row = CHOICES[name]
     option = row.option or Option()
     return {
@@ -82,7 +94,7 @@ def several(name: str, default: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _kind(row: Choice, option: Option) -> dict[str, Any]:
-    """What argparse is to do with the option."""
+    """Keywords for argparse's `add_argument`, by the kind of the choice."""
     if row.is_flag:
         return {"action": argparse.BooleanOptionalAction if row.default else "store_true"}
     if option.repeats:
@@ -97,10 +109,13 @@ def _help(row: Choice, option: Option) -> str:
 
 
 def config_of(options: argparse.Namespace) -> Any:
-    """The SVDQConfig that was asked for.
+    """The SVDQConfig that the options express.
+
+    Args:
+        options: the parsed command line.
 
     Raises:
-        ValueError: a value that is none, or choices that exclude one another.
+        ValueError: an impossible value, or choices that exclude one another.
     """
     from svdq_hf.config import SVDQConfig
 

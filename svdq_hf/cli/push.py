@@ -1,11 +1,14 @@
-"""`svdq push`: a quantized folder -> the Hub."""
+"""`svdq push`: uploads a quantized folder to the Hub.
+
+Not here: the upload itself (`hub.push`).
+"""
 
 import argparse
 from typing import Any
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser("push", help="a quantized folder -> the Hub")
     parser.add_argument("folder")
     parser.add_argument("repo_id", metavar="user/model")
@@ -16,7 +19,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Push, and tell where it is."""
+    """Push, and print the address; returns what `--json` prints."""
     from svdq_hf.hub.push import push_folder
 
     url = push_folder(

@@ -1,4 +1,7 @@
-"""`svdq quantize`: a model -> a folder with the quantized model, or what that would take."""
+"""`svdq quantize`: a model -> a folder with the quantized model; or an estimate of what that takes.
+
+Not here: the work itself (`checkpoint.quantize`, `checkpoint.estimate`).
+"""
 
 import argparse
 import time
@@ -10,7 +13,7 @@ MEGABYTE = 10**6
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser, added to those of `svdq`."""
+    """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "quantize", help="a model -> a folder with the quantized model"
     )
@@ -23,7 +26,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
-    """How the work is done; none of it changes the result."""
+    """Options of how the work is done; none of them changes the result."""
     group = parser.add_argument_group("work", "a run that is cut off is just run again, and goes on")
     size = "of a file of the output, such as 500MB; what is done is kept by file (1GB)"
     group.add_argument("--shard-size", default=argparse.SUPPRESS, metavar="SIZE", help=size)
@@ -36,7 +39,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Quantize, and tell sizes and errors."""
+    """Quantize, and print sizes and errors; returns what `--json` prints."""
     from svdq_hf.checkpoint import Source
     from svdq_hf.checkpoint.quantize import check_names, quantize_source
     from svdq_hf.cli.tables import console, totals_table
@@ -77,6 +80,6 @@ def _estimate(source: Any, options: argparse.Namespace, config: Any) -> dict[str
 
 
 def _work(options: argparse.Namespace) -> dict[str, Any]:
-    """How the work is done, as far as it was said."""
+    """The options of how the work is done that were given."""
     names = ("shard_size", "workers")
     return {name: getattr(options, name) for name in names if hasattr(options, name)}

@@ -1,6 +1,6 @@
-"""What the command line shows of a quantized model, as tables.
+"""Tables that the command line prints of a quantized model.
 
-Not here: the tables of an evaluation (`evaluation.tables`).
+Not here: the tables of an evaluation's report (`evaluation.report.tables`).
 """
 
 import sys
@@ -17,7 +17,7 @@ from svdq_hf.quantize.footprint import Footprint, dense_bytes
 
 
 def console() -> Console:
-    """A terminal as wide as it is; 120 columns in a pipe or a file, so that no name is folded."""
+    """A console as wide as the terminal; 120 columns in a pipe or a file, so that no name is folded."""
     terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by `>&-`
     return Console(width=None if terminal else 120, soft_wrap=not terminal)
 
@@ -37,7 +37,7 @@ def layer_table(result: Footprint) -> Table:
 
 
 def plain(text: str) -> Text:
-    """A stranger's text as it is: no markup, and nothing that a terminal obeys."""
+    """Text that may come from strangers, without markup or control characters."""
     return Text("".join(character if character.isprintable() else "?" for character in text))
 
 
@@ -61,7 +61,7 @@ def totals_table(result: Footprint) -> Table:
 
 
 def sentences_table(result: DemoResult) -> Table:
-    """What the demo measured of each pair of sentences."""
+    """The demo's similarities, a row for each pair of sentences."""
     table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
     table.add_column("sentences", overflow="fold")
     table.add_column("FP32", justify="right")
@@ -72,7 +72,7 @@ def sentences_table(result: DemoResult) -> Table:
 
 
 def estimate_table(result: Estimate) -> Table:
-    """What a run would take."""
+    """What a run would take: sizes, time, memory, disk."""
     table = Table(title="nothing was written", box=SIMPLE_HEAD, show_header=False)
     after = result.footprint
     rows = {"before": readable(result.bytes_before)}
@@ -93,7 +93,7 @@ def estimate_table(result: Estimate) -> Table:
 
 
 def clock(seconds: float) -> str:
-    """A time as people say it.
+    """A time in the unit that people use for it.
 
     >>> clock(4.2), clock(754), clock(9000)
     ('4 s', '13 min', '2 h 30 min')

@@ -9,7 +9,7 @@ __all__ = ["SVDQConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    """The config, imported when it is asked for: it needs transformers, the table of choices does not."""
+    """The config, imported when it is first used: it needs transformers, the table of choices does not."""
     if name != "SVDQConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from svdq_hf.config.svdq_config import SVDQConfig

@@ -1,6 +1,6 @@
-"""What a config refuses: values that a choice cannot have, choices that exclude one another, strange keys.
+"""Checks of a config: values that a choice cannot have, choices that exclude one another, unknown keys.
 
-Not here: what each single choice may be (`choices`).
+Not here: what each single choice may be (`config.choices`).
 """
 
 import difflib
@@ -16,7 +16,10 @@ STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
 def check_choices(choices: Mapping[str, Any]) -> None:
-    """Refuse a choice of a wrong type or value, by name.
+    """Refuse a choice of a wrong type or value.
+
+    Args:
+        choices: the value of every row of `CHOICES`, by name.
 
     Raises:
         ValueError: it names the choice, its value and what is allowed.
@@ -32,8 +35,8 @@ def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> No
     """Refuse choices that exclude one another.
 
     Args:
-        choices: all of them, each by itself sound.
-        score_needs: what the score needs of data.
+        choices: the value of every row of `CHOICES`, each allowed by itself.
+        score_needs: what the score needs from data.
 
     Raises:
         ValueError: it names one of the two, its value and what is allowed beside the other.
@@ -50,10 +53,13 @@ def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> No
 
 
 def check_stored(stored: Mapping[str, Any]) -> None:
-    """Refuse a format this release cannot read, and keys that are neither stored nor a choice.
+    """Refuse a format that this release cannot read, and keys that are neither stored nor a choice.
+
+    Args:
+        stored: the keys of a config.json that are no choices.
 
     Raises:
-        ValueError: it names the key, its value and the remedy, or the key that was meant.
+        ValueError: it names the key, its value and the remedy, or the key that was probably meant.
     """
     version = stored.get("format_version", FORMAT_VERSION)
     require(type(version) is int and version >= 1, "format_version", version, "an int from 1 on")

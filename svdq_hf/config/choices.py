@@ -1,7 +1,8 @@
-"""The choices of SVDQConfig: one row each, from which checks, stored keys, options and the page's table come.
+"""Table of the choices of SVDQConfig: one row each for checks, stored keys, options and the docs page.
 
 Imports neither torch nor transformers, so that `svdq --help` is fast. Not here: the signature, which
-`SVDQConfig.__init__` writes out for editors (a test holds it to this table), and what the values do.
+`SVDQConfig.__init__` writes out for editors (a test compares it with this table), and what the values do
+(`core`, `format`).
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Check(NamedTuple):
-    """What a value may be: a predicate, and the same in words."""
+    """What a value may be: as a predicate, and in words."""
 
     fits: Callable[[Any], bool]
     allowed: str
@@ -36,11 +37,11 @@ class Option(NamedTuple):
 
     parse: Callable[[str], Any] = str
     values: tuple[Any, ...] = ()
-    """All that there are; the command line refuses others. Empty: the check decides."""
+    """The allowed values; the command line refuses others. Empty: the check decides."""
     name: str = ""
-    """Empty: the choice's own, as `--group-size`."""
+    """Name of the option. Empty: made of the choice's name, as in `--group-size`."""
     repeats: bool = False
-    """It takes one name and may be given again."""
+    """Whether it takes one name and may be given several times."""
     more: str = ""
     """Help that only the command line needs."""
     commands: tuple[str, ...] = ("quantize", "demo")
@@ -51,22 +52,22 @@ _OPTION = Option()
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of the table."""
+    """One row of the table: a choice, its default, its check, and where it is stored and shown."""
 
     default: Any
     check: Check
     help: str
-    """What it is, in plain words; the page's row begins with them."""
+    """The choice in plain words; its row of docs/choices.md begins with them."""
     since: int = 1
-    """The version of the format from which on files hold it."""
+    """The first version of the format whose files hold it."""
     before: Any = None
-    """Of a part of the grid that is newer than version 1: what it was until then."""
+    """For a part of the grid that is newer than version 1: the value that older files imply."""
     of: Literal["grid", "files", ""] = ""
-    """grid: a part of `Grid`, by name. files: anything but the default needs the version `since`."""
+    """"grid": an attribute of `Grid`. "files": any value but the default needs format version `since`."""
     stored: bool = True
-    """Whether files hold it; else it is a choice of who quantizes or runs the model."""
+    """Whether files hold it; otherwise whoever quantizes or runs the model chooses."""
     option: Option | None = _OPTION
-    """None: no command line asks for it."""
+    """None: it is no command line option."""
 
     @property
     def is_flag(self) -> bool:
@@ -75,12 +76,12 @@ class Choice:
 
 
 def is_count(value: object) -> bool:
-    """Whether it is an int from 0 on, which True and False are not here."""
+    """Whether a value is an int from 0 on; True and False are not."""
     return type(value) is int and value >= 0
 
 
 def dtype_name(dtype: Any) -> str | None:
-    """A dtype as a config writes it, whichever of the two it is.
+    """A dtype as a config writes it; a torch dtype and its name give the same.
 
     >>> dtype_name("float32")
     'float32'
@@ -89,12 +90,20 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def number(text: str) -> int | float:
-    """A count, or a share: what k may be."""
+    """Parse k: digits are a count, anything else a share.
+
+    >>> number("64"), number("0.01")
+    (64, 0.01)
+    """
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def columns(text: str) -> int | str:
-    """A number of columns, or a word for all of a row or a tensor."""
+    """Parse a group size: digits are a number of columns, anything else "row" or "tensor".
+
+    >>> columns("64"), columns("row")
+    (64, 'row')
+    """
     return int(text) if text.isdigit() else text
 
 
@@ -169,7 +178,7 @@ CHOICES: dict[str, Choice] = {
         option=Option(float),
     ),
     "levels": Choice(
-        None,  # that of the bits: see `completed`
+        None,  # depends on the bits: see `_completed` of `config.svdq_config`
         _one_of("linear", "normal"),
         "what the codes stand for: normal or linear",
         since=2,
@@ -243,16 +252,16 @@ CHOICES: dict[str, Choice] = {
 VERSION_1: dict[str, Any] = {
     name: row.before for name, row in CHOICES.items() if row.of == "grid" and row.since > 1
 }
-"""What was no choice yet in files of format version 1."""
+"""The values that files of format version 1 imply, where the choice is newer."""
 
 
 def part_of_grid() -> list[str]:
-    """The names of the choices that `Grid` is made of."""
+    """Names of the choices that `Grid` is made of."""
     return [name for name, row in CHOICES.items() if row.of == "grid"]
 
 
 def stored_in(version: int) -> list[str]:
-    """The choices that files of a format version hold: older releases refuse keys they do not know.
+    """Names of the choices that files of a format version hold; older releases refuse keys they do not know.
 
     >>> "lm_head" in stored_in(1), "lm_head" in stored_in(2), "compute" in stored_in(4)
     (False, True, False)
@@ -261,5 +270,5 @@ def stored_in(version: int) -> list[str]:
 
 
 def not_stored() -> list[str]:
-    """The choices that no file holds."""
+    """Names of the choices that no file holds."""
     return [name for name, row in CHOICES.items() if not row.stored]

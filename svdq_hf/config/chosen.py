@@ -1,6 +1,6 @@
-"""The choices of a config with their types, and what follows from them: a scheme, the need for data.
+"""Typed values of a config, and what follows from them: the storage scheme, whether data is needed.
 
-Not here: how they are given, checked and stored (`svdq_config`).
+Not here: how they are given, checked and stored (`config.svdq_config`).
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ ErrorFeedback = bool | Literal["synthetic"]
 
 
 class Chosen:
-    """A value for each row of `choices.CHOICES`."""
+    """A value for each row of `choices.CHOICES`; the base class of SVDQConfig."""
 
     k: int | float
     rank: int
@@ -43,12 +43,12 @@ class Chosen:
 
     @property
     def synthetic(self) -> bool:
-        """Whether the batches that are needed are made, not given."""
+        """Whether calibration batches are made by the model instead of being given."""
         return self.error_feedback == SYNTHETIC
 
     @property
     def extra_damping(self) -> float:
-        """`damping`; where nobody chose, synthetic batches are trusted less than real ones."""
+        """`damping`; where it is None, 1 for synthetic batches (they are trusted less) and 0 otherwise."""
         return float(self.synthetic) if self.damping is None else float(self.damping)
 
     @property
@@ -76,7 +76,7 @@ class Chosen:
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
-        """`compute_dtype` as torch's own."""
+        """`compute_dtype` as a torch dtype."""
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
 
 
@@ -86,5 +86,8 @@ def _grid(values: tuple[tuple[str, Any], ...]) -> Grid:
 
 
 def score_data(saliency: str) -> list[str]:
-    """What a score needs of data: of a stored model's author's own, which is not known here, nothing."""
+    """The data that a score needs; nothing for an unregistered one.
+
+    A stored model may name a score of its author's that is not known here; it loads without that score.
+    """
     return data_needs(saliency) if saliency in saliency_names() else []

@@ -1,4 +1,4 @@
-"""The presets: a row of changes each, for the class methods of SVDQConfig and `--preset`."""
+"""Presets: named sets of choices, for the class methods of SVDQConfig and for `--preset`."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,12 @@ from svdq_hf.config.choices import VERSION_1
 
 
 class Preset(NamedTuple):
-    """Choices that go together."""
+    """Choices that belong together, and a line of help."""
 
     changes: dict[str, Any]
     help: str
     needs_data: bool = False
-    """Whether only batches make it possible."""
+    """Whether it needs calibration batches."""
 
 
 PRESETS = {

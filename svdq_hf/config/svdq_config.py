@@ -1,7 +1,7 @@
-"""SVDQConfig: every choice of the user, checked, as transformers wants a quantization config.
+"""SVDQConfig: every choice of the user, checked, as the quantization config that transformers expects.
 
-Not here: what each may be (`choices`, `checks`), what follows from them (`chosen`), what they do (`core`,
-`format`), registration (`integrations.transformers`).
+Not here: what each choice may be (`config.choices`, `config.checks`), what follows from them
+(`config.chosen`), what they do (`core`, `format`), registration (`integrations.registration`).
 """
 
 import copy
@@ -31,48 +31,50 @@ REQUIRES = (
     f"the Python package svdq_hf, {VERSION} or newer ({how_to_install()}), "
     "then `import svdq_hf` before from_pretrained"
 )
-"""Stored in config.json, where a user looks whose transformers does not know the method."""
+"""Stored in config.json, where users look whose transformers does not know "svdq"."""
 
 
 class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
     """Quantize linear layers to 4 bits (or 3, or 8) and keep the k most salient weights of each in FP32.
 
-    It does not change once it is made: `replace` makes another one. (`update` is transformers' own door.)
+    A config does not change once it is made: `replace` makes another one. (`update` is what transformers
+    calls.)
 
     Args:
         k: salient weights per layer: a count, or a share of the layer's weights (a float below 1).
         rank: rank of the principal structure that the score "svd" looks at.
         saliency: the score that picks them: "svd", "magnitude", "relative", "random"; "awq" and "spqr",
             which need batches (`quantize_model`); or your own (`register_saliency`).
-        bits: of a code: 4, 3 or 8.
+        bits: bits of a code: 4, 3 or 8.
         group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
         scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
             `clip_sigma` standard deviations).
         clip_sigma: standard deviations at which the scale "sigma" clips.
-        levels: what the codes stand for: "normal" (those that lose least of normal weights) or "linear"
-            (-8..7, as the paper's). None: "normal"; of 8 bits, which have no other, "linear".
-        column_scale: whether each column has a scale of its own too; scores see the matrix without it.
-        scale_bits: of a group's scale: 8 (with a factor for each row) or 16.
-        error_feedback: whether the weights that are not rounded yet make good what rounding lost, as in
-            GPTQ; needs batches, or "synthetic" ones, made of no data (both: `quantize_model`).
+        levels: what the codes stand for: "normal" (the levels that lose least of normal weights) or "linear"
+            (-8..7, as in the paper). None: "normal"; with 8 bits, which have no other levels, "linear".
+        column_scale: whether each column has a scale, too; data-free scores see the matrix without it.
+        scale_bits: bits of a group's scale: 8 (with a factor for each row) or 16.
+        error_feedback: whether the weights that are not rounded yet compensate for the error of rounding, as
+            in GPTQ. True needs batches; "synthetic" lets the model make them without data. Both work with
+            `quantize_model`.
         lm_head: whether the output head is quantized too, without error feedback; an embedding tied to it
-            reads its packed rows.
-        embeddings: whether the input embedding is quantized too, row by row, in parts of its own. Where it
-            is tied to the output head, that is lm_head's to say.
+            reads the head's packed rows.
+        embeddings: whether the input embedding is quantized too, row by row. Where it is tied to the output
+            head, `lm_head` decides instead.
         target_bits: stored bits per weight, as `footprint` counts them, instead of `k`: spent where they
-            lower the layers' errors most.
-        layer_k: k of single layers, by name; `target_bits` ends in it. Layers that it does not name have
-            `k`.
+            lower the errors of the layers most.
+        layer_k: k of single layers, by name; the result of `target_bits` is stored here. Layers that it does
+            not name have `k`.
         modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
             everything outside the base model, layers of fewer than 8 rows. A name matches from the
             start, as a regular expression, or as a suffix.
-        compute_dtype: dtype the layers compute in ("float32", ...); None: that of their input.
+        compute_dtype: dtype in which the layers compute ("float32", ...); None: the dtype of their input.
         seed: of anything random.
-        damping: of error feedback: the share of the inputs' mean square that is added to their Gram matrix
-            beside GPTQ's 0.01, the larger the less it is trusted. None: 0, of synthetic batches 1. For
-            texts of another kind than the model will read 1 is better. No file holds it.
-        compute: "exact", or "fast": CPU kernels may round the activations of a few tokens to 16 bits. A
-            choice of who runs the model, so no file holds it; of a loaded model `set_compute` changes it.
+        damping: regularizes error feedback. `damping * mean(diag(X^T X))` is added to the diagonal of
+            `X^T X`, on top of GPTQ's 0.01. 0 trusts the batches fully; 1 suits text of another kind than the
+            model will see. None: 0 with your batches, 1 with synthetic ones. Not stored in files.
+        compute: "exact", or "fast": CPU kernels may round the activations of a few tokens to 16 bits. Not
+            stored in files, since whoever runs the model chooses; `set_compute` changes it in a loaded model.
         **stored: the keys of a config.json that are no choices.
 
     Raises:
@@ -124,7 +126,16 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
 
     @classmethod
     def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
-        """The reading of arXiv 2512.01343: one absmax scale per matrix, rank 8, all but the head.
+        """The reading of arXiv 2512.01343: one absmax scale per matrix, rank 8, every layer but the head.
+
+        Args:
+            k: salient weights per layer.
+            **choices: other choices, as for `SVDQConfig`.
+
+        Raises:
+            ValueError: see `SVDQConfig`.
+
+        Source: arXiv 2512.01343.
 
         >>> SVDQConfig.paper(k=64).group_size
         'tensor'
@@ -151,20 +162,22 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
 
     @classmethod
     def calibrated(cls, **choices: Any) -> "SVDQConfig":
-        """For those who have data: `quantize_model(model, SVDQConfig.calibrated(), batches)`; ~4.25 bits.
+        """For those who have data, about 4.25 bits per weight.
+
+        Use: `quantize_model(model, SVDQConfig.calibrated(), batches)`.
 
         >>> SVDQConfig.calibrated().data_needs
         ['input_gram', 'input_norm']
         """
         return cls(**{**PRESETS["calibrated"].changes, **choices})
 
-    # Other configs, made of this one.
+    # Copies of this config.
 
     def replace(self, **choices: Any) -> "SVDQConfig":
-        """Another config, with some choices made anew and all of them checked.
+        """A copy with some choices changed and all of them checked.
 
         Args:
-            **choices: as for `SVDQConfig`. Another `target_bits` forgets what an earlier budget found.
+            **choices: as for `SVDQConfig`. A new `target_bits` discards the `layer_k` of an earlier budget.
 
         Raises:
             ValueError: an unknown key, a wrong type or an impossible value.
@@ -181,12 +194,15 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         return config
 
     def with_experts(self) -> "SVDQConfig":
-        """The same for a model with quantized experts, which only a new version of the format can say."""
+        """A copy for a model with quantized experts, whose files need format version 4."""
         own = {name: getattr(self, name) for name in CHOICES}
         return type(self)(**own, format_version=EXPERTS_VERSION)
 
     def of_layer(self, name: str) -> "SVDQConfig":
-        """The config of one layer: `k` is that layer's own.
+        """The config of one layer: `k` is the one that `layer_k` gives that layer.
+
+        Args:
+            name: of the layer.
 
         >>> SVDQConfig(k=256, layer_k={"head": 3}).of_layer("head").k
         3
@@ -195,11 +211,24 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
             return self
         return self.replace(k=self.layer_k.get(name, self.k), layer_k=None, target_bits=None)
 
-    # As transformers asks for it.
+    # Methods that transformers calls.
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config of a stored dict; `kwargs` that are choices of ours go before it, checked."""
+        """The config of a stored dict.
+
+        Args:
+            config_dict: the keys of a config.json.
+            return_unused_kwargs: whether the keys of `kwargs` that are no choices are returned, too.
+            **kwargs: choices in it replace the stored ones.
+
+        Returns:
+            The config, or the config and the unused keys.
+
+        Raises:
+            ValueError: an unknown key, a wrong type or an impossible value.
+            TypeError: `config_dict` is no dict.
+        """
         if not isinstance(config_dict, Mapping):
             raise TypeError(
                 f"config_dict={config_dict!r}: must be a dict, as the quantization_config of a config.json is"
@@ -211,13 +240,23 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         return (config, kwargs) if return_unused_kwargs else config
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Change choices in place, checked, as transformers does; returns the keys that are none."""
+        """Change choices in place, checked; transformers calls it.
+
+        Args:
+            **kwargs: choices, and other keys.
+
+        Returns:
+            The keys that are no choices.
+
+        Raises:
+            ValueError: a wrong type or an impossible value.
+        """
         choices = {key: kwargs.pop(key) for key in list(kwargs) if key in CHOICES}
         self.__dict__.update(vars(self.replace(**choices)))
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """All choices that a file holds, and the format's version, as JSON can hold them."""
+        """The choices that a file holds and the format version, in types that JSON has."""
         names = ["quant_method", "format_version", *stored_in(self.format_version)]
         choices = {name: copy.deepcopy(getattr(self, name)) for name in names}
         return {**choices, "requires": REQUIRES}
@@ -229,7 +268,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
     __hash__ = None  # type: ignore[assignment]  # `update` changes it, as transformers wants
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        """Refuse: a model, a file and a plan may hold this config.
+        """Refuse: a model, a file and a plan may share this config.
 
         Raises:
             AttributeError: always.
@@ -239,14 +278,14 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         )
 
     def _oldest_version(self) -> int:
-        """The oldest version of the format that can say what these choices store."""
+        """The oldest version of the format that can express these choices."""
         rows = {name: row for name, row in CHOICES.items() if row.of == "files"}
         asked = [row.since for name, row in rows.items() if getattr(self, name) != row.default]
         return max([self.scheme.format_version, *asked])
 
 
 def _completed(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices with what follows from others filled in, and in containers of their own."""
+    """The choices with derived values filled in, and with lists and dicts copied."""
     names, layers, levels = (choices[name] for name in ("modules_to_not_convert", "layer_k", "levels"))
     return {
         **choices,

@@ -26,10 +26,13 @@ def checked_arguments(**remedies: str) -> Callable[[Callable[P, R]], Callable[P,
     """Decorator: an argument that is not of its annotated type is a `WrongKind` that names it.
 
     Args:
-        remedies: by parameter, what to do instead, for what people mix up most.
+        remedies: by parameter name, what to do instead, for what people mix up most.
 
     Returns:
         The decorator; the function keeps its signature and docstring.
+
+    Raises:
+        WrongKind: the decorated function was called with an unknown, a missing or a wrongly typed argument.
 
     >>> @checked_arguments(workers="a whole number, please")
     ... def work(workers: int = 1) -> int:
@@ -115,11 +118,12 @@ def _is_union(hint: Any) -> bool:
 def is_a(value: object, hint: Any) -> bool:
     """Whether a value is of an annotated type, as a person means it.
 
-    True is no number, a whole number is a float, text is no sequence, and a path may be any `os.PathLike`.
+    True is not a number, an int passes as a float, a str is not a sequence, and a path may be any
+    `os.PathLike`.
 
     Args:
         value: anything.
-        hint: an annotation; one that is not understood admits everything.
+        hint: an annotation; one of a kind not handled here admits everything.
 
     >>> is_a(1, float), is_a(True, int), is_a("ab", Sequence[str]), is_a(["a", 1], list[str])
     (True, False, False, False)
@@ -134,7 +138,7 @@ def is_a(value: object, hint: Any) -> bool:
     if origin is not None:
         return _is_collection(value, origin, inner)
     plain = {int: Integral, float: Real, Path: os.PathLike, None: types.NoneType}.get(hint, hint)
-    if not isinstance(plain, type):
+    if plain is Any or not isinstance(plain, type):  # `Any` is a class, since Python 3.11
         return True
     if plain in (Integral, Real):
         return isinstance(value, plain) and not isinstance(value, bool)
@@ -142,7 +146,7 @@ def is_a(value: object, hint: Any) -> bool:
 
 
 def _is_collection(value: object, origin: Any, inner: tuple[Any, ...]) -> bool:
-    """Whether a value is a collection of that kind; its items are looked at where that uses nothing up."""
+    """Whether a value is a collection of that kind; items are checked unless that would use them up."""
     if origin is Callable:
         return callable(value)
     if not isinstance(origin, type) or not issubclass(origin, Iterable):

@@ -1,7 +1,8 @@
-"""A second axis of scales: one for each column, so that a large column does not decide its groups' scales.
+"""Column scales: one factor for each column of a weight, so that a large column does not decide its group's
+scale.
 
 The idea is SINQ's (arXiv 2509.22944), which evens out rows and columns in turns; here the rows' part is
-left to the groups' own scales.
+left to the scales of the groups. Not here: taking the scale out of a weight (`core.normalized`).
 """
 
 import torch
@@ -12,10 +13,18 @@ COLUMN_ROUNDS = 4
 
 
 def column_scale(weight: Tensor) -> Tensor:
-    """One scale for each column of `weight` `[out, in]`, bfloat16, `[in]`: without it all columns are alike.
+    """One scale for each column of a weight: dividing by it makes all columns equally large.
 
-    The root mean square of the column, of the matrix whose rows have been made alike, in turns. Columns
-    that are large would decide the scale of their group alone.
+    Alternates between rows and columns: the scale of a column is its root mean square in the matrix whose
+    rows have been made equally large.
+
+    Args:
+        weight: `[out, in]`, float32.
+
+    Returns:
+        `[in]`, bfloat16, all above 0, with a geometric mean of 1.
+
+    Source: SINQ, arXiv 2509.22944.
 
     >>> column_scale(torch.tensor([[1.0, 4.0], [2.0, 8.0]])).tolist()
     [0.5, 2.0]
@@ -32,4 +41,4 @@ def column_scale(weight: Tensor) -> Tensor:
 
 
 SMALLEST = 1e-30
-"""Stands for a mean square of zero; its reciprocal is a float32."""
+"""Replaces a mean square of zero; its reciprocal fits in float32."""

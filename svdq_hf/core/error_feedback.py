@@ -1,10 +1,10 @@
-"""Error feedback: what rounding one column loses is made good by the columns that are not rounded yet.
+"""GPTQ's error feedback: the error of rounding one column is compensated by the columns not rounded yet.
 
-For those who have data, or take what `synthetic` makes for it. With H = X^T X of the layer's inputs,
-rounding column j by e changes the outputs least if the later columns move by `-e * [H^-1]_j,later /
-[H^-1]_jj` (Optimal Brain Surgeon; GPTQ, Frantar et al. 2022, takes all columns in order and all rows at
-once). The scales are fitted group by group, to the weights as they are by then. Not here: which weights are
-salient, and how codes are stored.
+For those who have data, or batches that `calibration.synthetic` makes. With H = X^T X of the layer's
+inputs, rounding column j by e changes the outputs least if the later columns move by
+`-e * [H^-1]_j,later / [H^-1]_jj` (Optimal Brain Surgeon; GPTQ, arXiv 2210.17323, takes all columns in order
+and all rows at once). The scales are fitted group by group, to the weights as moved by then. Not here:
+which weights are salient (`core.saliency`), and how codes are stored (`core.packing`).
 """
 
 from dataclasses import dataclass, field
@@ -21,13 +21,22 @@ from svdq_hf.core.scales import fit
 
 
 def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tensor) -> Quantized:
-    """Round `weight` `[out, in]`, float32, as `grid.quantize` does, with feedback by `gram` `[in, in]`.
+    """Round a weight as `rounding.quantize` does, column by column, with error feedback.
 
-    kept: bool `[out, in]`, the entries that are stored as they are: they get code zero and no say in the
-    scale, and what the feedback would have moved them by counts as their error.
+    Args:
+        weight: `[out, in]`, float32; its column scale has been taken out.
+        grid: layout of the scales; its `group_size` must be a number.
+        gram: `X^T X` `[in, in]` of the inputs of `weight`, float32.
+        kept: bool `[out, in]`, the salient entries. They get code zero and do not influence the scale; what
+            the feedback would have moved them by counts as their error.
+
+    Returns:
+        Codes `[out, in]`, scales of `grid.scale_shape`, and scales of rows `[out]` where the grid has them.
 
     Raises:
-        ValueError: the grid's scales are not those of groups.
+        ValueError: `grid.group_size` is "row" or "tensor".
+
+    Source: GPTQ, arXiv 2210.17323.
     """
     if not isinstance(grid.group_size, int):
         raise ValueError(f"error feedback needs scales of groups, not group_size={grid.group_size!r}")
@@ -47,7 +56,16 @@ def quantize_with_feedback(weight: Tensor, grid: Grid, gram: Tensor, kept: Tenso
 
 
 def damped(gram: Tensor, per_column: Tensor | None, share: float) -> Tensor:
-    """`gram` `[in, in]` with `share` of its mean diagonal added, as the grid sees its columns.
+    """A Gram matrix with part of its mean diagonal added, so that feedback trusts it less.
+
+    Args:
+        gram: `X^T X` `[in, in]`.
+        per_column: column scale `[in]` of the weight; the damping is equal for all columns after the scale
+            has been taken out. None: no column scale.
+        share: of the mean diagonal, what is added; 0 adds nothing.
+
+    Returns:
+        A new matrix `[in, in]`.
 
     >>> damped(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), None, 1.0).tolist()
     [[5.0, 1.0], [1.0, 7.0]]
@@ -59,10 +77,16 @@ def damped(gram: Tensor, per_column: Tensor | None, share: float) -> Tensor:
 
 @dataclass
 class _Columns:
-    """A weight `[out, in]` of which the first columns are rounded, and the later ones moved for it.
+    """A weight `[out, in]` whose first columns are rounded and whose later ones compensate for it.
 
-    kept: as `quantize_with_feedback` has it. factor: of `_inverse_factor`, `[in, in]`. codes: `[out, in]`,
-    int8, those of the columns that are rounded. rest: `[out, in]`, the weight with what feedback added.
+    Attributes:
+        weight: `[out, in]`, float32, as it was given.
+        kept: bool `[out, in]`, see `quantize_with_feedback`.
+        grid: layout of the scales.
+        factor: `[in, in]`, of `_inverse_factor`.
+        codes: `[out, in]`, int8, filled for the columns that are rounded.
+        rest: `[out, in]`, the weight with what feedback has added.
+        levels: value of each code, in units of the scale, float32.
     """
 
     weight: Tensor
@@ -79,12 +103,15 @@ class _Columns:
         self.levels = torch.tensor(self.grid.table, dtype=torch.float32, device=self.weight.device)
 
     def fitted(self, part: slice) -> Tensor:
-        """The scales `[out, 1]` of one group, fitted to what its weights are by now."""
+        """The scales `[out, 1]` of one group, fitted to its weights as feedback has moved them."""
         kept = self.kept[:, part]
         return fit(self.rest[:, part].masked_fill(kept, 0), kept, self.grid)
 
     def round_group(self, part: slice, step: Tensor) -> None:
-        """Round one group's columns in turn, in units of `step` `[out]`, each error spread over all later."""
+        """Round the columns `part` of one group in turn, and spread each error over all later columns.
+
+        step: `[out]`, float32, the group's scale in each row.
+        """
         lost = torch.empty_like(self.rest[:, part])
         for place, column in enumerate(range(part.start, part.stop)):
             lost[:, place] = self._round(column, step)
@@ -93,7 +120,7 @@ class _Columns:
         self.rest[:, part.stop :] -= lost @ self.factor[part, part.stop :]
 
     def _round(self, column: int, step: Tensor) -> Tensor:
-        """Round one column; its error `[out]` in the factor's units."""
+        """Round one column; returns its error `[out]`, divided by the factor's diagonal entry."""
         now, kept = self.rest[:, column], self.kept[:, column]
         code = codes(torch.where(step == 0, 0.0, now / step), self.grid.levels, self.grid.bits)
         code[kept] = 0
@@ -104,7 +131,7 @@ class _Columns:
 
 
 def _row_units(weight: Tensor, grid: Grid, kept: Tensor) -> Tensor:
-    """The rows' scales: those of the weights before any feedback, with room for what it may add."""
+    """The scales `[out]` of the rows: fitted before any feedback, with room for what feedback may add."""
     columns = grid.columns(weight.shape[1])
     tops = [
         fit(group.masked_fill(mask, 0), mask, grid).abs()
@@ -114,7 +141,7 @@ def _row_units(weight: Tensor, grid: Grid, kept: Tensor) -> Tensor:
 
 
 ROOM = 1.25
-"""Feedback makes weights larger: by a tenth, as a rule (measured on Gemma 3)."""
+"""Room in the scales of rows: feedback enlarges weights by about a tenth (measured on Gemma 3)."""
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

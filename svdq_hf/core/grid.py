@@ -1,12 +1,12 @@
-"""Float weights <-> codes of a few bits, and scales: how finely scales are spread, and how they are chosen.
+"""Layout of the scales of a quantized weight: which columns share a scale, which levels codes stand for.
 
 `w ~ scale * level(code) * column_scale`: one scale for each group of a row, for each row, or for the whole
 matrix; sixteen levels (of 4 bits); and, if the grid has it, one scale for each column, taken out beforehand.
 
 Sources: absmax is the rule of arXiv 2512.01343 section 3 and sigma its clipped variant; the scale's sign as
 part of the search is llama.cpp's Q4_0 (the side with the largest weight gets the code -8, of which there is
-one more); a second axis of scales is SINQ's (arXiv 2509.22944). Not here: which weights are left out, and
-how codes are stored.
+one more); a second axis of scales is SINQ's (arXiv 2509.22944). Not here: the rules themselves
+(`core.scales`), which weights are left out (`core.topk`), and how codes are stored (`core.packing`).
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,17 @@ from svdq_hf.core.levels import TABLES
 class Grid:
     """How the scales of a matrix are laid out and fitted.
 
-    group_size: columns that share a scale, a divisor of 64 from 8 on or a multiple of 64, or "row",
-    or "tensor". scale: the rule. clip_sigma: where the rule "sigma" clips, in standard deviations.
-    levels: what codes stand for. column_scale: whether each column has a scale of its own as well.
-    scale_bits: of a group's scale, 16 or 8; where they are 8, each row has a factor in 16 bits.
-    bits: of a code: 3, 4 or 8.
+    Attributes:
+        group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), or "row", or "tensor".
+        scale: the rule that fits a scale to a group of weights.
+        clip_sigma: where the rule "sigma" clips, in standard deviations.
+        levels: what codes stand for: the code itself ("linear"), or a level of a table ("normal").
+        column_scale: whether each column has a scale as well.
+        scale_bits: bits of a group's scale: 16, or 8 with a further 16-bit scale for each row.
+        bits: bits of a code: 3, 4 or 8.
+
+    Raises:
+        ValueError: an impossible value; it names the attribute and what is allowed.
     """
 
     group_size: GroupSize = 64
@@ -62,11 +68,11 @@ class Grid:
         require(is_amount(self.clip_sigma), "clip_sigma", self.clip_sigma, "a number above 0")
 
     def columns(self, in_features: int) -> int:
-        """Columns of a row that share a scale (the whole row for "row" and "tensor")."""
+        """Columns that share a scale in a row of `in_features` (all of them for "row" and "tensor")."""
         return min(self.group_size, in_features) if isinstance(self.group_size, int) else in_features
 
     def scale_shape(self, out: int, in_features: int) -> tuple[int, int]:
-        """Shape of the scales of `[out, in]`: `[out, ceil(in / group)]`, `[out, 1]` or `[1, 1]`."""
+        """Shape of the scales of a weight `[out, in]`: `[out, ceil(in / group)]`, `[out, 1]` or `[1, 1]`."""
         if self.group_size == "tensor":
             return 1, 1
         return out, -(-in_features // self.columns(in_features))
@@ -85,5 +91,5 @@ class Grid:
 
     @property
     def row_scale(self) -> bool:
-        """Whether the groups' scales are whole numbers, in units of a scale of their row."""
+        """Whether the groups' scales are int8, in units of a bfloat16 scale of their row."""
         return isinstance(self.group_size, int) and self.scale_bits == 8

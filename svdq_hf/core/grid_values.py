@@ -1,6 +1,7 @@
-"""What each value of a grid may be: pure data, so that a command line can tell it without importing torch.
+"""Allowed values of a grid: names, sizes and checks as pure data.
 
-Not here: what the values do (`grid`, `scales`, `levels`, `packing`).
+Without torch, so that the command line can list them quickly. Not here: what the values do (`core.grid`,
+`core.scales`, `core.levels`, `core.packing`).
 """
 
 import math
@@ -25,7 +26,7 @@ GROUP_SIZES = f"a divisor of {BLOCK} from 8 on, a multiple of {BLOCK}, 'row' or 
 
 
 def is_group_size(value: Any) -> bool:
-    """Whether groups of so many columns fill whole blocks, or a block whole groups; or it is a word for more.
+    """Whether a value is a group size: groups that tile a block of 64 (or the reverse), "row" or "tensor".
 
     >>> [size for size in (8, 48, 64, 96, 128, "row", "column") if is_group_size(size)]
     [8, 64, 128, 'row']
@@ -36,7 +37,7 @@ def is_group_size(value: Any) -> bool:
 
 
 def is_amount(value: Any) -> bool:
-    """Whether it is a number above 0, and finite.
+    """Whether a value is a finite number above 0.
 
     >>> is_amount(2.5), is_amount(0), is_amount(True)
     (True, False, False)
@@ -45,7 +46,7 @@ def is_amount(value: Any) -> bool:
 
 
 def is_one_of(value: object, values: tuple[object, ...]) -> bool:
-    """Whether it is one of them in type as well: 4.0 is not 4, and True is not 1.
+    """Whether a value is one of `values`, and of the same type: 4.0 is not 4, and True is not 1.
 
     >>> is_one_of(4, (3, 4)), is_one_of(4.0, (3, 4))
     (True, False)
@@ -54,7 +55,16 @@ def is_one_of(value: object, values: tuple[object, ...]) -> bool:
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
-    """Raise the error of a choice unless it holds.
+    """Check one choice of the user.
+
+    Args:
+        holds: whether the value is allowed.
+        key: name of the choice.
+        value: what was given.
+        allowed: in words, what may be given.
+
+    Raises:
+        ValueError: `holds` is False; it names key, value and what is allowed.
 
     >>> require(False, "k", -1, "an int from 0 on")
     Traceback (most recent call last):

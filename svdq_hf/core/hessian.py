@@ -1,6 +1,6 @@
-"""The inverse of a layer's Hessian `H = X^T X`, damped so that there is one.
+"""The damped inverse of a layer's Hessian `H = X^T X`; damping makes H invertible.
 
-Scores and error feedback both need it. Not here: where H comes from (`calibration`).
+Scores and error feedback both need it. Not here: where H comes from (`calibration.inputs`).
 """
 
 import torch
@@ -11,12 +11,19 @@ DAMPING = 0.01
 
 
 def damped_inverse(hessian: Tensor) -> Tensor:
-    """`(H + DAMPING * mean(diagonal) * I)^-1` of `H` `[in, in]`, float64, which is changed.
+    """`(H + DAMPING * mean(diagonal of H) * I)^-1`.
 
-    An input that was always zero has no say: its diagonal is the damping alone. Where all were, H is 1.
+    Args:
+        hessian: H, `[in, in]`, float64; overwritten. All zeros (every input was zero) counts as I.
 
-    >>> damped_inverse(torch.zeros(2, 2, dtype=torch.float64)).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    Returns:
+        The inverse, `[in, in]`, float64.
+
+    Source: GPTQ, arXiv 2210.17323, and SpQR, arXiv 2306.03078, which damp so.
+
+    >>> zeros, identity = torch.zeros(2, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    >>> torch.equal(damped_inverse(zeros), identity)
+    True
     """
     diagonal = hessian.diagonal()
     diagonal += DAMPING * float(diagonal.mean()) or 1.0

@@ -1,9 +1,9 @@
-"""The values that a code can stand for, in units of the scale: sixteen of 4 bits, eight of 3.
+"""Levels: the values that codes stand for, in units of the scale (sixteen of 4 bits, eight of 3).
 
 "linear": the code itself. "normal": the levels that lose least of normally distributed weights when
-each group's scale is fitted as well (Lloyd 1982, Max 1960), as 8-bit integers, so that a byte shuffle looks
-them up and integer kernels stay exact. Code zero is zero on both, since salient weights and padding have
-code zero.
+each group's scale is fitted as well (Lloyd 1982, Max 1960). They are 8-bit integers, so that a byte shuffle
+looks them up and integer kernels stay exact. Code zero means zero in both, since salient weights and padding
+have code zero. Not here: which scale a group gets (`core.scales`), and codes as bytes (`core.packing`).
 """
 
 from functools import cache
@@ -37,12 +37,24 @@ TABLES = {bits: {name: _table(bits, name) for name in names} for bits, names in 
 
 
 def highest(levels: str, bits: int = 4) -> int:
-    """The largest level."""
+    """The largest level of a table.
+
+    >>> highest("linear"), highest("normal", 3)
+    (7, 97)
+    """
     return TABLES[bits][levels][-1]
 
 
 def nearest(x: Tensor, levels: str, bits: int = 4) -> Tensor:
-    """The level nearest to each of `x`, float32, in units of the scale; `x` is overwritten.
+    """The level nearest to each number.
+
+    Args:
+        x: `[...]` of any shape, float32, in units of the scale; overwritten.
+        levels: name of the table.
+        bits: of a code.
+
+    Returns:
+        Levels `[...]` of the same shape, float32.
 
     >>> nearest(torch.tensor([0.4, -3.6, 99.0]), "linear").tolist()
     [0.0, -4.0, 7.0]
@@ -55,7 +67,15 @@ def nearest(x: Tensor, levels: str, bits: int = 4) -> Tensor:
 
 
 def codes(x: Tensor, levels: str, bits: int = 4) -> Tensor:
-    """The code of the level nearest to each of `x`, int8; `x` is overwritten.
+    """The code of the level nearest to each number.
+
+    Args:
+        x: `[...]` of any shape, float32, in units of the scale; overwritten.
+        levels: name of the table.
+        bits: of a code.
+
+    Returns:
+        Codes `[...]` of the same shape, int8.
 
     >>> codes(torch.tensor([0.4, -3.6, 99.0]), "normal").tolist()
     [0, 0, 6]
@@ -71,7 +91,7 @@ LOOK_UP_CELLS = 4 * TOP
 
 @cache
 def _cells(levels: str, bits: int, codes: bool = False) -> Tensor:
-    """For each half step its nearest level (or the code of it); a tie goes up."""
+    """Table from half steps `[LOOK_UP_CELLS]` to the nearest level, or its code; a tie goes up."""
     cpu = torch.device("cpu")  # whatever the caller's default device and dtype are: this is kept
     table = torch.tensor(TABLES[bits][levels], dtype=torch.float32, device=cpu)
     middles = (table[1:] + table[:-1]) / 2

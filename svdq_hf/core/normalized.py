@@ -1,7 +1,7 @@
-"""A weight as its grid sees it: the scale of each column found, and taken out of weight and Gram matrix.
+"""A weight as its grid rounds it: its column scale found, and taken out of the weight and of the Gram matrix.
 
 The one place where a column scale is found for a weight; scoring, rounding and error feedback take it from
-here. Not here: what a config asks for (`quantize.prepared`), and what is stored (`format.encode`).
+here. Not here: what a config adds (`quantize.prepared`), and what is stored (`format.encode`).
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from svdq_hf.core.grid import Grid
 
 @dataclass(eq=False)
 class NormalizedWeight:
-    """A weight `[out, in]`, float32, that a grid is to round.
+    """A weight `[out, in]` to be rounded on a grid.
 
     Args:
-        dense: the weight itself, `[out, in]`, float32; never changed here.
-        grid: what it is rounded on.
-        input_gram: `X^T X` `[in, in]` of its inputs, where rounding is to have error feedback.
+        dense: the weight, `[out, in]`, float32; never changed here.
+        grid: the grid it is rounded on.
+        input_gram: `X^T X` `[in, in]` of the layer's inputs, for error feedback; None: none.
         extra_damping: share of the Gram matrix's mean diagonal that is added to it.
 
     >>> import torch
@@ -37,23 +37,34 @@ class NormalizedWeight:
 
     @cached_property
     def column_scale(self) -> Tensor | None:
-        """`[in]`, bfloat16; None where the grid has none."""
+        """The scale of each column, `[in]`, bfloat16; None where the grid has none."""
         return column_scale(self.dense) if self.grid.column_scale else None
 
     @property
     def normalized(self) -> Tensor:
-        """`dense / column_scale` `[out, in]`, made anew each time: kept, it would be one more dense copy."""
+        """`dense / column_scale`, `[out, in]`, float32.
+
+        Computed anew at each access: to keep it would cost a second dense copy.
+        """
         return self.dense if self.column_scale is None else self.dense / self.column_scale.float()
 
     def without(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """A copy of `normalized` with zeros at the positions `[k]`, `[k]`."""
+        """A copy of `normalized` with zeros at some positions.
+
+        Args:
+            rows: row of each position, `[k]`.
+            columns: column of each position, `[k]`.
+
+        Returns:
+            `[out, in]`, float32.
+        """
         rest = self.dense.clone() if self.column_scale is None else self.normalized
         rest[rows.long(), columns.long()] = 0
         return rest
 
     @cached_property
     def gram(self) -> Tensor | None:
-        """The Gram matrix `[in, in]` of the inputs of `normalized`; None without error feedback."""
+        """The damped Gram matrix `[in, in]` of the inputs of `normalized`; None without error feedback."""
         gram = self.input_gram
         if gram is not None and self.extra_damping:
             gram = damped(gram, self.column_scale, self.extra_damping)

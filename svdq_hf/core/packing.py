@@ -1,12 +1,12 @@
-"""Codes of 3, 4 or 8 bits <-> bytes, in blocks of 64.
+"""Packed codes: codes of 3, 4 or 8 bits <-> bytes, in blocks of 64.
 
 A code, made unsigned, is cut into fields of f bits, and the fields of a block into 8 / f planes of 8 * f
 consecutive codes: byte i of a field holds that of code i, of code i + 8 f, and so on, the first in its lowest
 bits. So 4 bits are one field: byte i holds code i in its low nibble and code i + 32 in its high one; 3 bits
 are two: the lower two bits, then the top one; and 8 bits are bytes as they are.
 
-Why planes and not neighbours: a vector register is filled by one AND and one shift, with no shuffle, on the
-stored bytes as they are. Not here: where the codes come from (`grid`).
+Why planes and not neighbours: one AND and one shift fill a vector register from the stored bytes, with no
+shuffle. Not here: where the codes come from (`core.rounding`, `core.levels`).
 """
 
 from functools import reduce
@@ -15,7 +15,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from svdq_hf.core.grid_values import BLOCK as BLOCK  # as: imported from here by all who pack
+from svdq_hf.core.grid_values import BLOCK as BLOCK  # as: re-exported for everybody who packs
 
 HALF = BLOCK // 2
 """Bytes in a block of 4 bits: byte i holds code i (low nibble) and code i + HALF (high nibble)."""
@@ -30,7 +30,7 @@ FIELDS: dict[int, tuple[int, ...]] = {3: (2, 1), 4: (4,), 8: (8,)}
 """The bits of each field of a code, from the lowest on; a field of f bits is 8 * f bytes of a block."""
 
 ZERO = {3: 4, 4: 8, 8: 0}
-"""What is stored for code zero, by bits."""
+"""The stored number for code zero, by bits."""
 
 
 def packed_width(in_features: int) -> int:
@@ -43,10 +43,10 @@ def packed_width(in_features: int) -> int:
 
 
 def packed_shape(in_features: int, bits: int) -> tuple[int, ...]:
-    """Shape of a packed row: of 4 bits `[32 * blocks]`, of others `[blocks, 8 * bits]`.
+    """Shape of a packed row: `[32 * blocks]` of 4 bits, `[blocks, 8 * bits]` of 3 or 8.
 
-    Of others never that of a dense row, so a loader that knows no packed weights stops: 8 bits without the
-    blocks' dimension would be cast to float in silence.
+    The shape always differs from that of a dense row, so a loader that knows no packed weights stops. 8 bits
+    without the dimension of blocks would be cast to float in silence.
 
     >>> packed_shape(65, 4), packed_shape(65, 3), packed_shape(64, 8)
     ((64,), (2, 24), (1, 64))
@@ -55,19 +55,34 @@ def packed_shape(in_features: int, bits: int) -> tuple[int, ...]:
 
 
 def bits_of(packed: Tensor) -> int:
-    """Bits of a code in packed rows, `[rows, *packed_shape]`: their shape says it."""
+    """Bits of a code, read off the shape of packed rows.
+
+    Args:
+        packed: `[rows, *packed_shape]`, int8.
+    """
     return 4 if packed.ndim == 2 else packed.shape[-1] // 8
 
 
 def padded_width(packed: Tensor) -> int:
-    """Codes in a packed row, with the padding."""
+    """Codes in a packed row, padding included.
+
+    Args:
+        packed: `[rows, *packed_shape]`, int8.
+    """
     return 2 * packed.shape[1] if packed.ndim == 2 else BLOCK * packed.shape[1]
 
 
 def pack(codes: Tensor, bits: int = 4) -> Tensor:
-    """Pack codes `[out, in]`, int8, in `RANGES[bits]`, into bytes `[out, *packed_shape]`, int8.
+    """Pack codes into bytes.
 
-    Every row starts a new block; the rest of the last block is code zero.
+    Every row starts a new block; the rest of its last block is code zero.
+
+    Args:
+        codes: `[out, in]`, int8, in `RANGES[bits]`.
+        bits: of a code: 3, 4 or 8.
+
+    Returns:
+        Bytes `[out, *packed_shape]`, int8.
 
     >>> row = torch.zeros(1, 64, dtype=torch.int8)
     >>> row[0, 0], row[0, 32] = 1, -8  # nibbles 9 (low) and 0 (high) of byte 0
@@ -95,7 +110,14 @@ def pack(codes: Tensor, bits: int = 4) -> Tensor:
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
-    """Unpack bytes `[out, *packed_shape]` into codes `[out, in]`, int8.
+    """Unpack bytes into codes.
+
+    Args:
+        packed: `[out, *packed_shape]`, int8.
+        in_features: codes of a row, without the padding.
+
+    Returns:
+        Codes `[out, in]`, int8.
 
     >>> codes = torch.arange(-8, 7, dtype=torch.int8).repeat(2, 5)
     >>> torch.equal(unpack(pack(codes), 75), codes)
@@ -107,7 +129,13 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 
 
 def look_up_into(packed: Tensor, padded: Tensor, levels: Tensor) -> None:
-    """Like `unpack_into`, but with the levels `[2**bits]` of the codes instead of the codes themselves."""
+    """Unpack bytes into a buffer, as the levels that the codes stand for.
+
+    Args:
+        packed: `[rows, *packed_shape]`, int8.
+        padded: the buffer, `[rows, padded_width]`, of any float dtype; overwritten.
+        levels: level of each code from the lowest on, `[2**bits]`.
+    """
     values = levels.to(padded.dtype)
     if bits_of(packed) == 4:
         _look_up_nibbles(packed, padded, values)
@@ -116,7 +144,12 @@ def look_up_into(packed: Tensor, padded: Tensor, levels: Tensor) -> None:
 
 
 def unpack_into(packed: Tensor, padded: Tensor) -> None:
-    """Unpack bytes `[rows, *packed_shape]` into a given buffer `[rows, codes]` of any dtype, with padding."""
+    """Unpack bytes into a buffer, as codes.
+
+    Args:
+        packed: `[rows, *packed_shape]`, int8.
+        padded: the buffer, `[rows, padded_width]`, of any dtype; overwritten.
+    """
     bits = bits_of(packed)
     if bits == 8:
         padded.copy_(packed.reshape(padded.shape))
@@ -146,11 +179,11 @@ def _unpack_nibbles(packed: Tensor, padded: Tensor) -> None:
 
 
 EACH_BYTE = 0x0101010101010101
-"""Times a mask of a byte: that mask in each byte of a word."""
+"""Multiplied by a mask of one byte: that mask in each byte of a 64-bit word."""
 
 
 def _unsigned(packed: Tensor) -> Tensor:
-    """What is stored for each code of packed rows of 3 bits, int8, `[rows, codes]`.
+    """The stored (unsigned) number of each code of packed rows of 3 or 8 bits: int8, `[rows, codes]`.
 
     Eight codes at a time: a field of f bits is f words of 64 bits, and a plane of it is one shift and one
     mask for each word; bits that a shift takes into the next byte are masked. (By bytes: 2.6 times as long.)

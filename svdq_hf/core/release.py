@@ -1,4 +1,4 @@
-"""The package itself: its version, and how it is installed, for messages and for files that name it.
+"""Release facts: the package's version and how it is installed, for messages and for files that name it.
 
 It is not in a registry of packages, so no text may say `pip install svdq_hf`. Only the standard library is
 imported here.
@@ -8,10 +8,10 @@ VERSION = "0.1.0"
 
 
 def install_command(extra: str = "") -> str:
-    """The shell command that installs the package, given in a checkout of it.
+    """The shell command that installs the package from a checkout of it.
 
     Args:
-        extra: of pyproject.toml's optional dependencies; none: the package alone.
+        extra: name of an optional dependency group of pyproject.toml; empty: the package alone.
 
     >>> install_command("peft")
     "pip install -e '.[peft]'"
@@ -22,7 +22,10 @@ def install_command(extra: str = "") -> str:
 
 
 def how_to_install(extra: str = "") -> str:
-    """The same with where to give it, as the end of an error's text.
+    """`install_command` and where to run it, as the end of an error message.
+
+    Args:
+        extra: name of an optional dependency group of pyproject.toml; empty: the package alone.
 
     >>> how_to_install("peft")
     "pip install -e '.[peft]' in a checkout of svdq_hf"

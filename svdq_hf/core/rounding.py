@@ -1,7 +1,7 @@
 """Rounding of a weight `[out, in]` to codes and scales, each weight to its nearest level.
 
-In blocks of rows that stay in a core's cache.
-Not here: error feedback (`error_feedback`), and how codes are stored (`packing`).
+In blocks of rows that fit a core's cache. Not here: error feedback (`core.error_feedback`), and how codes are
+stored (`core.packing`).
 """
 
 from typing import NamedTuple
@@ -18,7 +18,13 @@ WORKING_SET = 1 << 18
 
 
 class Quantized(NamedTuple):
-    """Codes `[out, in]`, int8; scales of `grid.scale_shape`; and the rows' `[out]`, bfloat16, or None."""
+    """A rounded weight: codes `[out, in]`, int8; scales `[out, groups]`; scales of rows `[out]` or None.
+
+    Attributes:
+        codes: `[out, in]`, int8.
+        scale: of `grid.scale_shape` and `grid.scale_dtype`.
+        row_scale: `[out]`, bfloat16, the unit of int8 scales; None where the grid has none.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -26,11 +32,16 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Tensor, grid: Grid, salient: Tensor | None = None) -> Quantized:
-    """Round `weight` `[out, in]`, float32; a column scale has been taken out already.
+    """Round a weight to the nearest levels. A group of zeros gets scale zero.
 
-    salient: bool `[out, in]`, where the weight has been taken out and is zero; those entries get code
-    zero and have no say in the scale. Only the rule "sigma", to which a zero is not the same as no
-    weight, looks at it. A group of zeros gets scale zero.
+    Args:
+        weight: `[out, in]`, float32; its column scale has been taken out, and salient entries are zero.
+        grid: layout of the scales, and the rule that fits them.
+        salient: bool `[out, in]`, which entries are salient; they do not influence the scale. Only the rule
+            "sigma" needs it, since a zero lowers a standard deviation. None: none.
+
+    Returns:
+        Codes, scales, and scales of rows where the grid has them.
 
     >>> found = quantize(torch.tensor([[7.0, -3.5, 1.0]]), Grid(scale="absmax"))
     >>> found.codes.tolist(), found.scale.tolist()
@@ -58,23 +69,48 @@ def quantize(weight: Tensor, grid: Grid, salient: Tensor | None = None) -> Quant
 
 
 LARGEST = 127
-"""The largest scale of 8 bits with a sign."""
+"""The largest int8 scale."""
 
 
 def whole_numbers(scale: Tensor, unit: Tensor) -> Tensor:
-    """Scales `[rows, groups]` as whole numbers, float32, in units `[rows]` of their rows."""
+    """Scales in units of a scale of their row, rounded to whole numbers from -127 to 127.
+
+    Args:
+        scale: `[rows, groups]`, float32.
+        unit: `[rows]`.
+
+    Returns:
+        `[rows, groups]`, float32.
+    """
     times = scale / unit.float().unsqueeze(1)
     return torch.nan_to_num(times, 0.0, 0.0, 0.0).round_().clamp_(-LARGEST, LARGEST)
 
 
 def scale_of(rows: slice, scale: Tensor, row_scale: Tensor | None) -> Tensor:
-    """The scales of some rows, float32, `[rows or 1, groups]`."""
+    """The scales of some rows as real numbers: int8 scales are multiplied by their row's unit.
+
+    Args:
+        rows: which rows.
+        scale: `[out, groups]`, or `[1, 1]` for all rows.
+        row_scale: `[out]`, or None.
+
+    Returns:
+        `[rows, groups]` or `[1, 1]`, float32.
+    """
     part = (scale if scale.shape[0] == 1 else scale[rows]).float()
     return part if row_scale is None else part * row_scale[rows].float().unsqueeze(1)
 
 
 def expand(scale: Tensor, columns: int, in_features: int) -> Tensor:
-    """Scales `[rows, groups]` as float32 `[rows, in]` (or `[rows, 1]` where there is one a row).
+    """Scales of groups repeated for each column.
+
+    Args:
+        scale: `[rows, groups]`.
+        columns: columns of a group.
+        in_features: columns of a row; the last group may be cut short.
+
+    Returns:
+        `[rows, in]`, float32; `[rows, 1]` where a row has one scale.
 
     >>> expand(torch.tensor([[1.0, 2.0]]), 2, 3).tolist()
     [[1.0, 1.0, 2.0]]
@@ -95,7 +131,7 @@ def row_blocks(out: int, in_features: int) -> list[slice]:
 
 
 def _groups(rows: Tensor, grid: Grid, filling: float = 0) -> Tensor:
-    """Rows `[rows, in]` as groups `[rows, groups, columns]`, the last one filled up."""
+    """Rows `[rows, in]` cut into groups `[rows, groups, columns]`; `filling` completes the last group."""
     columns = grid.columns(rows.shape[1])
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % columns), value=filling)
     return padded.view(rows.shape[0], -1, columns)

@@ -1,10 +1,10 @@
-"""Scores: which weights of a matrix matter most. The k best of them stay in FP32.
+"""Saliency scores: how much each weight of a matrix matters. The k weights with the highest stay in FP32.
 
-A score is one function, `weight [out, in] -> scores [out, in]`, and what else it needs are its
+A score is one function, `weight [out, in] -> scores [out, in]`; what else it needs are its
 keyword-only parameters, by name: see `NEEDS`. Sources: `svd` is arXiv 2512.01343 (abs of the rank-8
 part of the weight itself); `awq` and `spqr` are the scores that paper takes from arXiv 2306.00978 and
 2306.03078 (the scores only, not the methods of these names); the others are baselines.
-Not here: how many are kept (`sparse`), and how (`decompose`).
+Not here: how many are kept and where (`core.topk`), and how they are stored (`format.encode`).
 """
 
 import inspect
@@ -27,7 +27,7 @@ NEEDS = {
     "input_gram": "X.T @ X over the calibration batches, [in, in]",
     "tokens": "tokens in the calibration batches",
 }
-"""What a score may ask for, as keyword-only parameters."""
+"""The keyword-only parameters that a score may declare."""
 
 FROM_DATA = ("input_norm", "input_gram", "tokens")
 """Those of `NEEDS` that only batches can give."""
@@ -37,7 +37,12 @@ OUTLIER = 3.0
 
 
 class Scored(NamedTuple):
-    """Scores `[out, in]`, and what was measured on the way (numbers for the report, by name)."""
+    """Scores of a weight, and what was measured while computing them.
+
+    Attributes:
+        scores: `[out, in]`, the larger the more salient.
+        facts: numbers for the report, by name.
+    """
 
     scores: Tensor
     facts: dict[str, float]
@@ -50,13 +55,20 @@ _SCORES: dict[str, ScoreFunction] = {}
 
 @checked_arguments(name='write @register_saliency("name")', replace="True or False")
 def register_saliency(name: str, *, replace: bool = False) -> Callable[[ScoreFunction], ScoreFunction]:
-    """Make a score known under `name`, for `SVDQConfig(saliency=name)`; a decorator.
+    """Decorator that registers a function as a score, for `SVDQConfig(saliency=name)`.
 
     The function takes `weight` `[out, in]`, float32, and as keyword-only parameters any of `NEEDS`;
     it returns scores `[out, in]`, the larger the more salient, or a `Scored`.
 
+    Args:
+        name: of the score.
+        replace: whether a score of the same name may be replaced.
+
+    Returns:
+        The decorator; it returns the function unchanged.
+
     Raises:
-        TypeError: it was given no name.
+        TypeError: it was used without a name.
         ValueError: the name is taken (and not `replace`), or a parameter is none of `NEEDS`.
 
     >>> @register_saliency("last_columns", replace=True)
@@ -87,13 +99,19 @@ def saliency_names() -> list[str]:
 
 
 def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
-    """The scores `[out, in]` of `weight` `[out, in]`, float32, by the score called `name`.
+    """Scores of one weight by a registered score.
 
-    inputs: values for `NEEDS`; the score gets those it asks for.
+    Args:
+        name: of the score.
+        weight: `[out, in]`, float32.
+        inputs: values for `NEEDS`, by name; the score gets those it declares.
+
+    Returns:
+        Scores `[out, in]`, float32, on the weight's device, and the score's facts.
 
     Raises:
-        ValueError: no such score, it needs data and there is none, or it returned something that is
-            not one number per weight, or it changed the weight.
+        ValueError: no such score; it needs data that `inputs` lacks; it changed the weight; or what it
+            returned is not one number for each weight.
     """
     if any(need not in inputs for need in score_needs(name)):
         raise no_data(f"saliency {name!r}", data_needs(name))
@@ -110,10 +128,10 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
 
 
 def _fingerprint(weight: Tensor, function: ScoreFunction) -> tuple[int, int]:
-    """What differs once a score has changed the weight: torch's count of changes, a checksum of the bytes.
+    """A pair of numbers that differs once a score has changed the weight: torch's version counter, and a CRC.
 
-    The count does not see changes through `.data` or NumPy; the checksum does, and is left out for the
-    scores of this file, since it reads the whole weight.
+    The counter does not see changes through `.data` or NumPy; the checksum does. It reads the whole weight,
+    so it is left out for the scores of this file.
     """
     count = 0 if weight.is_inference() else weight._version
     if function.__module__ == __name__:
@@ -122,7 +140,13 @@ def _fingerprint(weight: Tensor, function: ScoreFunction) -> tuple[int, int]:
 
 
 def score_needs(name: str) -> list[str]:
-    """What the score called `name` asks for, of `NEEDS`.
+    """The parameters of `NEEDS` that a score declares.
+
+    Args:
+        name: of a registered score.
+
+    Raises:
+        ValueError: no such score.
 
     >>> score_needs("svd"), score_needs("awq")
     (['rank', 'seed'], ['input_norm'])
@@ -132,12 +156,31 @@ def score_needs(name: str) -> list[str]:
 
 
 def data_needs(name: str) -> list[str]:
-    """Those of its needs that only calibration batches can give; empty for a data-free score."""
+    """The parameters of a score that only calibration batches can give; empty for a data-free score.
+
+    Args:
+        name: of a registered score.
+
+    Raises:
+        ValueError: no such score.
+
+    >>> data_needs("svd"), data_needs("awq")
+    ([], ['input_norm'])
+    """
     return [need for need in score_needs(name) if need in FROM_DATA]
 
 
 def no_data(what: str, needs: list[str], instead: str = "") -> ValueError:
-    """The error for a choice that needs data and has none; instead: what else can be done."""
+    """The error for a choice that needs calibration data where there is none.
+
+    Args:
+        what: the choice, as the user wrote it.
+        needs: the parameters of `NEEDS` that are missing.
+        instead: end of the message: another way out.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
     return ValueError(
         f"{what} needs {needs}, which only data can give: load the model dense and "
         f"call quantize_model(model, config, batches){instead}"
@@ -145,7 +188,14 @@ def no_data(what: str, needs: list[str], instead: str = "") -> ValueError:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless a score is registered as `name`."""
+    """Refuse a name under which no score is registered.
+
+    Args:
+        name: of a score.
+
+    Raises:
+        ValueError: no score is registered as `name`.
+    """
     if name not in _SCORES:
         raise ValueError(
             f"saliency={name!r}: must be one of {saliency_names()}, or be made known with register_saliency"
@@ -159,7 +209,7 @@ def _needs(function: ScoreFunction) -> list[str]:
 
 @register_saliency("svd")
 def _svd(weight: Tensor, *, rank: int, seed: int) -> Scored:
-    """Absolute value of the rank-`rank` part: alignment with the principal structure."""
+    """Absolute value of the rank-`rank` part: how much a weight belongs to the principal structure."""
     structure = svd_.principal(weight, rank, seed=seed)
     return Scored(structure.matrix().abs_(), {"sigma_ratio": structure.sigma_ratio})
 
@@ -178,7 +228,7 @@ def _random(weight: Tensor, *, seed: int) -> Tensor:
 
 @register_saliency("relative")
 def _relative(weight: Tensor, *, group: int) -> Tensor:
-    """abs(w) over the root mean square of its group, taken without the group's outliers."""
+    """abs(w) over the root mean square of its group, computed without the group's outliers."""
     out, in_features = weight.shape
     size = torch.nn.functional.pad(weight.abs(), (0, -in_features % group)).view(out, -1, group)
     real = torch.ones(in_features, dtype=torch.float32, device=weight.device)
@@ -190,7 +240,7 @@ def _relative(weight: Tensor, *, group: int) -> Tensor:
 
 
 def _root_mean_square(size: Tensor, weights: Tensor) -> Tensor:
-    """Of `[out, groups, group]` over the last dimension, where `weights` is 1; scaled to be safe."""
+    """Root mean square of `[out, groups, group]` over the last dimension, where `weights` is 1."""
     top = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     total = (weights * (size / top).square()).sum(-1, keepdim=True)
     return top * (total / weights.sum(-1, keepdim=True).clamp(min=1)).sqrt()
@@ -198,12 +248,12 @@ def _root_mean_square(size: Tensor, weights: Tensor) -> Tensor:
 
 @register_saliency("awq")
 def _awq(weight: Tensor, *, input_norm: Tensor) -> Tensor:
-    """abs(W_ij) * norm(X_j): the weight's share in the output, input by input."""
+    """abs(W_ij) * norm(X_j): the contribution of a weight to the output, by the size of its input."""
     return weight.abs() * input_norm
 
 
 @register_saliency("spqr")
 def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
-    """W_ij^2 / [H^-1]_jj with H = 2/N X^T X, damped; its root, which orders the weights alike."""
+    """abs(W_ij) / sqrt([H^-1]_jj) with H = 2/N X^T X, damped: the root of SpQR's score, in the same order."""
     inverse = damped_inverse(input_gram.double() * (2 / tokens))
     return weight.abs() * inverse.diagonal().rsqrt().float()

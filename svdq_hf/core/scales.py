@@ -1,8 +1,8 @@
-"""Rules that fit one scale to a group of weights: absmax, clipped at some sigmas, least squared error.
+"""Scale rules: fit one scale to a group of weights (absmax, clipped at some sigmas, least squared error).
 
 Sources: absmax is the rule of arXiv 2512.01343 section 3 and sigma its clipped variant; the scale's sign as
 part of the search is llama.cpp's Q4_0 (the side with the largest weight gets the code -8, of which there is
-one more). A new rule is one function, one row of `RULES` and its name in `grid.ScaleRule`.
+one more). A new rule is one function, one row of `RULES` and its name in `ScaleRule` of `core.grid_values`.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,15 @@ from svdq_hf.core.levels import highest, nearest
 
 
 def fit(groups: Tensor, salient: Tensor, grid: Grid) -> Tensor:
-    """One scale for each group `[..., columns]` -> `[..., 1]`, by the grid's rule.
+    """One scale for each group, by the grid's rule.
 
-    salient: bool of that shape, where the weight has been taken out and is zero.
+    Args:
+        groups: weights `[..., columns]`, float32; salient entries are zero.
+        salient: bool of that shape, which entries are salient.
+        grid: names the rule, the levels and the bits.
+
+    Returns:
+        Scales `[..., 1]`, float32; negative ones are possible with "mse".
     """
     top = groups.abs().amax(-1, keepdim=True)
     unit = groups / torch.where(top > 0, top, 1.0)  # in -1..1: squares neither overflow nor vanish
@@ -44,8 +50,8 @@ LEAST_CLIP = {3: 1.4, 4: 2.2, 8: 3.3}
 def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     """Least squared error over the scale's size and sign.
 
-    For levels q the best scale is `s = <w, q> / <q, q>` and the error that is left `|w|^2 - s <w, q>`,
-    so each candidate is judged by its levels, with its own best scale, and one reduction less.
+    For levels q the best scale is `s = <w, q> / <q, q>`, and the error that remains is `|w|^2 - s <w, q>`.
+    So each candidate is judged by its levels, with the scale that suits them best: one reduction less.
     """
     top, bottom = grid.table[-1], grid.table[0]
     beyond = 0.5 if grid.levels == "linear" else 0.0  # what rounds to the outermost level still

@@ -1,8 +1,8 @@
-"""The principal structure of a matrix: its leading singular triplets, exact and by block Krylov.
+"""Principal structure of a matrix: its leading singular triplets, exact or by block Krylov iteration.
 
 Source: C. Musco and C. Musco, "Randomized block Krylov methods for stronger and faster approximate
-singular value decomposition" (2015). A plain randomised SVD (a few power steps) finds the leading
-*values* well and the leading *space* badly when sigma_r+1 is close to sigma_r, and it is the space
+singular value decomposition" (2015, arXiv 1504.05477). A plain randomised SVD (a few power steps) finds the
+leading *values* well and the leading *space* badly when sigma_r+1 is close to sigma_r, and it is the space
 that decides which weights are salient. Keeping every power step's block in one basis repairs that.
 """
 
@@ -25,8 +25,12 @@ STEPS = 8
 class Principal:
     """The r leading singular triplets of W `[out, in]`: `W ~ u @ diag(s) @ v.T`.
 
-    u: `[out, r]`, s: `[r]` falling, v: `[in, r]`, all float32; sigma_ratio: sigma_r+1 / sigma_r, a
-    number from 0 (the leading space is well determined) to 1 (it is not determined at all).
+    Attributes:
+        u: left vectors, `[out, r]`, float32.
+        s: singular values, `[r]`, falling, float32.
+        v: right vectors, `[in, r]`, float32.
+        sigma_ratio: sigma_r+1 / sigma_r, from 0 (the leading space is well determined) to 1 (it is not
+            determined at all).
     """
 
     u: Tensor
@@ -35,15 +39,27 @@ class Principal:
     sigma_ratio: float
 
     def matrix(self) -> Tensor:
-        """The rank-r matrix `[out, in]` of these triplets."""
+        """The rank-r matrix `[out, in]` of these triplets, float32."""
         return (self.u * self.s) @ self.v.T
 
 
 def principal(weight: Tensor, rank: int, *, method: Method = "krylov", seed: int = 0) -> Principal:
-    """The `rank` leading singular triplets of `weight` `[out, in]` (fewer if it has fewer).
+    """The leading singular triplets of a weight.
 
-    `exact` is the float64 eigenproblem of the smaller Gram matrix. `krylov` costs a fixed number of
-    products with the matrix and falls back to `exact` where its basis would span half of the space.
+    Args:
+        weight: `[out, in]`, of any float dtype.
+        rank: number of triplets; at most min(out, in) are returned.
+        method: "exact" is the float64 eigenproblem of the smaller Gram matrix. "krylov" costs a fixed number
+            of products with the matrix, and becomes "exact" where its basis would span half of the space.
+        seed: of the random start of "krylov".
+
+    Returns:
+        The triplets, float32.
+
+    Raises:
+        ValueError: the weight is empty.
+
+    Source: arXiv 1504.05477.
 
     >>> identity = principal(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
     >>> round(float(identity.s[0]), 5), round(identity.sigma_ratio, 5)

@@ -1,8 +1,8 @@
-"""k entries of a matrix: how many, and which.
+"""Top-k positions of a matrix: how many entries are kept, and which.
 
 The positions are (row, column), sorted by row and then by column, because a slice of rows (tensor
 parallelism) or a stack of matrices (fused q, k, v) then is a slice or a concatenation of positions.
-Not here: what makes an entry worth keeping (`saliency`).
+Not here: what makes an entry worth keeping (`core.saliency`).
 """
 
 import torch
@@ -10,9 +10,12 @@ from torch import Tensor
 
 
 def salient_count(k: int | float, out: int, in_features: int) -> int:
-    """Entries kept in a matrix `[out, in]`: `k` itself, or its share of `out * in` below 1.
+    """Number of salient entries of a matrix `[out, in]`, never more than it has.
 
-    Never more than the matrix has.
+    Args:
+        k: a count, or (a float below 1) a share of `out * in`.
+        out: rows.
+        in_features: columns.
 
     >>> salient_count(256, 768, 768), salient_count(0.01, 100, 50), salient_count(256, 2, 3)
     (256, 50, 6)
@@ -22,10 +25,17 @@ def salient_count(k: int | float, out: int, in_features: int) -> int:
 
 
 def top_positions(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest entries of `scores` `[out, in]`, as sorted rows `[k]` and columns `[k]`, int32.
+    """Positions of the k highest scores.
 
     Among equal scores the first in reading order win, so the choice depends neither on the number
     of threads nor on the library's version.
+
+    Args:
+        scores: `[out, in]`.
+        k: how many, at most `out * in`.
+
+    Returns:
+        Rows `[k]` and columns `[k]`, int32, sorted by row, then by column.
 
     Raises:
         ValueError: a score is NaN.
@@ -49,10 +59,10 @@ def top_positions(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _kth_largest(flat: Tensor, k: int) -> Tensor:
-    """The k-th largest of `flat` `[n]`, a 0-d tensor; sampling first leaves little to sort."""
+    """The k-th largest of `flat` `[n]`, a 0-d tensor; a sample first discards most entries before sorting."""
     stride = max(1, flat.numel() // 65536)
     sample = flat[::stride]
-    # A guess that is too low on purpose: about twice as many entries as asked for pass it.
+    # The guess is too low on purpose: about 2 k entries are above it.
     rank = min(sample.numel(), 2 * k // stride + 64)
     guess = sample.topk(rank, sorted=False).values.min()
     candidates = flat[flat >= guess]

@@ -1,4 +1,4 @@
-"""What does quantizing cost? Tasks, sweeps over configs, the report.
+"""Evaluation: measures what quantizing costs, on tasks, in sweeps over configs, with a report.
 
 >>> from svdq_hf.evaluation import EvaluationRequest
 >>> EvaluationRequest("rte", model=["rte-seed0"], out="report").tokens
@@ -18,7 +18,11 @@ _PLACES = {"EvaluationRequest": "request", "EvaluationResult": "request", "evalu
 
 
 def __getattr__(name: str) -> object:
-    """The public names, from their files when they are asked for: a report needs none of them."""
+    """The public names, imported when they are first used: making a report needs none of them.
+
+    Raises:
+        AttributeError: the package has no such name.
+    """
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

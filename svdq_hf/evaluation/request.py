@@ -1,7 +1,6 @@
-"""What one evaluation is asked for, and what it gives back.
+"""Request and result of one evaluation, the same for the command line and for Python.
 
-The command line and Python ask for the same thing; its fields are called as the options are. Not here: the
-run (`run`).
+The fields have the names of the command line's options. Not here: the run (`evaluation.run`).
 """
 
 from collections.abc import Sequence
@@ -14,32 +13,32 @@ from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SE
 from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
 
 PERPLEXITY = "perplexity"
-"""The one task that is no GLUE task: its data is a text."""
+"""The only task outside GLUE: its data is a text."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """An evaluation of dense models, quantized in every way that is asked for.
+    """An evaluation of dense models, quantized in each of several ways.
 
     Args:
         task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity.
-        model: folders of the dense models, e.g. one per seed; cells go by a folder's name.
-        out: folder of the cells and the report; a run that stopped goes on there.
+        model: folders of the dense models, e.g. one per seed; cells are stored under a folder's name.
+        out: folder of the cells and the report; a run that was stopped goes on there.
         data: folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet); None: the Hub.
-        text: of perplexity, a text file.
-        context: of perplexity, tokens the model sees at once; None: 1024, or all that it can.
-        tokens: of perplexity, tokens of the text that are scored.
+        text: for perplexity: a text file.
+        context: for perplexity: tokens the model sees at once; None: 1024, or fewer where it takes fewer.
+        tokens: for perplexity: how many tokens of the text are scored.
         k: salient weights of a layer, or shares below 1.
         saliency: scores to compare.
         grid: grids of scales, by their names in `GRID_NAMES`.
-        bits: of codes, on each grid: 3, 4 or 8.
+        bits: bits of codes, on each grid: 3, 4 or 8.
         rank: ranks of the svd score.
-        seeds: seeds of the random choice.
-        metric_script: a local copy of the evaluate library's metric "glue"; None: our own code.
+        seeds: number of seeds of the random choice.
+        metric_script: a local copy of the evaluate library's metric "glue"; None: the package's own code.
 
     Raises:
         TypeError: a field that holds several values is no list or tuple, or a path is none.
-        ValueError: a grid or a number of bits that there is not; see also `SweepPlan`.
+        ValueError: an unknown grid or number of bits, or a count below 1; see also `SweepPlan`.
 
     >>> EvaluationRequest("rte", model=["rte-seed0"], out="report", k=[64], grid=["group"]).plan.grids
     ['group 64, mse']
@@ -73,7 +72,7 @@ class EvaluationRequest:
 
     @property
     def plan(self) -> SweepPlan:
-        """The cells that are asked for."""
+        """The cells to compute."""
         return SweepPlan(
             ks=self.k,
             methods=self.saliency,
@@ -85,14 +84,20 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a run did: cells computed now (those of earlier runs aside), seconds, files of the report."""
+    """What a run computed.
+
+    Attributes:
+        cells: number of cells computed in this run; those of earlier runs do not count.
+        seconds: its duration.
+        report: files of the report.
+    """
 
     cells: int
     seconds: float
     report: Sequence[Path]
 
     def to_dict(self) -> dict[str, object]:
-        """The same as plain JSON values."""
+        """The fields, in types that JSON has."""
         files = [str(file) for file in self.report]
         return {"cells": self.cells, "seconds": self.seconds, "report": files}
 

@@ -1,7 +1,8 @@
-"""The run of an evaluation, from the models' folders to the report.
+"""Run of one evaluation, from the models' folders to the report.
 
 The libraries of the extra `evaluate` are imported when it runs, so that the rest of the package works
-without them. Not here: what can be asked for (`request`), and the cells themselves (`sweep`).
+without them. Not here: the request and its checks (`evaluation.request`), and the cells themselves
+(`evaluation.sweep`).
 """
 
 import os
@@ -14,7 +15,7 @@ from svdq_hf.hub.client import local_folder
 
 
 def evaluate(request: EvaluationRequest) -> EvaluationResult:
-    """Run what is not finished of an evaluation, and write its report.
+    """Run the cells of an evaluation that are not computed yet, and write its report.
 
     Args:
         request: the models, the task, and the ways to quantize that are compared.
@@ -24,8 +25,8 @@ def evaluate(request: EvaluationRequest) -> EvaluationResult:
 
     Raises:
         ImportError: the extra `evaluate` is not installed.
-        TypeError: it is no request.
-        ValueError: whatever is wrong with the request, the data or the model.
+        TypeError: `request` is no EvaluationRequest.
+        ValueError: the request, the data or a model is wrong; the message says which.
     """
     if not isinstance(request, EvaluationRequest):
         raise TypeError(f"evaluate takes an EvaluationRequest, not {type(request).__name__}")
@@ -60,7 +61,7 @@ def _run_model(request: EvaluationRequest, name: str, folder: Path) -> int:
 
 
 def _data_facts(request: EvaluationRequest) -> dict[str, Any]:
-    """What the text or the examples are known by; those of calibration only where a score asks for them."""
+    """Hashes that identify the text or the examples; training examples only where a score needs them."""
     from svdq_hf.core.saliency import data_needs
     from svdq_hf.evaluation.sweep.store import digest
 
@@ -85,7 +86,7 @@ def _text(request: EvaluationRequest) -> str:
 
 
 def _folders(request: EvaluationRequest) -> dict[str, Path]:
-    """Name and folder of each model: a wrong task, text or model is told before anything is loaded."""
+    """Name and folder of each model; a wrong task, text or model is refused before anything is loaded."""
     if request.task == PERPLEXITY:
         _text(request)
     else:
@@ -105,7 +106,7 @@ def _folders(request: EvaluationRequest) -> dict[str, Path]:
 
 
 def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
-    """A dense model and what evaluates it."""
+    """A dense model and its evaluator."""
     from transformers import AutoTokenizer
 
     if request.task == PERPLEXITY:
@@ -130,7 +131,7 @@ def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: An
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:
-    """The model's tokenizer, if it fits the model's vocabulary and can fill a batch."""
+    """The model's tokenizer; refused where it does not fit the model's vocabulary or cannot pad a batch."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

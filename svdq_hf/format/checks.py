@@ -1,4 +1,7 @@
-"""Are stored parts what `decompose` writes? Asked of every file, whoever wrote it."""
+"""Checks of stored parts: whether they are what `format.encode` writes, for files from anybody.
+
+Not here: the shapes themselves (`format.parts`), and files that cannot be opened (`format.files`).
+"""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +15,12 @@ from svdq_hf.format.parts import Scheme, part_specs
 
 
 def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
-    """Refuse parts that are not what `decompose` writes, whoever wrote them.
+    """Refuse parts that `encode` would not write.
+
+    Args:
+        parts: stored parts of a weight `[out, in]`, by name (`part_specs`).
+        in_features: its columns.
+        scheme: how the config says it is stored.
 
     Raises:
         ValueError: a part is missing; a shape or dtype is not that of `part_specs`; a scale or a
@@ -39,7 +47,10 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
 
 
 def check_range(parts: Mapping[str, Tensor]) -> None:
-    """Refuse scales and salient values that are no numbers, or of which a weight could be none.
+    """Refuse scales and salient values that are not finite, or whose product with a code could overflow.
+
+    Args:
+        parts: stored parts of a weight `[out, in]`, by name (`part_specs`).
 
     Raises:
         ValueError: a NaN or an infinity, or a product of scales that is more than a float32 can hold.
@@ -52,7 +63,7 @@ def check_range(parts: Mapping[str, Tensor]) -> None:
 
 
 def _largest(parts: Mapping[str, Tensor]) -> float:
-    """A bound on the low-bit part's weights, as float32 multiplies them."""
+    """An upper bound of the low-bit part's weights, as float32 multiplies them."""
     bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]), device="cpu")  # not a context's
     for name in ("levels", "weight_scale", "row_scale", "column_scale"):
         if name in parts and parts[name].numel():

@@ -1,4 +1,7 @@
-"""Stored parts -> weight: whole, in blocks of rows, or some rows as stored parts again."""
+"""Decoding: stored parts -> the weight, whole or in blocks of rows; and selecting rows of stored parts.
+
+Not here: the way there (`format.encode`), and columns or stacks of stored matrices (`format.slices`).
+"""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -12,7 +15,16 @@ from svdq_hf.format.parts import Scheme
 
 
 def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> Tensor:
-    """The weight `[out, in]`, float32, that the parts stand for."""
+    """The weight that stored parts represent.
+
+    Args:
+        parts: stored parts of a weight `[out, in]`, by name (`part_specs`).
+        in_features: its columns, which packed rows do not tell.
+        scheme: how it is stored.
+
+    Returns:
+        `[out, in]`, float32.
+    """
     packed = parts["weight"]
     dense = torch.empty(packed.shape[0], in_features, dtype=torch.float32, device=packed.device)
     for rows, block in dense_blocks(parts, in_features, scheme.grid.columns(in_features)):
@@ -21,7 +33,14 @@ def reconstruct(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
 
 
 def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """The parts of the matrix that has these `rows` `[n]`, in their order; a row may come twice.
+    """The stored parts of a matrix made of some rows of a stored one; nothing is rounded again.
+
+    Args:
+        parts: stored parts of a weight `[out, in]`, by name (`part_specs`).
+        rows: the rows wanted, `[n]`, in the order wanted; a row may occur twice.
+
+    Returns:
+        The stored parts of the matrix `[n, in]`.
 
     >>> from svdq_hf.format.encode import decompose
     >>> parts = decompose(torch.eye(4), *torch.empty(2, 0, dtype=torch.int32), Scheme(k=0))
@@ -47,11 +66,19 @@ def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again.
+    """The weight in blocks of rows, so that a dense copy of all of it never exists on a CPU.
 
-    group: columns that share a scale. A block is valid until the next one is asked for, so a dense
-    copy of the weight never exists on a CPU; other devices take the whole weight as one block, which
-    costs no look at the data (and so no synchronisation).
+    Other devices take the whole weight as one block, which needs no look at the data (and so no
+    synchronisation).
+
+    Args:
+        parts: stored parts of a weight `[out, in]`, by name (`part_specs`).
+        in_features: its columns.
+        group: columns that share a scale.
+
+    Yields:
+        Rows, and the block `[rows, in]`, float32. All blocks share one buffer: a block is valid until the
+        next one is taken.
     """
     packed, scale = parts["weight"], parts["weight_scale"]
     levels, per_column = parts.get("levels"), parts.get("column_scale")
@@ -76,7 +103,7 @@ def dense_blocks(parts: Mapping[str, Tensor], in_features: int, group: int) -> I
 
 
 def _stretches(salient_rows: Tensor, blocks: list[slice]) -> list[slice]:
-    """Which salient entries fall into which block: the rows are sorted, so each block has a stretch."""
+    """The salient entries of each block: rows are sorted, so they are one slice."""
     if len(blocks) == 1:
         return [slice(None)]
     edges = torch.tensor([block.start for block in blocks[1:]], dtype=torch.int32, device=salient_rows.device)

@@ -1,4 +1,7 @@
-"""Weight `[out, in]` and salient positions -> the stored parts, and the relative error that this costs."""
+"""Encoding: a weight `[out, in]` and its salient positions -> the stored parts; and the error that it costs.
+
+Not here: the way back (`format.decode`), and which positions are salient (`core.saliency`, `core.topk`).
+"""
 
 from collections.abc import Mapping
 
@@ -14,15 +17,18 @@ from svdq_hf.format.parts import Scheme
 
 
 def encode(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Split a weight `[out, in]` into the parts of `part_specs`.
+    """Split a weight into the parts of `part_specs`.
 
-    The entries at (rows, columns) are taken out first; the scales are fitted to the rest. At a salient
+    The salient entries are taken out first; the scales are fitted to the rest. At a salient
     position the code is zero, so the weight is the sum of the two parts.
 
     Args:
-        weight: what is stored, and the grid it is rounded on.
-        rows: of the salient entries, `[k]`, int32, sorted as `top_positions` sorts them.
-        columns: likewise.
+        weight: the weight `[out, in]`, and the grid it is rounded on.
+        rows: row of each salient entry, `[k]`, int32, sorted as `top_positions` sorts them.
+        columns: column of each salient entry, `[k]`, int32.
+
+    Returns:
+        The stored parts by name; shapes and dtypes are those of `part_specs`.
     """
     grid, found = weight.grid, _rounded(weight, rows, columns)
     optional: dict[str, Tensor | None] = {"column_scale": weight.column_scale, "levels": None}
@@ -40,11 +46,11 @@ def encode(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> dict[str,
 
 
 def _rounded(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> Quantized:
-    """The codes and scales of what is not salient."""
+    """The codes and scales of all entries that are not salient."""
     if weight.gram is not None:  # feedback must not move what is kept
         kept = _mask(weight.dense, rows, columns)
         return quantize_with_feedback(weight.normalized, weight.grid, weight.gram, kept)
-    # For one rule a zero is not the same as no weight.
+    # Only the rule "sigma" needs the mask: zeros would lower its standard deviation.
     salient = _mask(weight.dense, rows, columns) if weight.grid.scale == "sigma" else None
     return quantize(weight.without(rows, columns), weight.grid, salient)
 
@@ -58,14 +64,17 @@ def _mask(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def decompose(
     weight: Tensor, rows: Tensor, columns: Tensor, scheme: Scheme, gram: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """`encode` of a plain weight.
+    """`encode` of a plain tensor.
 
     Args:
         weight: `[out, in]`, float32.
-        rows: of the salient entries, `[k]`, int32, sorted as `top_positions` sorts them.
-        columns: likewise.
-        scheme: its grid is what the rest is rounded on.
+        rows: row of each salient entry, `[k]`, int32, sorted as `top_positions` sorts them.
+        columns: column of each salient entry, `[k]`, int32.
+        scheme: its grid is the one the other entries are rounded on.
         gram: `X^T X` `[in, in]` of the inputs, for rounding with error feedback.
+
+    Returns:
+        The stored parts by name; shapes and dtypes are those of `part_specs`.
 
     >>> from svdq_hf.format.decode import reconstruct
     >>> scheme, index = Scheme(k=1), torch.tensor([0], dtype=torch.int32)
@@ -77,7 +86,12 @@ def decompose(
 
 
 def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) -> float:
-    """`|weight - reconstructed| / |weight|` in the Frobenius norm, 0 for a weight of zeros.
+    """`|weight - reconstructed| / |weight|` in the Frobenius norm; 0 for a weight of zeros.
+
+    Args:
+        weight: `[out, in]`, float32.
+        parts: its stored parts, by name.
+        scheme: how they are stored.
 
     >>> scheme, none = Scheme(k=0), torch.empty(0, dtype=torch.int32)
     >>> parts = decompose(torch.eye(4), none, none, scheme)

@@ -1,7 +1,7 @@
-"""Which safetensors files does a folder have? Opened, or named where one is missing, truncated or damaged.
+"""Safetensors files of a folder: found and opened; a missing, truncated or damaged one is named in the error.
 
-The library does not name the file that it cannot read. Not here: what files hold (`loading`,
-`streaming.files`).
+The library does not name the file that it cannot read. Not here: the tensors' names
+(`integrations.transformers.checkpoint_headers`), and reading bytes (`checkpoint.streaming.byte_ranges`).
 """
 
 import json
@@ -19,7 +19,10 @@ REMEDY = "download or copy the model again"
 
 
 def open_tensors(file: str | Path) -> Any:
-    """`safe_open` for torch; of the file, only the header is read now.
+    """`safe_open` for torch; it reads only the header of the file.
+
+    Args:
+        file: its path.
 
     Raises:
         ValueError: the file is truncated or damaged; it is named.
@@ -32,10 +35,14 @@ def open_tensors(file: str | Path) -> Any:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The files that `from_pretrained` reads from a folder; where their names are others, all that are there.
+    """The files that `from_pretrained` reads from a folder; with unusual names, all safetensors files.
+
+    Args:
+        folder: of a model.
 
     Raises:
-        ValueError: it is no folder, none is there, one that the index names is not, or the index is damaged.
+        ValueError: it is no folder, has no such file, lacks one that the index names, or its index is
+            damaged.
     """
     check_is_folder(folder)
     told, folder = folder, Path(folder)
@@ -54,10 +61,13 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def check_is_folder(folder: str | Path) -> None:
-    """Refuse what is a file, or is not there.
+    """Refuse a path that is a file or does not exist.
+
+    Args:
+        folder: the path.
 
     Raises:
-        ValueError: it says which.
+        ValueError: it says which of the two.
     """
     if Path(folder).is_file():
         raise ValueError(f"{folder}: is a file; name the folder of a model, with safetensors and config.json")
@@ -66,7 +76,13 @@ def check_is_folder(folder: str | Path) -> None:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Tensor -> name of its file, as an index says.
+    """The file of each tensor, as an index says.
+
+    Args:
+        file: path of the index.
+
+    Returns:
+        Name of the file by name of the tensor.
 
     Raises:
         ValueError: it is no such index, or names files elsewhere.
@@ -85,6 +101,9 @@ def read_index(file: Path) -> dict[str, str]:
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of the safetensors files that are read from a folder.
 
+    Args:
+        folder: of a model.
+
     Raises:
         ValueError: see `weight_files`.
     """
@@ -96,11 +115,11 @@ DTYPES = {
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""Of the names that safetensors has for dtypes."""
+"""torch dtypes by their names in safetensors."""
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a text file so that a kill leaves the old file or the new one, never a part."""
     partial = file.with_suffix(".partial")
     with open(partial, "wb") as opened:
         opened.write(text.encode())

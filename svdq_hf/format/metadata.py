@@ -1,4 +1,7 @@
-"""Metadata of a quantized model: what a safetensors header says of its layers, and its tags on the Hub."""
+"""Metadata of a quantized model: the facts about its layers in a safetensors header, and its tags on the Hub.
+
+Not here: config.json (`config.svdq_config`), and the model card (`hub.card`).
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +14,7 @@ METADATA_KEY = "svdq_layers"
 
 
 def layers_metadata(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Metadata of a safetensors header that says what each quantized layer measured.
+    """Metadata for a safetensors header, with the facts measured of each quantized layer.
 
     Args:
         facts: by the layer's name in files, its "shape" and numbers such as "relative_error".
@@ -20,7 +23,14 @@ def layers_metadata(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def stored_facts(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """Shape and facts by layer name, as `layers_metadata` left them; empty where it did not."""
+    """Shape and facts by layer name, as `layers_metadata` wrote them; empty where no header has them.
+
+    Args:
+        files: paths of safetensors files.
+
+    Raises:
+        ValueError: see `open_tensors`.
+    """
     for file in files:
         with open_tensors(file) as opened:
             text = (opened.metadata() or {}).get(METADATA_KEY)
@@ -43,7 +53,7 @@ def numbers(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tags(bits: int = 4) -> list[str]:
-    """What the Hub files a model of so many bits under.
+    """Tags of a quantized model on the Hub.
 
     >>> tags(8)
     ['svdq', '8-bit', 'quantized', 'mixed-precision']

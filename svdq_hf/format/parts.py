@@ -1,14 +1,17 @@
-"""weight = low-bit part + salient part: the parts that are stored, their names, shapes and dtypes.
+"""Parts of a stored weight (packed codes, scales, salient entries): their names, shapes and dtypes.
 
-`part_specs` is the one place that says what a stored layer is made of; the empty module, the loader,
-the format test and the README's table all ask it. Every shape is a function of `(out, in, scheme)`.
-Not here: devices, modules, configs, files; whether stored parts are sound (`checks`).
+A stored weight is the sum of a low-bit part and a salient part. `part_specs` is the one place that says what
+it is made of; the empty module, the loader, the format test and the format's page all take it from here.
+Every shape is a function of `(out, in, scheme)`. Not here: devices, modules, configs, files; whether stored
+parts are sound (`format.checks`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.packing import packed_shape
@@ -17,14 +20,19 @@ from svdq_hf.core.topk import salient_count
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is stored: `k` salient entries (a count, or a share below 1), the rest on `grid`."""
+    """How one weight is stored.
+
+    Attributes:
+        k: salient entries: a count, or (a float below 1) a share of the weight's entries.
+        grid: layout of the scales of all other entries.
+    """
 
     k: int | float = 256
     grid: Grid = field(default_factory=Grid)
 
     @property
     def format_version(self) -> int:
-        """The oldest version of the format that can say what is stored."""
+        """The oldest version of the format that can express this scheme."""
         grid = self.grid
         if grid.bits != 4:
             return 3
@@ -39,11 +47,23 @@ class PartSpec(NamedTuple):
 
 
 def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec]:
-    """The tensors stored for a weight `[out, in]`, by name.
+    """The tensors stored for one weight.
 
-    weight: packed codes; weight_scale; salient_values `[k]`, FP32; salient_rows and salient_columns
-    `[k]`, sorted by row, then by column. Where the grid has them: row_scale `[out]`; column_scale
-    `[in]`; levels `[2**bits]`, of the codes from the lowest on.
+    Args:
+        out: rows of the weight `[out, in]`.
+        in_features: its columns.
+        scheme: how it is stored.
+
+    Returns:
+        Shape and dtype by part:
+
+        * weight: packed codes, `[out, *packed_shape]`, int8.
+        * weight_scale: `[out, groups]`, `[out, 1]` or `[1, 1]`; dtype of `Grid.scale_dtype`.
+        * salient_values: `[k]`, float32.
+        * salient_rows, salient_columns: `[k]`, int32, sorted by row, then by column.
+        * row_scale: `[out]`, bfloat16, where group scales have 8 bits.
+        * column_scale: `[in]`, bfloat16, where the grid has one.
+        * levels: `[2**bits]`, int8, of the codes from the lowest on, where they are not linear.
 
     >>> {name: spec.shape for name, spec in part_specs(8, 96, Scheme(k=3)).items()}
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -67,7 +87,16 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
 
 
 def stack_specs(experts: int, out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec]:
-    """The tensors stored for the weights `[experts, out, in]` of all experts: each one's parts, stacked.
+    """The tensors stored for all experts of a layer: the parts of each expert, stacked.
+
+    Args:
+        experts: how many there are.
+        out: rows of each weight.
+        in_features: columns of each weight.
+        scheme: how each weight is stored.
+
+    Returns:
+        Shape, with `experts` as first dimension, and dtype by part.
 
     >>> stack_specs(4, 8, 96, Scheme(k=3))["salient_rows"].shape
     (4, 3)
@@ -76,10 +105,54 @@ def stack_specs(experts: int, out: int, in_features: int, scheme: Scheme) -> dic
     return {name: PartSpec((experts, *spec.shape), spec.dtype) for name, spec in specs.items()}
 
 
-PARTS = (
-    "weight", "weight_scale", "salient_values", "salient_rows", "salient_columns",
-    "row_scale", "column_scale", "levels",
-)  # fmt: skip
+class StoredWeight(NamedTuple):
+    """The stored tensors of one weight `[out, in]`, in the order of the ops' arguments.
+
+    `W = row_scale * weight_scale * level(weight) * column_scale`, plus the salient values at the k salient
+    positions, where the code is zero. For a stack of experts each tensor has one more dimension, the first.
+
+    Attributes:
+        weight: packed codes, int8, in blocks of 64: `[out, 32 * blocks]` of 4 bits, `[out, blocks, 8 * bits]`
+            of 3 and 8.
+        weight_scale: `[out, groups]`, or `[1, 1]` for a whole matrix; bfloat16, int8 where there is a
+            row_scale, float32 where there is one scale for each row or for the matrix.
+        salient_values: `[k]`, float32.
+        salient_rows: `[k]`, int32, sorted.
+        salient_columns: `[k]`, int32, sorted within a row.
+        row_scale: `[out]`, bfloat16, or None.
+        column_scale: `[in]`, bfloat16, or None.
+        levels: `[2**bits]`, int8, of the codes from the lowest on; None: codes are their own levels.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    salient_values: Tensor
+    salient_rows: Tensor
+    salient_columns: Tensor
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    levels: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> "StoredWeight":
+        """The stored weight made of tensors by name; absent ones are None.
+
+        Args:
+            parts: the tensors of a weight `[out, in]`, by name (`part_specs`).
+        """
+        return cls(**parts)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The tensors of the weight `[out, in]` by name, without absent ones."""
+        return {name: part for name, part in zip(PARTS, self, strict=True) if part is not None}
+
+    @property
+    def out(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+
+PARTS = StoredWeight._fields
 """The names of all parts that a layer may have, in the op's order."""
 
-OPTIONAL = ("row_scale", "column_scale", "levels")
+OPTIONAL = tuple(StoredWeight._field_defaults)

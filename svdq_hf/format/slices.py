@@ -1,8 +1,9 @@
-"""Rows and columns of a stored matrix, and stacks of several: what a serving engine makes of layers.
+"""Slices and stacks of stored matrices: rows, columns, and several matrices in one, for serving engines.
 
 Engines put q, k and v (gate and up) into one layer and cut layers over several devices: by rows where the
-outputs are divided, by columns where the inputs are. All of it is done on the stored parts, with no weight
-rounded again: a slice of a quantized layer stands for exactly that slice of its matrix. Not here: any engine.
+outputs are divided, by columns where the inputs are. All of it is done on the stored parts, and no weight is
+rounded again: a slice of a quantized layer represents exactly that slice of its matrix. Not here: any engine
+(`integrations.vllm`).
 """
 
 import math
@@ -23,7 +24,13 @@ SMALLEST_GROUP = 8
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix `[out, in]` as it is stored: the parts of `part_specs`, and the grid they are read with."""
+    """A matrix `[out, in]` in its stored parts.
+
+    Attributes:
+        parts: the tensors of `part_specs`, by name.
+        in_features: columns of the matrix.
+        grid: layout of the scales.
+    """
 
     parts: dict[str, Tensor]
     in_features: int
@@ -36,7 +43,7 @@ class StoredMatrix:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme that `part_specs` needs to say these shapes."""
+        """The scheme for which `part_specs` gives the shapes of these parts."""
         return Scheme(self.parts["salient_values"].shape[0], self.grid)
 
     def dequantize(self) -> Tensor:
@@ -45,18 +52,34 @@ class StoredMatrix:
 
 
 def slice_rows(stored: StoredMatrix, rows: Tensor) -> StoredMatrix:
-    """The matrix of these `rows` `[n]`, in their order: what a device keeps of divided outputs."""
+    """The stored matrix of some rows: what one device keeps where the outputs are divided.
+
+    Args:
+        stored: a matrix `[out, in]`.
+        rows: the rows wanted, `[n]`, in the order wanted.
+
+    Returns:
+        The matrix `[n, in]`.
+    """
     return replace(stored, parts=take_rows(stored.parts, rows.to(stored.parts["weight"].device)))
 
 
 def slice_columns(stored: StoredMatrix, start: int, stop: int) -> StoredMatrix:
-    """The matrix of the columns from `start` to before `stop`: what a device keeps of divided inputs.
+    """The stored matrix of some columns: what one device keeps where the inputs are divided.
 
     Codes are packed anew, since a slice need not begin where a block of 64 does. Groups that a border cuts
-    become smaller ones of the same scales.
+    become smaller groups with the same scales.
+
+    Args:
+        stored: a matrix `[out, in]`.
+        start: first column.
+        stop: column after the last one.
+
+    Returns:
+        The matrix `[out, stop - start]`.
 
     Raises:
-        ValueError: the columns are not there, or the border cuts a group where no grid has groups so small.
+        ValueError: the columns are out of range, or a border would make groups smaller than any grid has.
     """
     if not 0 <= start < stop <= stored.in_features:
         raise ValueError(f"columns {start} to {stop} of a matrix that has {stored.in_features}")
@@ -75,7 +98,7 @@ def slice_columns(stored: StoredMatrix, start: int, stop: int) -> StoredMatrix:
 
 
 def _scales_of_columns(stored: StoredMatrix, start: int, stop: int) -> tuple[Grid, Tensor]:
-    """The scales of some columns, and the grid whose groups they are of."""
+    """The scales of some columns, and a grid that has their group size."""
     scale, grid = stored.parts["weight_scale"], stored.grid
     if not isinstance(grid.group_size, int):
         return grid, scale
@@ -103,10 +126,16 @@ def _whole_groups(common: int) -> int:
 
 
 def stack(pieces: Sequence[StoredMatrix]) -> StoredMatrix:
-    """One matrix of several on the same inputs, the rows of the first on top.
+    """One stored matrix of several on the same inputs, the rows of the first on top.
+
+    Args:
+        pieces: matrices `[out_i, in]`.
+
+    Returns:
+        The matrix `[sum of out_i, in]`.
 
     Raises:
-        ValueError: they cannot be one stored matrix: see `stack_conflict`.
+        ValueError: they cannot be one stored matrix; `stack_conflict` gives the reason.
     """
     for piece in pieces[1:]:
         reason = stack_conflict(pieces[0], piece)
@@ -126,9 +155,10 @@ def stack(pieces: Sequence[StoredMatrix]) -> StoredMatrix:
 
 
 def stack_conflict(one: StoredMatrix, other: StoredMatrix) -> str:
-    """Why two matrices cannot be stacked into one stored matrix; empty where they can.
+    """The reason why two matrices cannot be stacked into one stored matrix; empty where they can.
 
-    Usually since each has column scales of its own, fitted to it, and a stored matrix has one set.
+    The usual reason is column scales: each matrix has been fitted with other ones, and a stored matrix has
+    one set of them.
     """
     if one.in_features != other.in_features:
         return f"they have {one.in_features} and {other.in_features} columns"
@@ -141,14 +171,14 @@ def stack_conflict(one: StoredMatrix, other: StoredMatrix) -> str:
 
 
 def _kind(stored: StoredMatrix) -> tuple[object, ...]:
-    """What reading depends on, without how the scales were found."""
+    """The part of a grid that decoding depends on; how the scales were found is left out."""
     grid = stored.grid
     group = grid.group_size if isinstance(grid.group_size, int) else "row"
     return group, grid.bits, grid.levels, grid.scale_bits, grid.column_scale
 
 
 def _scale_per_row(stored: StoredMatrix) -> StoredMatrix:
-    """The same matrix; one scale for all becomes a scale for each row."""
+    """The same matrix; a single scale for the whole matrix is repeated for each row."""
     if stored.grid.group_size != "tensor":
         return stored
     scale = stored.parts["weight_scale"].expand(stored.out_features, 1).clone()
@@ -160,7 +190,14 @@ def _scale_per_row(stored: StoredMatrix) -> StoredMatrix:
 
 
 def stack_where_possible(pieces: Sequence[StoredMatrix]) -> list[StoredMatrix]:
-    """The same rows in as few stored matrices as hold them: neighbours that can be stacked are."""
+    """The same rows in as few stored matrices as possible: neighbours that can be stacked are.
+
+    Args:
+        pieces: matrices `[out_i, in]`.
+
+    Returns:
+        Matrices whose rows, in order, are those of `pieces`.
+    """
     joined: list[StoredMatrix] = []
     for piece in pieces:
         if joined and not stack_conflict(joined[-1], piece):

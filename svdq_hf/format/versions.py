@@ -1,12 +1,15 @@
-"""The versions of the stored format: numbers alone, so that a config is read without importing torch."""
+"""Versions of the stored format, as plain numbers, so that a config is read without importing torch.
+
+Not here: what each version stores (`format.parts`).
+"""
 
 FORMAT_VERSION = 4
 """The newest version of the stored format; a file of an older version loads for ever.
 
-1: codes are -8..7. 2: may have levels of its own, a scale for each column, and groups' scales of 8 bits.
-3: may have codes of 3 or 8 bits. 4: may have stacks of experts, k may differ from layer to layer, and an
-embedding may be packed.
+1: codes are -8..7. 2: allows tables of levels, a scale for each column, and group scales of 8 bits.
+3: allows codes of 3 or 8 bits. 4: allows stacks of experts, a different k in each layer, and a packed
+embedding.
 """
 
 EXPERTS_VERSION = 4
-"""The oldest version that can say that a model has quantized experts."""
+"""The oldest version that allows quantized experts."""

@@ -1,8 +1,8 @@
-"""The model card: what the README.md of a quantized model says, to readers of the Hub and to its search.
+"""Model card: what the README.md of a quantized model says, to readers of the Hub and to its search.
 
 All of it is read from the folder (the headers of its files, its config.json) and from the base model's
-own card; nothing is guessed. Not here: what becomes of a README.md that is there (`readme`), sending it
-anywhere (`hub`).
+own card; nothing is guessed. Not here: merging it into an existing README.md (`hub.readme`), sending it
+(`hub.push`).
 """
 
 import json
@@ -73,12 +73,12 @@ class Described(TypedDict, total=False):
     """What is known of a model beside its folder.
 
     Attributes:
-        base_model: the base model's name on the Hub; None: what `base_card` says, if it does.
+        base_model: the base model's name on the Hub; None: the one that `base_card` states, if any.
         base_card: text of the base model's own card; license, language and the like come from there.
         results: evaluations of the quantized model: a table, and `model-index` in the metadata.
         repo_id: where the model will be on the Hub; None: not known yet.
         footprint: of the folder, where it was read already.
-        dense: its linear layers that stayed dense, as `dense_layers` says them; None: not known.
+        dense: its linear layers that stayed dense, as `dense_layers` returns them; None: not known.
     """
 
     base_model: str | None
@@ -91,25 +91,26 @@ class Described(TypedDict, total=False):
 
 @checked_arguments(folder="of a quantized model that is saved")
 def write_card(folder: str | Path, **known: Unpack[Described]) -> None:
-    """Write the card of the quantized model in `folder` into its README.md, or into what is there.
+    """Write the card of a quantized model into the README.md of its folder; other text there is kept.
 
     Args:
         folder: of the quantized model.
         **known: see `Described`.
 
     Raises:
-        ValueError: see `model_card`; README.md is as before then.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: see `model_card`; README.md is unchanged then.
     """
     file = Path(folder) / README
     file.write_bytes(model_card(folder, existing=read_text(file), **known).encode())
 
 
 def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Described]) -> str:
-    """The text of the card of the quantized model in `folder`.
+    """The text of a quantized model's card.
 
     Args:
         folder: of the quantized model.
-        existing: text of the README.md that is there, which is kept (`readme.merge`).
+        existing: text of an existing README.md, which is kept (`readme.merge`).
         **known: see `Described`.
 
     Raises:
@@ -145,7 +146,10 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
 
 
 def auto_class(architecture: str) -> str:
-    """The Auto class that loads an architecture of transformers; where there is none, its own class.
+    """The Auto class that loads an architecture of transformers; without one, the architecture itself.
+
+    Args:
+        architecture: name of a model class.
 
     >>> auto_class("BertForMaskedLM")
     'AutoModelForMaskedLM'

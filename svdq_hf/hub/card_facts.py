@@ -1,4 +1,7 @@
-"""Rows of a model card's table: what was quantized, how, with which result."""
+"""Facts for a model card's table: what was quantized, how, with which result.
+
+Not here: the card around the table (`hub.card`).
+"""
 
 import logging
 import re
@@ -30,8 +33,11 @@ def fact_rows(
 
     Args:
         folder: of the quantized model.
-        config: its config.json.
-        known: its "footprint", and what `dense_layers` says ("dense"), where these are known already.
+        config: the keys of its config.json.
+        known: its "footprint" and the result of `dense_layers` ("dense"), where these are known already.
+
+    Returns:
+        Text by title.
     """
     choices = SVDQConfig.from_dict(config["quantization_config"])
     known = known or {}
@@ -59,14 +65,14 @@ def fact_rows(
 
 
 def _score(choices: SVDQConfig) -> str:
-    """The score's name, and its rank where it has one; of a score that is not registered here, the name."""
+    """The score's name, and its rank where it has one; the rank of an unregistered score is not known."""
     known = choices.saliency in saliency_names()
     ranked = known and "rank" in score_needs(choices.saliency)
     return f"{code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"
 
 
 def _k(choices: SVDQConfig, weights: Footprint) -> str:
-    """How many salient weights a layer has; of several numbers the range."""
+    """How many salient weights a layer has; the range where the layers differ."""
     if choices.layer_k is None:
         return f"{choices.k} per layer"
     ks = [layer.k for layer in weights.layers]
@@ -75,13 +81,13 @@ def _k(choices: SVDQConfig, weights: Footprint) -> str:
 
 
 def _data(choices: SVDQConfig) -> str:
-    """What was needed beside the weights."""
+    """The data that quantizing needed."""
     batches = "none, but synthetic batches" if choices.synthetic else "batches"
     return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
 
 
 def _scales(choices: SVDQConfig) -> str:
-    """How the scales are laid out and fitted, in a few words."""
+    """Layout and rule of the scales, in a few words."""
     grid = choices.scheme.grid
     group = f"{grid.group_size} columns" if isinstance(grid.group_size, int) else grid.group_size
     bits = ", in 8 bits" if grid.row_scale else ""
@@ -92,7 +98,7 @@ def _scales(choices: SVDQConfig) -> str:
 def dense_layers(
     model: nn.Module | None, weights: Footprint, choices: SVDQConfig, folder: str | Path
 ) -> list[str] | None:
-    """Linear layers that were not quantized; those that differ by a number are one: `layers.*.gate x 12`.
+    """Linear layers that were not quantized; names that differ by a number are one: `layers.*.gate x 12`.
 
     Args:
         model: the dense model of the folder, without weights; None: it is built.
@@ -101,7 +107,7 @@ def dense_layers(
         folder: of the quantized model.
 
     Returns:
-        The names; None: not to be had, and the log says why.
+        The entries; None where they cannot be found out, and the log says why.
     """
     try:
         model = model if model is not None else _model_without_weights(folder)
@@ -123,7 +129,7 @@ def dense_layers(
 
 
 def _row_of(layers: str) -> str:
-    """The entry of a card for one entry of `dense_layers`."""
+    """The text of a card for one entry of `dense_layers`."""
     name, times, count = layers.partition(" x ")
     return f"{code(name)}{times}{count}"
 

@@ -1,4 +1,7 @@
-"""The Hub as a client sees it: a model's folder, downloaded where it is not here, and errors in words."""
+"""Client of the Hub: a model's folder, downloaded where it is not local, and errors with remedies.
+
+Not here: uploads (`hub.push`).
+"""
 
 import glob
 import json
@@ -20,7 +23,10 @@ from svdq_hf.hub.readme import README
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of a model: itself, or a copy of the Hub's, without code and pickles.
+    """The folder of a model: the given one, or a download from the Hub without code and pickles.
+
+    Args:
+        model: a folder, or the Hub's user/model.
 
     Raises:
         ValueError: neither a folder nor a name that the Hub could have.
@@ -44,7 +50,7 @@ def local_folder(model: str | Path) -> Path:
 
 
 def _module_patterns(folder: Path) -> list[str]:
-    """All files of the modules beside a transformer (sentence-transformers' modules.json), as patterns."""
+    """Patterns for all files of a sentence-transformers model's modules, which modules.json lists."""
     try:
         entries = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         paths = [one["path"] for one in entries]
@@ -54,22 +60,27 @@ def _module_patterns(folder: Path) -> list[str]:
 
 
 OTHER_WEIGHTS = ["consolidated*"]
-"""Of Mistral's repositories: the same weights again, for another library."""
+"""Files of Mistral's repositories with the same weights for another library."""
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
-"""Last parts of their names; of Marian (spm), PhoBERT (codes), ProphetNet (tokenizer), Qwen (tiktoken)."""
+"""Suffixes of companion files; of Marian (spm), PhoBERT (codes), ProphetNet (tokenizer), Qwen (tiktoken)."""
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-"""Files that may run code when they are read, and never are."""
+"""Suffixes of files that may run code when they are read; they are never read."""
 
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what the Hub's client raises about the model `name` into one line that tells the remedy.
+    """Context manager that turns errors of the Hub's client into one line with a remedy.
+
+    Args:
+        name: of the model.
 
     Raises:
-        PermissionError, FileNotFoundError, ConnectionError: not allowed, not there, not reached.
+        PermissionError: the token is unknown, or has no right to this.
+        FileNotFoundError: the Hub has no such model, or does not show it.
+        ConnectionError: the Hub was not reached, or not to the end.
     """
     try:
         yield
@@ -110,5 +121,5 @@ def _refusal(name: str, error: HfHubHTTPError) -> OSError:
 
 
 def _line(error: BaseException) -> str:
-    """The message in one line."""
+    """The message of an error in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

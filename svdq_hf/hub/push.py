@@ -1,7 +1,7 @@
-"""A quantized model to the Hub, and what goes wrong there in words that tell the remedy.
+"""Push of a quantized model to the Hub, with errors that tell the remedy.
 
 The work is done by huggingface_hub's own client. Here: what is refused before anything is sent, and
-that no text that somebody wrote on the Hub is lost. Not here: downloading (`from_pretrained` does it).
+that no text that somebody wrote on the Hub is lost. Not here: downloading (`hub.client`).
 """
 
 import json
@@ -32,7 +32,7 @@ from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, 
 from svdq_hf.quantize.footprint import Footprint, footprint, read_footprint
 
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-"""Files of a push before this one that must not stay beside the new ones."""
+"""Patterns of files of an earlier push that must not stay beside the new ones."""
 
 _REPOSITORY = "a model's name on the Hub, user/model"
 _FOLDER = "of a quantized model; of one in memory it is push_model(model, repo_id)"
@@ -49,21 +49,29 @@ def push_folder(
     commit_message: str | None = None,
     replace: bool = False,
 ) -> str:
-    """Upload the quantized model in `folder` to `repo_id` ("user/model") on the Hub; returns its URL.
+    """Upload the quantized model in a folder to the Hub.
 
     A folder without README.md gets one first. Everything arrives in one commit: whoever loads the model
     meanwhile, or after a push that was interrupted, finds what was there before, or nothing, and never half a
     model. An interrupted push is just run again; what has arrived is not sent twice.
 
-    private: of a repository that is not there yet; None: as the account's settings say.
-    token: None: the one of `hf auth login`, or of HF_TOKEN.
-    revision: branch to push to, made from the main one where it is not there; None: the main one.
-    replace: whether the repository may hold another model now; all of its files give way then, but
-        stay in its history.
+    Args:
+        folder: of the quantized model.
+        repo_id: "user/model".
+        private: whether a new repository is private; None: as the account's settings say.
+        token: None: the one of `hf auth login`, or of HF_TOKEN.
+        revision: branch to push to, created from the main one if needed; None: the main one.
+        commit_message: None: a default text.
+        replace: whether the repository may hold another model now; all of its files are removed then, but
+            stay in its history.
+
+    Returns:
+        The repository's URL.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the folder holds no quantized model, the repository holds another one, or is
-            public where `private` is asked for.
+            public though `private` is True.
         PermissionError: no token, a wrong one, or one that may not write there.
         ConnectionError: the Hub was not reached, or not to the end.
     """
@@ -102,10 +110,22 @@ def push_model(
 ) -> str:
     """Save a quantized model (and its tokenizer or processor) with its card, and push it.
 
-    results: evaluations for the card. choices: those of `push_folder`.
+    Args:
+        model: in memory, without adapters.
+        repo_id: "user/model".
+        tokenizer: tokenizer or processor to save with it.
+        results: evaluations for the card.
+        **choices: further arguments of `push_folder`.
+
+    Returns:
+        The repository's URL.
 
     Raises:
-        ValueError, PermissionError, ConnectionError: see `push_folder`.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: the model is not quantized, has adapters, or would not be saved completely; see also
+            `push_folder`.
+        PermissionError: see `push_folder`.
+        ConnectionError: see `push_folder`.
     """
     if not footprint(model).layers:
         raise ValueError(f"{type(model).__name__} is not quantized by svdq; push it with its own push_to_hub")
@@ -133,7 +153,7 @@ def push_model(
 
 
 def _check_saved(model: Any, folder: str | Path) -> Footprint:
-    """The footprint of what `save_pretrained` wrote, once it is known that nothing of the model is lost.
+    """The footprint of the saved files, after checking that no tensor of the model is missing.
 
     Raises:
         ValueError: a tensor of the model is not in the files.
@@ -155,7 +175,7 @@ def _check_saved(model: Any, folder: str | Path) -> Footprint:
 
 @dataclass(frozen=True)
 class _Push:
-    """A folder on its way into a repository. replace: whether another model may be there, and gives way."""
+    """A folder and the repository that it is pushed to; `replace`: another model there may be removed."""
 
     api: HfApi
     folder: Path
@@ -199,7 +219,7 @@ class _Push:
         return str(url)
 
     def _merged_readme(self) -> str | None:
-        """The Hub's README.md with our section, where the folder's holds nothing that its user wrote.
+        """The Hub's README.md with our section, where the folder's README.md holds no text of its user.
 
         None: the folder's is to be uploaded as it is.
         """
@@ -216,7 +236,7 @@ class _Push:
 
 
 def _difference(theirs: str, ours: str) -> str:
-    """In what the model of one config.json is not a version of the other's; empty if it is."""
+    """Why the model of one config.json is no version of the other's; empty if it is one."""
     try:
         remote, local = json.loads(theirs), json.loads(ours)
         if remote["quantization_config"]["quant_method"] != QUANT_METHOD:
@@ -228,9 +248,9 @@ def _difference(theirs: str, ours: str) -> str:
 
 
 def _additions(folder: Path, readme: str | None) -> list[CommitOperationAdd]:
-    """Every file of the folder, as the Hub's client chooses them; readme: the text of README.md in its place.
+    """Every file of the folder that the Hub's client would upload; `readme` replaces the text of README.md.
 
-    Its `upload_folder` is not asked: release 2 of it makes several commits of a large folder.
+    `upload_folder` is not used: in release 2 it makes several commits of a large folder.
     """
     files = {
         file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
@@ -246,14 +266,14 @@ def _additions(folder: Path, readme: str | None) -> list[CommitOperationAdd]:
 def _deletions(
     there: Sequence[str], added: Sequence[CommitOperationAdd], patterns: str | list[str]
 ) -> list[CommitOperationDelete]:
-    """What of the files that are there must not stay beside the new ones."""
+    """The files of the repository that must not stay beside the new ones."""
     stay = {".gitattributes", *(each.path_in_repo for each in added)}
     gone = filter_repo_objects(there, allow_patterns=patterns)
     return [CommitOperationDelete(name) for name in gone if name not in stay]
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
-    """A small file of a repository; None: it is not there."""
+    """The text of a small file of a repository; None: it is not there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
@@ -263,7 +283,7 @@ def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> s
 
 
 def _base(model: Any, token: str | None) -> tuple[str | None, str]:
-    """The base model's name on the Hub, where it is known there, and its card."""
+    """The base model's name on the Hub, or None, and the text of its card."""
     name = str(model.name_or_path)
     if not name or Path(name).is_dir():
         return None, read_text(Path(name, README), "replace") if name else ""

@@ -1,7 +1,7 @@
-"""A README.md that two hands write: its author's text and metadata, and one section of ours.
+"""README.md with two authors: the user's text and metadata, and one generated section.
 
-Our section stands between two comments. What else is in the file is its author's and is kept as it is,
-byte for byte but for `model-index`. Not here: what our section says (`card`).
+The section stands between two comments. Everything else in the file is the user's and is kept
+byte for byte, except for `model-index`. Not here: what the section says (`hub.card`).
 """
 
 import logging
@@ -19,21 +19,24 @@ BEGIN = "<!-- svdq_hf: begin (generated; write your own text outside of these tw
 END = "<!-- svdq_hf: end -->"
 RESULTS = "model-index"
 COPIED = ("license", "license_name", "license_link", "pipeline_tag", "language")
-"""Metadata that a quantized model has from its base."""
+"""Metadata that a quantized model inherits from its base model."""
 
 logger = logging.getLogger(__name__)
 
 
 def merge(text: str, metadata: Mapping[str, Any], section: str) -> str:
-    """`text`, a README.md, with the metadata keys that it lacks, and with our section.
+    """A README.md with metadata keys that it lacks, and with the generated section.
 
-    section: what goes between our two comments: in place of what is there, or at the end.
+    A key that exists keeps its value. In `model-index` a result of the same task, dataset and
+    metric gets the new value; the others stay.
 
-    A key that is there keeps its value; in `model-index` a result of the same task, dataset and
-    metric gets the new value, the others stay.
+    Args:
+        text: of the README.md.
+        metadata: keys and values for its head.
+        section: text to put between the two comments; it replaces what is there, or is added at the end.
 
     Raises:
-        ValueError: the metadata are no YAML mapping, or only one of our comments is there.
+        ValueError: the metadata are no YAML mapping, or only one of the two comments is there.
 
     >>> print(merge("# Mine", {"license": "mit"}, "ours").replace(BEGIN, "<").replace(END, ">"), end="")
     ---
@@ -62,9 +65,11 @@ def merge(text: str, metadata: Mapping[str, Any], section: str) -> str:
 
 
 def read_text(file: Path, errors: str = "strict") -> str:
-    """The text of a README.md with its line ends as they are; empty where there is no such file.
+    """The text of a README.md with its line ends unchanged; empty where there is no such file.
 
-    errors: "replace" reads what is not UTF-8, too.
+    Args:
+        file: its path.
+        errors: "replace" also reads what is not UTF-8.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -77,6 +82,9 @@ def read_text(file: Path, errors: str = "strict") -> str:
 
 def metadata_of(text: str) -> dict[str, Any]:
     """The metadata at the head of a README.md; empty where there are none.
+
+    Args:
+        text: of the README.md.
 
     Raises:
         ValueError: they are no YAML mapping.
@@ -95,11 +103,17 @@ def metadata_of(text: str) -> dict[str, Any]:
 
 
 def base_metadata(card: str, base_model: str | None) -> dict[str, Any]:
-    """What the card of a base model says of its quantized copy: `COPIED`, and whose copy it is.
+    """Metadata of a quantized model that come from its base model's card.
 
-    Without `base_model`, a name on the Hub, the base is a folder: the copy then stands to the models of
-    the Hub as that folder's card says of itself (a fine-tune of X is one after quantizing, too).
-    A card that cannot be read is left out with a warning.
+    Where the base is a folder and has no name on the Hub, its own `base_model` is taken over: a quantized
+    fine-tune of X is a fine-tune of X, too. A card that cannot be read is left out with a warning.
+
+    Args:
+        card: text of the base model's card.
+        base_model: its name on the Hub; None: it is a folder.
+
+    Returns:
+        The keys `COPIED`, `base_model` and `base_model_relation`, as far as known.
     """
     try:
         stated = metadata_of(card)
@@ -115,14 +129,14 @@ def base_metadata(card: str, base_model: str | None) -> dict[str, Any]:
 
 
 def section_of(text: str) -> str:
-    """What stands between our two comments; empty where they are not there."""
+    """The text between the two comments; empty where they are not there."""
     body = _split(text)[1]
     begin, end = body.find(BEGIN), body.find(END)
     return body[begin + len(BEGIN) : end].strip() if 0 <= begin < end else ""
 
 
 def own_text(text: str) -> str:
-    """What stands outside of the metadata and of our section."""
+    """The text outside the metadata and the generated section."""
     body = _split(text)[1]
     begin, end = body.find(BEGIN), body.find(END)
     return (body[:begin] + body[end + len(END) :] if 0 <= begin < end else body).strip()
@@ -141,7 +155,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
-    """`text` with the keys that it lacks after those that it has, whose lines stay as they are."""
+    """`text` with missing keys added after the existing ones, whose lines stay as they are."""
     old = metadata_of(text)
     if RESULTS in metadata and RESULTS in old:
         text = _with_results(text, metadata[RESULTS])
@@ -161,7 +175,7 @@ def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
 
 
 def _with_results(text: str, model_index: list[dict[str, Any]]) -> str:
-    """`text` with these results in its `model-index`; its metadata are written anew for that."""
+    """`text` with these results in its `model-index`; all of its metadata are rewritten for that."""
     try:
         card = ModelCard(text)
     except (ValueError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
-"""An import hook: a function that is called when a module of another library has been imported.
+"""Import hook: calls a function when a module of another library has been imported.
 
 So `import svdq_hf` can extend torch, transformers and PEFT without importing them. Only the standard
-library is imported here. Not here: what the functions do (`registration`).
+library is imported here. Not here: what the functions do (`integrations.registration`).
 """
 
 import sys
@@ -17,14 +17,14 @@ OURS = "svdq_hf."
 class AfterImport:
     """A finder of `sys.meta_path` that calls `action` after each import of one of `names`.
 
-    It finds nothing itself: the finders after it are asked, as Python would ask them. `action` is called
-    again when a module is reloaded, and may be called more often, so it must not mind. Its errors become
+    It finds nothing itself: it passes the search on to the finders after it. `action` is called again when a
+    module is reloaded, and possibly more often, so a repeated call must be harmless. Its errors become
     warnings, since the import that led to it is somebody else's. Where it fails because modules of this
     package are half imported, it is called again at a later import.
 
     Args:
         names: full names of modules.
-        action: called without arguments; what is imported by then stands in `sys.modules`.
+        action: called without arguments; it looks into `sys.modules` for what is imported.
     """
 
     def __init__(self, names: tuple[str, ...], action: Callable[[], None]) -> None:
@@ -33,21 +33,22 @@ class AfterImport:
         self._done: set[str] = set()
 
     def install(self) -> None:
-        """Call `action` at once where a module is there, and from now on after each import of one."""
+        """Call `action` now if a module is imported already, and from now on after each import of one."""
         if not any(isinstance(one, AfterImport) and one.names == self.names for one in sys.meta_path):
             sys.meta_path.insert(0, self)
         self._look()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """What the import system asks a finder, at every import.
+        """The method that the import system calls at every import.
 
         Args:
-            name: full name of the module that is looked for.
+            name: full name of the module that is searched.
             path: where its package's modules are.
             target: the module itself, where it is reloaded.
 
         Returns:
-            What the next finders find, with a loader that calls `action`; None for all other modules.
+            The spec that the next finders find, with a loader that calls `action`; None for all other
+                modules.
         """
         if name not in self.names:
             if not name.startswith(OURS):  # the action may import it, and it would be run twice
@@ -70,7 +71,7 @@ class AfterImport:
             warnings.warn(f"svdq_hf could not register with {name}: {error!r}", RuntimeWarning, stacklevel=2)
 
     def _look(self) -> None:
-        """Modules whose import this has not followed: begun before `install`, or found by another finder."""
+        """Handle modules whose import was not followed: begun before, or found by another finder."""
         for name in self.names:
             if name not in self._done and _is_complete(sys.modules.get(name)):
                 self.loaded(name)
@@ -89,7 +90,7 @@ class AfterImport:
 
 
 class _Loader:
-    """The loader that was found, which the module keeps; when it has run, the hook is told."""
+    """Wrapper of a module's own loader that informs the hook when the module has run."""
 
     def __init__(self, found: Any, hook: AfterImport) -> None:
         self._found = found

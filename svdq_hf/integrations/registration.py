@@ -1,8 +1,8 @@
-"""What `import svdq_hf` makes known to other libraries, each when it is imported: not before, and not it.
+"""Registration with other libraries: what `import svdq_hf` adds to each of them once it is imported.
 
 torch gets the ops `torch.ops.svdq`, transformers the quantization method "svdq", PEFT its layer for LoRA on
-quantized layers, sentence-transformers the dtype of a model whose embedding is packed. Not here: how imports
-are followed (`after_import`).
+quantized layers, sentence-transformers the dtype of a model whose embedding is packed. No library is imported
+for it. Not here: how imports are followed (`integrations.after_import`).
 """
 
 import sys
@@ -17,7 +17,7 @@ QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register with what is imported already now, with the rest later; may be called more than once."""
+    """Register with libraries that are imported already now, with others later; may be called repeatedly."""
     AfterImport(("torch",), define_ops).install()
     AfterImport((QUANTIZERS,), register_method).install()
     AfterImport(peft.WATCHED, peft.register).install()
@@ -32,10 +32,10 @@ def define_ops() -> None:
 
 
 def register_method() -> None:
-    """Put "svdq" into the lists of transformers, where it has them yet.
+    """Put "svdq" into transformers' lists of quantization methods, if they exist already.
 
-    Importing the quantizer needs modules of transformers that may just be importing these lists, so what
-    stands there is a function that imports it when a model is loaded.
+    Importing the quantizer needs modules of transformers that may be importing these lists at the moment, so
+    the entry is a function that imports the quantizer when a model is loaded.
     """
     lists: Any = sys.modules.get(QUANTIZERS)
     if lists is not None:
@@ -50,8 +50,8 @@ def make_quantizer(config: Any, **kwargs: Any) -> Any:
     """The SVDQHfQuantizer of a model that is to be loaded.
 
     Args:
-        config: its SVDQConfig.
-        kwargs: what transformers hands to every quantizer.
+        config: the model's SVDQConfig.
+        kwargs: arguments that transformers passes to every quantizer.
     """
     from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
 

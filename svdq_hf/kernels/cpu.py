@@ -1,21 +1,23 @@
-"""The op on a CPU: from the stored bytes where tokens are few, a block of rows at a time where they are many.
+"""CPU backend: computes from the stored bytes for few tokens, from blocks of dense rows for many.
 
 Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
-share the cost of writing dense rows into cache first. Either way sums are float32, whatever the dtype of the
-activations; but where the processor has AMX, many bfloat16 tokens meet bfloat16 rows, as in a dense layer.
-Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits,
-`reference` computes.
+share the cost of writing dense rows into cache first. Sums are float32, whatever the dtype of the
+activations; but on processors with AMX, many bfloat16 tokens are multiplied with bfloat16 rows, as in a dense
+layer. Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits,
+`supports` says so, and another backend computes (`kernels.reference`). Not here: the choice
+(`kernels.backends`), loading the library (`kernels.native`).
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import bits_of
+from svdq_hf.core.packing import HALF, bits_of
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels.native.library import (
     AVX512,
     best_path,
@@ -28,47 +30,84 @@ from svdq_hf.kernels.native.library import (
 )
 
 FEW_TOKENS: Final = 16
-"""Where tokens have no panels (no AVX-512) or want bfloat16 rows: more than these take dense rows instead."""
+"""More tokens use dense rows, where the library has no panels (no AVX-512) or bfloat16 rows are faster."""
 
 DECODED, ROWS, BFLOAT16_ROWS = range(3)
 """Ways to a product: weights decoded in registers, or blocks of dense rows, in float32 or bfloat16."""
 
 BLOCK_WEIGHTS: Final = 1 << 20
-"""Weights of a block of dense rows: four megabytes, which a core's cache and its neighbours' hold."""
+"""Weights in a block of dense rows: four megabytes, which the cores' caches hold."""
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 _kept = threading.local()
 
 
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+def supports(x: Tensor, stored: StoredWeight, in_features: int, group: int) -> str | None:
+    """None, or the reason why this backend does not compute a call.
 
-
-def computes(x: Tensor, weight: Tensor, in_features: int, group: int) -> bool:
-    """Whether this file computes the op for such activations, packed codes and groups."""
-    known = x.dtype in DTYPES and bits_of(weight) == 4 and fits(group, in_features)
-    return x.is_cpu and known and library() is not None
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight `[out, in]`.
+        in_features: its columns.
+        group: columns that share a scale.
+    """
+    if not x.is_cpu:
+        return f"the tensors are on {x.device.type}, not on a CPU"
+    if x.dtype not in DTYPES:
+        return f"activations are {x.dtype}, and it sums in float32"
+    if (bits := bits_of(stored.weight)) != 4:
+        return f"codes are of {bits} bits, not 4"
+    if not fits(group, in_features):
+        return f"groups of {group} are no multiples of {HALF} columns, nor whole rows"
+    return None if library() is not None else "the native library was not built, or does not load"
 
 
 def linear(
-    x: Tensor,
-    stored: Sequence[Any],
-    bias: Tensor | None,
-    in_features: int,
-    group: int,
-    path: int | None = None,
-    fast: bool = False,
+    x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor:
-    """`x @ W.T + bias`: x `[..., in]` -> `[..., out]`; stored: the parts, in the order of `PARTS`.
+    """`x @ W.T + bias`.
 
-    path: of the native library; None: the best, or with `fast` the one that rounds few tokens to 16 bits.
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight W `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        fast: whether activations of few tokens may be rounded to 16 bits.
+
+    Returns:
+        `[..., out]`, in the dtype of x.
 
     Raises:
-        ValueError: parts that are not the format's.
+        ValueError: a salient position is out of range or out of order; a part is not contiguous.
     """
-    path = chosen_path(fast) if path is None else path
-    out, count = stored[0].shape[0], x.numel() // in_features
+    return linear_on(chosen_path(fast), x, stored, bias, in_features, group)
+
+
+def linear_on(
+    path: int, x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int
+) -> Tensor:
+    """`linear` on one path of the native library.
+
+    Args:
+        path: one of the library's paths.
+        x: activations `[..., in]`.
+        stored: the weight W `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+
+    Returns:
+        `[..., out]`, in the dtype of x.
+
+    Raises:
+        ValueError: see `linear`.
+    """
+    out, count = stored.out, x.numel() // in_features
     taken = way(count, x.dtype, path, has_amx())
     if taken == BFLOAT16_ROWS:
-        return _by_blocks(x, stored, bias, in_features, group, path)
+        return _by_blocks(path, x, stored, bias, in_features, group)
     tokens = x
     if x.dtype != torch.float32 or not x.is_contiguous():
         tokens = x.float().contiguous()
@@ -78,20 +117,20 @@ def linear(
         y = tokens.new_empty((*x.shape[:-1], out))
         multiply(layer_of(stored, in_features, group, bias), tokens, y, count, path)
     else:
-        y = _by_blocks(tokens, stored, bias, in_features, group, path)
+        y = _by_blocks(path, tokens, stored, bias, in_features, group)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def chosen_path(fast: bool) -> int:
-    """The path of the native library for a layer."""
+    """The path of the native library for a layer: the fast one, or the best exact one."""
     return fast_path() if fast else best_path()
 
 
 def _by_blocks(
-    x: Tensor, stored: Sequence[Any], bias: Tensor | None, in_features: int, group: int, path: int
+    path: int, x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int
 ) -> Tensor:
     """`linear` in the dtype of x, by torch's own product with a block of dense rows at a time."""
-    y = x.new_empty((*x.shape[:-1], stored[0].shape[0]))
+    y = x.new_empty((*x.shape[:-1], stored.out))
     tokens, flat = x.reshape(-1, in_features), y.view(-1, y.shape[-1])
     for rows, block in dense_blocks(stored, in_features, group, path):
         torch.mm(tokens, block.to(x.dtype).T, out=flat[:, rows])
@@ -101,7 +140,17 @@ def _by_blocks(
 
 
 def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
-    """How so many tokens of a dtype meet the weights, on a path, by a processor with or without AMX."""
+    """How tokens are multiplied: from decoded codes, or with blocks of dense rows.
+
+    Args:
+        count: number of tokens.
+        dtype: of the activations.
+        path: of the native library.
+        amx: whether the processor has AMX.
+
+    Returns:
+        `DECODED`, `ROWS` or `BFLOAT16_ROWS`.
+    """
     if count <= FEW_TOKENS:
         return DECODED
     if amx and dtype == torch.bfloat16:
@@ -111,13 +160,26 @@ def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
 
 @cache
 def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 in tiles: torch's product then beats any in float32."""
+    """Whether the processor multiplies bfloat16 in tiles, which is faster than any product in float32."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return bool(supported())
 
 
-def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, group: int) -> Tensor:
-    """`gradient @ W`: gradient `[..., out]` -> `[..., in]`, dequantizing again."""
+def input_gradient(gradient: Tensor, stored: StoredWeight, in_features: int, group: int) -> Tensor:
+    """`gradient @ W`, dequantizing W again.
+
+    Args:
+        gradient: `[..., out]`.
+        stored: the weight W `[out, in]`.
+        in_features: its columns.
+        group: columns that share a scale.
+
+    Returns:
+        `[..., in]`, in the dtype of gradient.
+
+    Raises:
+        ValueError: see `linear`.
+    """
     tokens = gradient.reshape(-1, gradient.shape[-1]).float()
     total = tokens.new_zeros(tokens.shape[0], in_features)
     for rows, block in dense_blocks(stored, in_features, group):
@@ -126,11 +188,22 @@ def input_gradient(gradient: Tensor, stored: Sequence[Any], in_features: int, gr
 
 
 def dense_blocks(
-    stored: Sequence[Any], in_features: int, group: int, path: int | None = None
+    stored: StoredWeight, in_features: int, group: int, path: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in blocks of rows: `(rows, block [rows, in])`, float32, in one buffer used again."""
+    """The weight in blocks of rows.
+
+    Args:
+        stored: the weight `[out, in]`.
+        in_features: its columns.
+        group: columns that share a scale.
+        path: of the native library; None: the best exact one.
+
+    Yields:
+        Rows, and the block `[rows, in]`, float32. All blocks share one buffer: a block is valid until the
+        next one is taken.
+    """
     layer = layer_of(stored, in_features, group)
-    out = stored[0].shape[0]
+    out = stored.out
     height = max(1, min(out, BLOCK_WEIGHTS // in_features))
     buffer = _buffer(height * in_features)
     for start in range(0, out, height):
@@ -141,7 +214,7 @@ def dense_blocks(
 
 
 def _buffer(size: int) -> Tensor:
-    """A thread's own float32 `[size]`, kept between calls: fresh pages cost as much as what is written."""
+    """A float32 buffer `[size]` of this thread, kept between calls: fresh pages take time."""
     kept: Tensor | None = getattr(_kept, "buffer", None)
     if kept is None or kept.numel() < size:
         kept = _kept.buffer = torch.empty(size, dtype=torch.float32, device="cpu")

@@ -1,8 +1,8 @@
-"""The shortest way to the native library: no dispatcher, for what is plain inference on a CPU.
+"""Direct call of the native library, without torch's dispatcher, for plain inference on a CPU.
 
-A small layer's product takes as long as torch's dispatcher and its way back into Python. Where nothing but
-the product can come of a call (no gradient, no mode, no trace, no compiler), the library is called at once,
-and looks at every tensor itself, each time. All else is the op's.
+For a small layer, torch's dispatcher and its way back into Python take as long as the product. Where a call
+needs nothing but the product (no gradient, no mode, no trace, no compiler), the library is called at once,
+and checks every tensor itself. Everything else is left to the op (`kernels.linear_op`).
 """
 
 from typing import Final
@@ -13,6 +13,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
 from svdq_hf.kernels.native.library import multiply_direct
 
@@ -21,11 +22,20 @@ _FLOAT32: Final = torch.float32
 
 
 def linear(
-    x: Tensor, inputs: tuple[Tensor | None, ...], in_features: int, group: int, fast: bool = False
+    x: Tensor, stored: StoredWeight, bias: Tensor | None, in_features: int, group: int, fast: bool = False
 ) -> Tensor | None:
-    """`x @ W.T + bias` as the op `svdq::linear` computes it, bit for bit; None: ask the op.
+    """`x @ W.T + bias`, bit for bit as the op `svdq::linear` computes it.
 
-    inputs: the parts in the order of `PARTS`, and the bias.
+    Args:
+        x: activations `[..., in]`.
+        stored: the weight W `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        fast: whether activations of few tokens may be rounded to 16 bits.
+
+    Returns:
+        `[..., out]`, in the dtype of x; None: the caller must use the op.
 
     Raises:
         ValueError: a salient position is out of range or out of order.
@@ -35,15 +45,14 @@ def linear(
     path = cpu.chosen_path(fast)
     if cpu.way(x.numel() // in_features, x.dtype, path, cpu.has_amx()) != cpu.DECODED:
         return None
-    if not _PLAIN.issuperset(map(type, inputs)):
+    if type(bias) not in _PLAIN or not _PLAIN.issuperset(map(type, stored)):
         return None
-    *stored, bias = inputs
     tokens = x if x.dtype is _FLOAT32 else x.float()
     if bias is not None and bias.dtype is not _FLOAT32:
-        inputs = (*stored, bias.float())
+        bias = bias.float()
     try:
-        y = tokens.new_empty((*x.shape[:-1], inputs[0].shape[0]))  # type: ignore[union-attr]
-        done = multiply_direct(inputs, tokens, y, in_features, group, path)
+        y = tokens.new_empty((*x.shape[:-1], stored.weight.shape[0]))
+        done = multiply_direct((*stored, bias), tokens, y, in_features, group, path)
     except (BufferError, IndexError, RuntimeError):  # one of them has no data, no rows, or is elsewhere
         return None
     if not done:
@@ -52,12 +61,12 @@ def linear(
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether x is numbers in memory, one after another."""
+    """Whether x is a plain contiguous CPU tensor."""
     return type(x) is Tensor and x.dtype in cpu.DTYPES and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def _is_watched() -> bool:
-    """Whether someone wants to see, or to change, what operations are called."""
+    """Whether a mode, a trace or a profiler must see the call of an operation."""
     return bool(
         torch.is_autocast_enabled("cpu")
         or _len_torch_dispatch_stack()

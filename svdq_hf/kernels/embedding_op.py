@@ -1,7 +1,8 @@
-"""`svdq::embedding`: rows of a stored matrix, by number: `ids [...] -> [..., in]`.
+"""The op `svdq::embedding`: rows of a stored matrix by number, `ids [...] -> [..., in]`.
 
-Each row asked for is taken out of the parts as they are stored, and only those are dequantized. It has no
-gradient: what it reads is frozen, and the salient entries train through the product alone.
+The rows are taken out of the stored parts, and only those are dequantized. It has no
+gradient: what it reads is frozen, and the salient entries train through the product alone. Not here: the
+module (`nn.embedding`).
 """
 
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from svdq_hf.format.decode import dense_blocks, take_rows
-from svdq_hf.kernels.linear_op import STORED, TAGS, named, together
+from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.kernels.contract import check_embedding
+from svdq_hf.kernels.linear_op import STORED, TAGS
+from svdq_hf.kernels.positions import check_positions
 
 EMBEDDING = "svdq::embedding"
 torch.library.define(
@@ -18,18 +22,27 @@ torch.library.define(
 )
 
 
+def _arguments(others: tuple[Any, ...]) -> tuple[StoredWeight, int, int, torch.dtype]:
+    """The op's arguments after the ids: stored parts, in_features, group, dtype."""
+    in_features, group, dtype = others[len(PARTS) :]
+    return StoredWeight(*others[: len(PARTS)]), in_features, group, dtype
+
+
 @torch.library.impl(EMBEDDING, "CompositeExplicitAutograd")
 def _embedding(ids: Tensor, *others: Any) -> Tensor:
-    *stored, in_features, group, dtype = others
+    stored, in_features, group, dtype = _arguments(others)
+    check_embedding(ids, stored, in_features, group, dtype)
+    check_positions(stored.salient_rows, stored.salient_columns, stored.out, in_features)
     found = torch.empty(ids.numel(), in_features, dtype=dtype, device=ids.device)
-    for rows, block in dense_blocks(take_rows(named(stored), ids.reshape(-1)), in_features, group):
+    for rows, block in dense_blocks(take_rows(stored.as_dict(), ids.reshape(-1)), in_features, group):
         found[rows] = block.to(dtype)
     return found.view(*ids.shape, in_features)
 
 
 def _shape(ids: Tensor, *others: Any) -> Tensor:
-    together(ids.device, others[:-3])
-    return ids.new_empty(*ids.shape, others[-3], dtype=others[-1])
+    stored, in_features, group, dtype = _arguments(others)
+    check_embedding(ids, stored, in_features, group, dtype)
+    return ids.new_empty(*ids.shape, in_features, dtype=dtype)
 
 
 torch.library.register_fake(EMBEDDING, _shape)

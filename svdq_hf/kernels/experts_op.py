@@ -1,19 +1,22 @@
-"""`svdq::expert_linear`: tokens sorted by expert, each times the matrix of its own: `x [n, in] -> [n, out]`.
+"""The op `svdq::expert_linear`: each token times its expert's matrix, `x [n, in] -> [n, out]`.
 
-An expert that no token chose is not looked at. For the others it is `svdq::linear` on slices of the stacked
-parts, so whatever computes that on a device computes this. `ends` `[experts]` says where each one's tokens
-stop; rows behind the last are zero. sparse: tokens that are all zero are not computed either, their rows stay
-zero. As ops, the loops over experts that were hit, a question to the data, are one node of a graph.
+Tokens are sorted by expert; experts without tokens are skipped. For the others it is `svdq::linear` on slices
+of the stacked parts, so every backend of that computes this. `ends` `[experts]` says where each expert's
+tokens end; rows after the last end are zero. With `sparse`, tokens that are all zero are skipped and their
+rows stay zero. As an op, the loop over experts, which looks at data, is one node of a graph. Not here: the
+module (`nn.experts`).
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdq_hf.format.parts import PARTS
-from svdq_hf.kernels.linear_op import STORED, TAGS, linear, together, values_gradient
+from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.kernels.contract import check_ends, check_experts, check_experts_gradient, check_values_gradient
+from svdq_hf.kernels.linear_op import STORED, TAGS, gradients_of, linear, values_gradient
+from svdq_hf.kernels.positions import check_positions
 
 LINEAR = "svdq::expert_linear"
 INPUT_GRADIENT = "svdq::expert_input_gradient"
@@ -29,10 +32,40 @@ torch.library.define(
 )
 
 
+_AFTER = 1 + len(PARTS)
+"""Position after the stored parts in the ops' arguments."""
+
+
+class ExpertArguments(NamedTuple):
+    """The arguments of `svdq::expert_linear` and `svdq::expert_input_gradient`.
+
+    Attributes:
+        tokens: x `[n, in]`, or a gradient `[n, out]`, sorted by expert.
+        stored: the stacked weights `[experts, out, in]`.
+        ends: where each expert's tokens end, `[experts]`.
+        in_features: columns of each weight.
+        group: columns that share a scale.
+        sparse: whether tokens that are all zero are skipped.
+    """
+
+    tokens: Tensor
+    stored: StoredWeight
+    ends: Tensor
+    in_features: int
+    group: int
+    sparse: bool
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "ExpertArguments":
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
+        return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 4])
+
+
 def _hit(ends: Tensor, tokens: Tensor, sparse: bool) -> Iterator[tuple[int, Any]]:
-    """The experts that have tokens, with the rows of those: a slice, or of sparse tokens an index."""
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
+    """The experts that have tokens, with their rows: a slice, or an index where `sparse`."""
+    start, stops = 0, ends.tolist()
+    check_ends(stops, tokens.shape[0])
+    for expert, end in enumerate(stops):
         rows: Any = slice(start, end)
         if sparse and end > start:
             rows = start + tokens[rows].any(1).nonzero().squeeze(1)
@@ -41,22 +74,24 @@ def _hit(ends: Tensor, tokens: Tensor, sparse: bool) -> Iterator[tuple[int, Any]
         start = end
 
 
-def _of(stored: list[Tensor | None], expert: int) -> list[Tensor | None]:
-    return [None if part is None else part[expert] for part in stored]
+def _of(stored: StoredWeight, expert: int) -> StoredWeight:
+    return StoredWeight(*(None if part is None else part[expert] for part in stored))  # type: ignore[arg-type]
 
 
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
-def _linear(x: Tensor, *others: Any) -> Tensor:
-    *stored, ends, in_features, group, sparse = others
-    y = x.new_zeros(x.shape[0], stored[0].shape[1])
+def _linear(*inputs: Any) -> Tensor:
+    x, stored, ends, in_features, group, sparse = ExpertArguments.of(inputs)
+    check_experts(x, stored, ends, in_features, group)
+    y = x.new_zeros(x.shape[0], stored.weight.shape[1])
     for expert, rows in _hit(ends, x, sparse):
         y[rows] = linear(x[rows], *_of(stored, expert), None, in_features, group)
     return y
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
-def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
-    *stored, ends, in_features, group, sparse = others
+def _input_gradient(*inputs: Any) -> Tensor:
+    gradient, stored, ends, in_features, group, sparse = ExpertArguments.of(inputs)
+    check_experts_gradient(gradient, stored, ends, in_features, group)
     total = gradient.new_zeros(gradient.shape[0], in_features)
     for expert, rows in _hit(ends, gradient, sparse):
         total[rows] = torch.ops.svdq.input_gradient(gradient[rows], *_of(stored, expert), in_features, group)
@@ -65,60 +100,72 @@ def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
 
 @torch.library.impl(VALUES_GRADIENT, "CompositeExplicitAutograd")
 def _values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    """Of all experts' salient values, `[experts, k]`, float32."""
+    """The gradient of all experts' salient values, `[experts, k]`, float32."""
+    check_values_gradient(x, gradient, rows, columns, ends)
     found = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
     for expert, tokens in _hit(ends, x, sparse=False):
+        check_positions(rows[expert], columns[expert], gradient.shape[1], x.shape[1])
         found[expert] = values_gradient(x[tokens], gradient[tokens], rows[expert], columns[expert])
     return found
 
 
-def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    together(x.device, others[:-4])
-    return x.new_empty(x.shape[0], weight.shape[1])
+def _linear_shape(*inputs: Any) -> Tensor:
+    x, stored, ends, in_features, group, _ = ExpertArguments.of(inputs)
+    check_experts(x, stored, ends, in_features, group)
+    return x.new_empty(x.shape[0], stored.weight.shape[1])
 
 
-def _input_gradient_shape(gradient: Tensor, *others: Any) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], others[-3])
+def _input_gradient_shape(*inputs: Any) -> Tensor:
+    gradient, stored, ends, in_features, group, _ = ExpertArguments.of(inputs)
+    check_experts_gradient(gradient, stored, ends, in_features, group)
+    return gradient.new_empty(gradient.shape[0], in_features)
 
 
-def _values_gradient_shape(x: Tensor, gradient: Tensor, rows: Tensor, *others: Tensor) -> Tensor:
+def _values_gradient_shape(
+    x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor, ends: Tensor
+) -> Tensor:
+    check_values_gradient(x, gradient, rows, columns, ends)
     return torch.empty(rows.shape, dtype=torch.float32, device=x.device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *stored, ends, ctx.in_features, ctx.group, ctx.sparse = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, ends, *stored)
+    x, stored, ends, ctx.in_features, ctx.group, ctx.sparse = ExpertArguments.of(inputs)
+    wanted = ExpertArguments.of(ctx.needs_input_grad)
+    ctx.save_for_backward(x if wanted.stored.salient_values else None, ends, *stored)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, ends, *stored = ctx.saved_tensors
+    x, ends, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), ExpertArguments.of(ctx.needs_input_grad)
     others = (*stored, ends, ctx.in_features, ctx.group, ctx.sparse)
-    for_x = torch.ops.svdq.expert_input_gradient(gradient, *others) if ctx.needs_input_grad[0] else None
-    return for_x, None, None, _for_values(x, gradient, stored, ends), *_ABSENT
+    for_x = torch.ops.svdq.expert_input_gradient(gradient, *others) if wanted.tokens else None
+    return for_x, *gradients_of(_for_values(x, gradient, stored, ends)), *_NONE_FOR_THE_LAST
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gradient, *stored, ends, ctx.in_features, ctx.group, ctx.sparse = inputs
+    gradient, stored, ends, ctx.in_features, ctx.group, ctx.sparse = ExpertArguments.of(inputs)
     ctx.save_for_backward(gradient, ends, *stored)
 
 
 def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
-    """For `gradient @ W`: what a gradient penalty asks for."""
-    gradient, ends, *stored = ctx.saved_tensors
+    """Backward of `gradient @ W`, which a gradient penalty needs."""
+    gradient, ends, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), ExpertArguments.of(ctx.needs_input_grad)
     others = (*stored, ends, ctx.in_features, ctx.group, ctx.sparse)
-    for_gradient = torch.ops.svdq.expert_linear(second, *others) if ctx.needs_input_grad[0] else None
-    wanted = second if ctx.needs_input_grad[3] else None
-    return for_gradient, None, None, _for_values(wanted, gradient, stored, ends), *_ABSENT
+    for_gradient = torch.ops.svdq.expert_linear(second, *others) if wanted.tokens else None
+    x = second if wanted.stored.salient_values else None
+    return for_gradient, *gradients_of(_for_values(x, gradient, stored, ends)), *_NONE_FOR_THE_LAST
 
 
-def _for_values(x: Tensor | None, gradient: Tensor, stored: list[Tensor], ends: Tensor) -> Tensor | None:
+def _for_values(x: Tensor | None, gradient: Tensor, stored: StoredWeight, ends: Tensor) -> Tensor | None:
     if x is None:
         return None
-    return torch.ops.svdq.expert_values_gradient(x, gradient, stored[3], stored[4], ends)  # type: ignore[no-any-return]
+    positions = stored.salient_rows, stored.salient_columns
+    return torch.ops.svdq.expert_values_gradient(x, gradient, *positions, ends)  # type: ignore[no-any-return]
 
 
-_ABSENT = [None] * (len(PARTS) - 3 + 4)
-"""Of the parts only the salient values have a gradient; of `_LAST` nothing has."""
+_NONE_FOR_THE_LAST = [None] * 4
+"""Gradients of the arguments in `_LAST`: none."""
 
 torch.library.register_fake(LINEAR, _linear_shape)
 torch.library.register_fake(INPUT_GRADIENT, _input_gradient_shape)
@@ -128,5 +175,12 @@ torch.library.register_autograd(INPUT_GRADIENT, _backward_gradient, setup_contex
 
 
 def expert_linear(*inputs: Any) -> Tensor:
-    """Call the op."""
+    """Call `svdq::expert_linear`.
+
+    Args:
+        *inputs: x `[n, in]`, the stacked parts, ends `[experts]`, in_features, group, sparse.
+
+    Returns:
+        `[n, out]`, in the dtype of x.
+    """
     return torch.ops.svdq.expert_linear(*inputs)  # type: ignore[no-any-return]

@@ -1,20 +1,21 @@
-"""`svdq::linear`, the one op: its schema, shapes without data, gradients, and default kernel.
+"""The op `svdq::linear`: its schema, its shapes without data, and its gradients.
 
-Whatever computes it, the contract is this file: `x [..., in] -> y [..., out]`, y in x's dtype,
+Every backend keeps this contract: `x [..., in] -> y [..., out]`, y in x's dtype,
 `y = x @ W.T + bias` with `W = row_scale * scale * level(code) * column_scale + salient`. Gradients
-exist for x, bias and salient_values; backward keeps no dense weight. `fast` lets a kernel round the
-activations of a few tokens to 16 bits; one that has nothing to win by it does not. Faster kernels register
-themselves for their device and nothing else changes.
+exist for x, bias and salient_values; backward keeps no dense weight. `fast` allows a kernel to round the
+activations of a few tokens to 16 bits; kernels that would not gain by it do not. Not here: what arguments
+must be (`kernels.contract`), which code computes (`kernels.backends`).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdq_hf.format.parts import PARTS
-from svdq_hf.kernels import cpu, reference
+from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.kernels.backends import backend_for
+from svdq_hf.kernels.contract import check_input_gradient, check_linear
 
 STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
@@ -35,123 +36,154 @@ torch.library.define(
 
 
 def linear(*inputs: Any) -> Tensor:
-    """Call the op; without its autograd, which takes longer than a small layer, where there is none to do."""
+    """Call `svdq::linear`; without its autograd, which takes longer than a small layer, where none is needed.
+
+    Args:
+        *inputs: x `[..., in]`, the stored parts, bias `[out]` or None, in_features, group, fast.
+
+    Returns:
+        `[..., out]`, in the dtype of x.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _OP(*inputs)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(*inputs)  # type: ignore[no-any-return]
 
 
+class LinearArguments(NamedTuple):
+    """The arguments of `svdq::linear`. torch omits `fast` where it is false; here it is always present.
+
+    Attributes:
+        x: activations `[..., in]`.
+        stored: the weight `[out, in]`.
+        bias: `[out]`, or None.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        fast: whether activations of few tokens may be rounded to 16 bits.
+    """
+
+    x: Tensor
+    stored: StoredWeight
+    bias: Tensor | None
+    in_features: int
+    group: int
+    fast: bool = False
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "LinearArguments":
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
+        return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 4])
+
+
+class GradientArguments(NamedTuple):
+    """The arguments of `svdq::input_gradient`.
+
+    Attributes:
+        gradient: `[..., out]`.
+        stored: the weight `[out, in]`.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+    """
+
+    gradient: Tensor
+    stored: StoredWeight
+    in_features: int
+    group: int
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "GradientArguments":
+        """The arguments from the op's positional ones, or one value for each (torch may append one more)."""
+        return cls(inputs[0], StoredWeight(*inputs[1:_AFTER]), *inputs[_AFTER : _AFTER + 2])
+
+
+_AFTER = 1 + len(PARTS)
+"""Position after the stored parts in the ops' arguments."""
+
+
 @torch.library.impl(LINEAR, "CompositeExplicitAutograd")
-def _linear(x: Tensor, *others: Any) -> Tensor:
-    stored, bias, in_features, group, fast = _arguments(others)
-    stored = as_stored(stored)
-    _check(x, stored[0], in_features)
-    if cpu.computes(x, stored[0], in_features, group):
-        return cpu.linear(x, stored, bias, in_features, group, fast=fast)
-    return reference.linear(x, named(stored), bias, in_features, group)
+def _linear(*inputs: Any) -> Tensor:
+    x, stored, bias, in_features, group, fast = LinearArguments.of(inputs)
+    check_linear(x, stored, bias, in_features, group)
+    backend = backend_for(x, stored, in_features, group)
+    return backend.linear(x, with_float32_values(stored), bias, in_features, group, fast)
 
 
 @torch.library.impl(INPUT_GRADIENT, "CompositeExplicitAutograd")
-def _input_gradient(gradient: Tensor, *others: Any) -> Tensor:
-    *parts, in_features, group = others
-    stored = as_stored(parts)
-    if cpu.computes(gradient, stored[0], in_features, group):
-        return cpu.input_gradient(gradient, stored, in_features, group)
-    return reference.input_gradient(gradient, named(stored), in_features, group)
+def _input_gradient(*inputs: Any) -> Tensor:
+    gradient, stored, in_features, group = GradientArguments.of(inputs)
+    check_input_gradient(gradient, stored, in_features, group)
+    backend = backend_for(gradient, stored, in_features, group)
+    return backend.input_gradient(gradient, with_float32_values(stored), in_features, group)
 
 
-def as_stored(stored: Sequence[Any]) -> Sequence[Any]:
-    """The stored arguments with FP32 salient values, which FSDP's mixed precision casts as any parameter.
+def with_float32_values(stored: StoredWeight) -> StoredWeight:
+    """The weight with salient values in FP32; FSDP's mixed precision casts them as any parameter.
 
-    Not before the op: what it saves for backward is then FSDP's own, let go of and gathered again.
+    They are cast inside the op, not before: so what the op saves for backward is FSDP's own tensor, which
+    FSDP can free and gather again.
     """
-    if stored[2].dtype == torch.float32:
+    if stored.salient_values.dtype == torch.float32:
         return stored
-    return [*stored[:2], stored[2].float(), *stored[3:]]
+    return stored._replace(salient_values=stored.salient_values.float())
 
 
-def _arguments(others: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None, int, int, bool]:
-    """Stored parts, bias, in_features, group, fast: which torch leaves out where it is the default."""
-    *rest, in_features, group, fast = others if len(others) == len(PARTS) + 4 else (*others, False)
-    return rest[:-1], rest[-1], in_features, group, fast
+def _linear_shape(*inputs: Any) -> Tensor:
+    x, stored, bias, in_features, group, _ = LinearArguments.of(inputs)
+    check_linear(x, stored, bias, in_features, group)
+    return x.new_empty(*x.shape[:-1], stored.out)
 
 
-def named(stored: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The op's stored arguments by name, without those that are absent."""
-    return {name: part for name, part in zip(PARTS, stored, strict=True) if part is not None}
+def _input_gradient_shape(*inputs: Any) -> Tensor:
+    gradient, stored, in_features, group = GradientArguments.of(inputs)
+    check_input_gradient(gradient, stored, in_features, group)
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
-def _linear_shape(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    stored, _, in_features, _, _ = _arguments((weight, *others))
-    _check(x, weight, in_features)
-    together(x.device, stored)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def gradients_of(values: Tensor | None) -> StoredWeight:
+    """The gradients of the stored parts that backward returns: only the salient values have one.
 
-
-def _input_gradient_shape(gradient: Tensor, *others: Any) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], others[-2])
-
-
-def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"input {list(x.shape)} does not end in the layer's {in_features} features")
-    if not x.is_floating_point():
-        raise ValueError(
-            f"input is {x.dtype}; the layer computes in floating point. If the model itself cast it to "
-            "the dtype of this layer's weight, keep the layer dense: modules_to_not_convert"
-        )
-    if x.device != weight.device:
-        raise ValueError(f"input is on {x.device} and the weight on {weight.device}; move one of them")
-
-
-def together(device: torch.device, stored: Sequence[Tensor | None]) -> None:
-    """Refuse parts of which one is elsewhere (offloaded, say): torch would answer with memory as it is.
-
-    Raises:
-        ValueError: it names the two devices.
+    Args:
+        values: gradient of the salient values, `[k]` (experts: `[experts, k]`), or None.
     """
-    for part in stored:
-        if part is not None and part.device != device:
-            raise ValueError(f"input is on {device} and a stored tensor on {part.device}; move one of them")
+    return StoredWeight(None, None, values, None, None)  # type: ignore[arg-type]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *others = inputs
-    stored, bias, in_features, group, _ = _arguments(others)
-    for_values, for_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[1 + len(PARTS)]
-    ctx.save_for_backward(x if for_values else None, *stored)
-    ctx.bias_dtype = bias.dtype if bias is not None and for_bias else None
-    ctx.in_features, ctx.group, ctx.inputs = in_features, group, len(inputs)
+    x, stored, bias, ctx.in_features, ctx.group, _ = LinearArguments.of(inputs)
+    wanted = LinearArguments.of(ctx.needs_input_grad)
+    ctx.save_for_backward(x if wanted.stored.salient_values else None, *stored)
+    ctx.bias_dtype = bias.dtype if bias is not None and wanted.bias else None
+    ctx.numbers = len(inputs) - len((x, *stored, bias))
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, *stored = ctx.saved_tensors
+    x, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), LinearArguments.of(ctx.needs_input_grad)
     for_x = for_values = for_bias = None
-    if ctx.needs_input_grad[0]:
+    if wanted.x:
         for_x = torch.ops.svdq.input_gradient(gradient, *stored, ctx.in_features, ctx.group)
     if x is not None:
-        for_values = values_gradient(x, gradient, rows=stored[3], columns=stored[4])
+        for_values = values_gradient(x, gradient, stored.salient_rows, stored.salient_columns)
     if ctx.bias_dtype is not None:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    absent = [None] * (len(PARTS) - 3)  # of the parts only the salient values have a gradient
-    return for_x, None, None, for_values, *absent, for_bias, *[None] * (ctx.inputs - len(PARTS) - 2)
+    return for_x, *gradients_of(for_values), for_bias, *[None] * ctx.numbers
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.in_features, ctx.group = inputs
-    ctx.save_for_backward(*tensors)
+    gradient, stored, ctx.in_features, ctx.group = GradientArguments.of(inputs)
+    ctx.save_for_backward(gradient, *stored)
 
 
 def _backward_gradient(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
-    """For `gradient @ W`: what a gradient penalty asks for."""
-    gradient, *stored = ctx.saved_tensors
+    """Backward of `gradient @ W`, which a gradient penalty needs."""
+    gradient, *parts = ctx.saved_tensors
+    stored, wanted = StoredWeight(*parts), GradientArguments.of(ctx.needs_input_grad)
     for_gradient = for_values = None
-    if ctx.needs_input_grad[0]:
+    if wanted.gradient:
         for_gradient = torch.ops.svdq.linear(second, *stored, None, ctx.in_features, ctx.group)
-    if ctx.needs_input_grad[3]:
-        for_values = values_gradient(second, gradient, rows=stored[3], columns=stored[4])
-    return for_gradient, None, None, for_values, *[None] * (len(PARTS) - 3), None, None
+    if wanted.stored.salient_values:
+        for_values = values_gradient(second, gradient, stored.salient_rows, stored.salient_columns)
+    return for_gradient, *gradients_of(for_values), None, None
 
 
 GATHERED = 1 << 22
@@ -159,7 +191,17 @@ GATHERED = 1 << 22
 
 
 def values_gradient(x: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """For each salient entry, `sum over tokens of gradient[:, row] * x[:, column]`: `[k]`, float32."""
+    """The gradient of the salient values: the sum over tokens of `gradient[:, row] * x[:, column]`.
+
+    Args:
+        x: activations `[..., in]`.
+        gradient: of the output, `[..., out]`.
+        rows: rows of the salient entries, `[k]`.
+        columns: columns of the salient entries, `[k]`.
+
+    Returns:
+        `[k]`, float32.
+    """
     tokens, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     step = max(1, GATHERED // max(1, tokens.shape[0]))
     pieces = [

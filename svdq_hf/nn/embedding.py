@@ -1,22 +1,29 @@
-"""Packed embeddings: SVDQEmbedding, with parts of its own, and TiedEmbedding, which reads another's rows."""
+"""Packed embeddings: SVDQEmbedding, with its own parts, and TiedEmbedding, which reads another module's rows.
+
+Not here: the lookup itself (`kernels.embedding_op`).
+"""
 
 from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.format.parts import PARTS, Scheme
 from svdq_hf.kernels import embedding_op as _embedding_op  # noqa: F401  # defines torch.ops.svdq.embedding
-from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.nn.linear import SVDQLinear, leaf_of_a_trace
 
 
 class TiedEmbedding(nn.Module):
-    """Looks rows up in a quantized output head, or in another embedding's table: ids `[...]` -> `[..., in]`.
+    """Embedding that reads the rows of a packed matrix elsewhere: ids `[...]` -> `[..., in]`.
 
-    It stores nothing: one matrix, one place in a file, under the head's name.
+    The matrix is a quantized output head's, or an SVDQEmbedding's. This module stores nothing: one matrix has
+    one place in a file, under the other module's name.
 
-    head: whose rows are the embeddings. dense: the embedding that this one stands for; its weight is let go.
+    Args:
+        head: the module whose rows are the embeddings.
+        dense: the embedding that this one replaces; its weight is freed.
     """
 
     def __init__(self, head: SVDQLinear, dense: nn.Embedding) -> None:
@@ -29,21 +36,35 @@ class TiedEmbedding(nn.Module):
 
     @property
     def head(self) -> SVDQLinear:
-        """The output head, or the table."""
+        """The module whose rows are the embeddings."""
         return self._others[0]
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without data, of the shape and dtype that the dense weight would have."""
+        """A meta tensor `[rows, in]` with the shape and dtype of the dense weight."""
         weight = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device="meta")
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # some families reach for it
         return weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids `[...]`: rows `[..., in]`."""
         return self.read(self.head, ids)
 
     def read(self, head: SVDQLinear, ids: Tensor) -> Tensor:
-        """The embeddings of `ids` as rows of `head`."""
+        """The embeddings of some ids.
+
+        Args:
+            head: the module whose rows are the embeddings.
+            ids: `[...]`, int64 or int32.
+
+        Returns:
+            `[..., in]`, of the dense embedding's dtype.
+
+        Raises:
+            ValueError: the packed matrix is sharded by itself, or on another device than the ids.
+        """
+        if isinstance(ids, Proxy):
+            return leaf_of_a_trace(head if isinstance(head, SVDQEmbedding) else self, ids)
         if hasattr(head.weight, "full_tensor"):  # a DTensor, in an FSDP group of its own
             raise ValueError(
                 "the packed matrix, whose rows are the embeddings, is sharded by itself: leave it to the "
@@ -62,7 +83,11 @@ class TiedEmbedding(nn.Module):
         return rows if self.scale == 1 else rows * self.scale
 
     def restored(self, weight: nn.Parameter) -> nn.Embedding:
-        """The dense embedding again, with the weight `[out, in]` of a dense head."""
+        """The dense embedding.
+
+        Args:
+            weight: of the dense head, `[rows, in]`.
+        """
         dense = self._others[1]
         dense.weight = weight
         if self.rounded:  # it may be on meta
@@ -79,11 +104,14 @@ class TiedEmbedding(nn.Module):
 
 
 class SVDQEmbedding(SVDQLinear):
-    """An embedding in parts of its own: ids `[...]` -> `[..., in]`.
+    """Embedding in its own packed parts: ids `[...]` -> `[..., in]`.
 
-    Its matrix `[rows, in]` is stored as that of a linear layer is; nothing of it trains.
+    Its matrix `[rows, in]` is stored like that of a linear layer; nothing of it trains.
 
-    dense: the embedding that this one stands for; its weight is let go.
+    Args:
+        dense: the embedding that this one replaces; its weight is freed.
+        scheme: how the matrix is stored.
+        device: of the empty parts.
     """
 
     def __init__(self, dense: nn.Embedding, scheme: Scheme, device: torch.device | str | None = None) -> None:
@@ -95,14 +123,19 @@ class SVDQEmbedding(SVDQLinear):
 
     @property
     def reader(self) -> TiedEmbedding:
-        """What looks the rows up."""
+        """The TiedEmbedding that looks the rows up."""
         return self._own[0]
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids `[...]`: rows `[..., in]`."""
         return self.reader.read(self, ids)  # of this module: DataParallel makes replicas of it
 
     def restored(self, weight: nn.Parameter) -> nn.Embedding:
-        """The dense embedding again."""
+        """The dense embedding.
+
+        Args:
+            weight: of the embedding, `[rows, in]`.
+        """
         return self.reader.restored(weight).train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQEmbedding":
@@ -116,15 +149,15 @@ class SVDQEmbedding(SVDQLinear):
 
 
 def can_be_read(module: nn.Module) -> TypeGuard[nn.Embedding]:
-    """Whether a module only looks rows up, and maybe multiplies them by a number (as Gemma's does)."""
+    """Whether a module only looks rows up, and at most multiplies them by a number (as Gemma's does)."""
     named = type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding")
     return named and isinstance(module, nn.Embedding)
 
 
 def embedding_factor(embedding: nn.Embedding) -> tuple[float, bool]:
-    """The number that an embedding's rows are multiplied by (1 where there is none); whether as a tensor.
+    """The number that an embedding's rows are multiplied by, and whether the number is a tensor.
 
-    A tensor is rounded to the dtype of the rows first, a number is not.
+    A tensor is rounded to the dtype of the rows first, a Python number is not. 1 where there is none.
     """
     scale = getattr(embedding, "embed_scale", 1.0)
     return float(getattr(embedding, "scalar_embed_scale", scale)), isinstance(scale, Tensor)

@@ -1,7 +1,8 @@
-"""Layouts of fused experts: which classes are understood, and how each keeps its two matrices.
+"""Layouts of fused experts: which classes can be quantized, and how each stores its two matrices.
 
-Families whose class goes through transformers' experts interface (`use_experts_implementation`) need not be
-known by name; two that do not are.
+Families whose class uses transformers' experts interface (the decorator that adds `has_gate`,
+`is_transposed` and others) need not be known by name; two that do not use it are. Not here: the quantized
+module (`nn.experts`).
 """
 
 from typing import NamedTuple
@@ -12,11 +13,13 @@ from svdq_hf.format.names import WeightName
 
 
 class Layout(NamedTuple):
-    """How a class keeps its experts.
+    """How a class stores and calls its experts.
 
-    matrices: names of the two parameters, in the order they are applied. transposed: they are
-    `[experts, in, out]`. routed: it is called with indices and weights of the top k experts of each token; or
-    else with as many tokens for each expert, zero where the expert was not chosen.
+    Attributes:
+        matrices: names of the two parameters, in the order they are applied.
+        transposed: whether they are `[experts, in, out]`.
+        routed: whether it is called with indices and weights of the top k experts of each token; otherwise
+            with equally many tokens for each expert, zero where the expert was not chosen.
     """
 
     matrices: tuple[str, str] = ("gate_up_proj", "down_proj")
@@ -26,7 +29,7 @@ class Layout(NamedTuple):
 
 _BY_NAME = {"Llama4TextExperts": Layout(transposed=True, routed=False), "Step3p7Experts": Layout()}
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-"""What `use_experts_implementation` gives to a class."""
+"""Attributes that transformers' decorator `use_experts_implementation` gives to a class."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -39,7 +42,7 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def _fits(module: nn.Module, layout: Layout) -> bool:
-    """Whether the two matrices, and no others, are there, of as many experts."""
+    """Whether a module has the layout's two matrices and no others, with equally many experts."""
     stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     counts = {parameter.shape[0] for parameter in stacks.values()}
     floats = all(parameter.is_floating_point() for parameter in stacks.values())
@@ -47,13 +50,18 @@ def _fits(module: nn.Module, layout: Layout) -> bool:
 
 
 def unknown_experts(module: nn.Module) -> bool:
-    """Whether a module looks like fused experts of a class that is not known here."""
+    """Whether a module looks like fused experts of an unknown class."""
     fused = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
     return fused and "expert" in type(module).__name__.lower() and layout_of(module) is None
 
 
 def stacks_of(name: str, module: nn.Module) -> list[WeightName]:
-    """The two stacks of a dense module of fused experts called `name`; of another module none."""
+    """The two stacks of a module of fused experts; of another module none.
+
+    Args:
+        name: of the module.
+        module: the dense module.
+    """
     layout = layout_of(module)
     if layout is None:
         return []

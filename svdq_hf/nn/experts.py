@@ -1,10 +1,10 @@
-"""SVDQExperts: the fused experts of a layer, each expert's matrix quantized as a linear layer's is.
+"""SVDQExperts: the fused experts of a layer, each expert's matrices quantized like a linear layer's.
 
 transformers keeps all experts of a layer in two parameters of three dimensions. Their class knows the rest
-(the gate, the activation, biases, a norm), so the module here takes over whatever the dense one has but these
-two, and asks its class for the gate. Families whose class goes through transformers' experts interface
-(`use_experts_implementation`, transformers 5.20 to 5.24) need not be known by name; two that do not are.
-Whatever implementation the model's config asks for ("grouped_mm", "eager"), packed experts run the one here.
+(the gate, the activation, biases, a norm), so the module here takes over everything of the dense one except
+these two, and uses its class for the gate. Whichever implementation the model's config names ("grouped_mm",
+"eager"), packed experts run the one here. Not here: which classes are known (`nn.expert_layouts`), and the
+product (`kernels.experts_op`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,22 +12,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.format.decode import reconstruct
 from svdq_hf.format.names import WeightName
-from svdq_hf.format.parts import PARTS, Scheme
+from svdq_hf.format.parts import PARTS, Scheme, StoredWeight
+from svdq_hf.kernels import transforms
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
-from svdq_hf.nn.linear import FLOAT_PARTS, FLOATS_FIRST, as_computed, keeping_dtypes
+from svdq_hf.nn.linear import FLOAT_PARTS, FLOATS_FIRST, as_computed, keeping_dtypes, leaf_of_a_trace
 
 
 class SVDQExperts(nn.Module):
-    """The experts of one layer: for each of its tokens, those that were chosen, and only those are decoded.
+    """The experts of one layer; only those that a token has chosen are decoded.
 
-    For each of the two matrices the parts of all experts are stacked: see `names`. As in `SVDQLinear`, the
-    salient values are a parameter, packed codes a frozen one, the rest buffers; made empty.
+    For each of the two matrices the parts of all experts are stacked (`[experts, ...]`, see `stack_specs`),
+    under the names of `WeightName`. As in `SVDQLinear`, the salient values are a parameter, packed codes a
+    frozen one, the rest buffers; they are created empty.
 
-    dense: the module that this one stands for; it is left as it is.
+    Args:
+        dense: the module that this one replaces; it is left as it is.
+        scheme: how each matrix is stored.
+        device: of the empty parts.
+        compute_dtype: dtype of the products; None: that of the input.
+
+    Raises:
+        ValueError: `dense` is no class of fused experts that can be quantized.
     """
 
     family: Any
@@ -70,16 +80,23 @@ class SVDQExperts(nn.Module):
             self.register_buffer(key, tensor)
 
     def stored(self) -> list[WeightName]:
-        """The two stacks, by the matrix' own name."""
+        """Names and shapes of the two stacks, without the module's own name."""
         return [WeightName(matrix, shape) for matrix, shape in self.stacks.items()]
 
     def stack(self, matrix: str) -> dict[str, Tensor]:
-        """The stored tensors of one matrix by part, each with a first dimension of experts."""
+        """The stored tensors of one matrix, by part.
+
+        Args:
+            matrix: its name.
+
+        Returns:
+            Tensors `[experts, ...]`, see `stack_specs`.
+        """
         stored = WeightName(matrix, self.stacks[matrix])
         return {part: getattr(self, stored.key(part)).detach() for part in stored.specs(self.scheme)}
 
     def parts(self) -> dict[str, Tensor]:
-        """All stored tensors, by the names that this module has them under."""
+        """All stored tensors `[experts, ...]`, by their names in this module."""
         return {
             stored.key(part): tensor
             for stored in self.stored()
@@ -87,7 +104,12 @@ class SVDQExperts(nn.Module):
         }
 
     def load_stack(self, matrix: str, parts: Mapping[str, Tensor]) -> None:
-        """Take over the stacked parts of one matrix."""
+        """Put the stacked parts of one matrix into the module.
+
+        Args:
+            matrix: its name.
+            parts: tensors `[experts, ...]` by part, see `stack_specs`.
+        """
         stored = WeightName(matrix, self.stacks[matrix])
         for part, tensor in parts.items():
             current = getattr(self, stored.key(part))
@@ -100,7 +122,15 @@ class SVDQExperts(nn.Module):
         return WeightName(matrix, self.stacks[matrix]).dense_shape(transposed=self.layout.transposed)
 
     def dequantize(self, matrix: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One matrix of all experts, as the dense class keeps it: `[experts, out, in]`, or transposed."""
+        """One matrix of all experts, as the dense class stores it.
+
+        Args:
+            matrix: its name.
+            dtype: of the result.
+
+        Returns:
+            `[experts, out, in]`, or `[experts, in, out]` where the layout is transposed.
+        """
         parts, in_features = self.stack(matrix), self.stacks[matrix][-1]
         dense = torch.empty(self.dense_shape(matrix), dtype=dtype, device=parts["weight"].device)
         for expert, place in enumerate(dense):
@@ -112,7 +142,20 @@ class SVDQExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """hidden_states `[tokens, hidden]`, index and weights `[tokens, k]`, as of the dense class."""
+        """The experts' sum for each token, as the dense class computes it.
+
+        Args:
+            hidden_states: `[tokens, hidden]`.
+            top_k_index: experts chosen by each token, `[tokens, k]`; None: tokens are sorted by expert,
+                equally many for each.
+            top_k_weights: their weights, `[tokens, k]`.
+
+        Returns:
+            `[tokens, hidden]`.
+        """
+        if isinstance(hidden_states, Proxy):
+            return leaf_of_a_trace(self, hidden_states, top_k_index, top_k_weights)
+        transforms.refuse(f"quantized experts ({self.family.__name__})")
         experts = next(iter(self.stacks.values()))[0]
         if top_k_index is None or top_k_weights is None:  # tokens lie by expert, in equal numbers
             each = torch.arange(1, experts + 1, device=hidden_states.device)
@@ -128,7 +171,7 @@ class SVDQExperts(nn.Module):
         return y.view(*top_k_index.shape, y.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, ends: Tensor, chosen: Tensor | None) -> Tensor:
-        """The experts' own work: x `[n, hidden]`, sorted by expert, up, through the gate, and down."""
+        """The experts themselves: x `[n, hidden]`, sorted by expert, up, through the gate, and down."""
         first, second = self.layout.matrices
         y = self._product(first, x, ends, chosen)
         if not self.layout.routed:
@@ -143,9 +186,9 @@ class SVDQExperts(nn.Module):
         stored = WeightName(matrix, self.stacks[matrix])
         in_features = stored.shape[2]
         x, result = as_computed(x, self.compute_dtype)
-        parts = [getattr(self, stored.key(part)) for part in PARTS]
+        weight = StoredWeight(*(getattr(self, stored.key(part)) for part in PARTS))
         group = self.scheme.grid.columns(in_features)
-        y = expert_linear(x, *parts, ends, in_features, group, not self.layout.routed).to(result)
+        y = expert_linear(x, *weight, ends, in_features, group, not self.layout.routed).to(result)
         bias = getattr(self, f"{matrix}_bias", None)
         return y if bias is None or chosen is None else y + bias[chosen].to(result)
 
@@ -163,11 +206,17 @@ class SVDQExperts(nn.Module):
 
 _OWN = ("family", "layout", "scheme", "compute_dtype", "stacks", "facts")
 _NOT_TAKEN = {*vars(nn.Module()), *_OWN, "forward", "_hf_hook", "_old_forward"}
-"""Of a module: what every module has of its own, what is ours, and the hooks of accelerate."""
+"""Attributes that `take_over` skips: those of every module, ours, and the hooks of accelerate."""
 
 
 def take_over(module: nn.Module, other: nn.Module, without: Iterable[str]) -> None:
-    """Give a module the attributes, tensors and submodules of another, but the tensors in `without`."""
+    """Give a module the attributes, tensors and submodules of another one.
+
+    Args:
+        module: changed in place.
+        other: where they come from.
+        without: names of tensors that are left out.
+    """
     for name, value in vars(other).items():
         if name not in _NOT_TAKEN:
             setattr(module, name, value)
@@ -179,7 +228,12 @@ def take_over(module: nn.Module, other: nn.Module, without: Iterable[str]) -> No
 
 
 def dense_experts(layer: SVDQExperts, dtype: torch.dtype) -> nn.Module:
-    """The module of the family's own class that packed experts stand for."""
+    """The module of the family's own class that packed experts replace.
+
+    Args:
+        layer: the packed experts.
+        dtype: of its matrices.
+    """
     dense: nn.Module = layer.family.__new__(layer.family)
     nn.Module.__init__(dense)
     for matrix, shape in layer.stacks.items():

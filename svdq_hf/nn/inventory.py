@@ -1,4 +1,7 @@
-"""All that is quantized in a model, linear layers and experts alike: names, shapes, tensors, facts."""
+"""Inventory of the quantized weights of a model, linear layers and experts: names, shapes, tensors, facts.
+
+Not here: their sizes in bytes (`quantize.footprint`).
+"""
 
 import math
 from collections.abc import Container, Iterator, Mapping
@@ -13,7 +16,13 @@ from svdq_hf.nn.linear import SVDQLinear
 
 
 class Packed(NamedTuple):
-    """A quantized weight of a model, or a stack of them: its name and shape, its parts and facts."""
+    """A quantized weight of a model, or a stack of them.
+
+    Attributes:
+        stored: its name and shape.
+        parts: the model's own tensors of a weight `[out, in]`, or `[experts, out, in]`, by part.
+        facts: what was measured while quantizing, by name.
+    """
 
     stored: WeightName
     parts: dict[str, Tensor]
@@ -21,7 +30,7 @@ class Packed(NamedTuple):
 
 
 def packed_weights(model: nn.Module) -> Iterator[Packed]:
-    """All quantized weights of a model; the parts are the model's own tensors."""
+    """All quantized weights of a model; their parts are the model's own tensors."""
     for name, layer in svdq_layers(model):
         parts = {part: tensor for part in PARTS if (tensor := getattr(layer, part)) is not None}
         yield Packed(WeightName(name, layer.shape), parts, layer.facts)
@@ -36,7 +45,7 @@ def layer_facts(model: nn.Module, names: Mapping[str, str]) -> dict[str, dict[st
 
     Args:
         model: any module.
-        names: what each weight is called in files, by its name in the model.
+        names: name in files by name in the model.
     """
     return {
         names[stored.name]: {"shape": list(stored.shape), **facts}

@@ -1,18 +1,23 @@
-"""SVDQLinear: a linear layer of plain buffers, and nothing hidden.
+"""SVDQLinear: a quantized linear layer made of plain buffers and parameters.
 
 No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one override is `_apply`:
-whatever dtype the model is cast to, the scales and the salient weights stay what they are.
+whatever dtype the model is cast to, scales and salient weights keep theirs. Not here: the product
+(`kernels.linear_op`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from svdq_hf.core.arguments import is_a
 from svdq_hf.format.decode import reconstruct
-from svdq_hf.format.parts import PARTS, Scheme, part_specs
+from svdq_hf.format.parts import PARTS, Scheme, StoredWeight, part_specs
 from svdq_hf.kernels import cpu_direct as direct
+from svdq_hf.kernels import transforms
+from svdq_hf.kernels.backends import Choice, choice
 from svdq_hf.kernels.linear_op import linear
 
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
@@ -24,16 +29,25 @@ first parameter (Swin V2 for that of its position bias), and are not to get that
 
 
 class SVDQLinear(nn.Module):
-    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits but for k entries.
+    """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits except for k entries.
 
-    The stored tensors are those of `part_specs`; made empty, and filled by `load_parts` or by
+    The stored tensors are those of `part_specs`; they are created empty, and filled by `load_parts` or by
     loading a state dict. `salient_values` is a parameter and can be trained; `weight` is a frozen
-    parameter of packed bytes; the rest are buffers.
+    parameter of packed bytes, since FSDP shards parameters alone and accelerate moves to disk parameters
+    alone; the rest are buffers.
 
-    scheme: what is stored. dtype: of the bias. compute_dtype: None, or what the input is cast to
-    for the product (the output has the input's dtype). transposed: the layer stands for one that
-    kept its weight as `[in, out]` (GPT-2's Conv1D), and dequantizes to such a one. fast: whether a kernel
-    may round the activations of a few tokens to 16 bits (`SVDQConfig(compute="fast")`); not stored.
+    Args:
+        in_features: columns of W.
+        out_features: rows of W.
+        scheme: how W is stored.
+        bias: whether there is a bias `[out]`.
+        dtype: of the bias.
+        device: of the empty tensors.
+        compute_dtype: dtype that the input is cast to for the product; the output has the input's dtype.
+            None: the input's.
+        transposed: whether the layer replaces one that stores its weight as `[in, out]` (GPT-2's Conv1D).
+        fast: whether a kernel may round the activations of a few tokens to 16 bits
+            (`SVDQConfig(compute="fast")`); not stored.
     """
 
     weight: nn.Parameter
@@ -88,16 +102,20 @@ class SVDQLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: `(out, in)`."""
+        """Shape of the weight, `(out, in)`."""
         return self.out_features, self.in_features
 
     def parts(self) -> dict[str, Tensor]:
-        """The stored tensors by name, without the bias."""
+        """The stored tensors of the weight `[out, in]` by name, detached, without the bias."""
         names = part_specs(self.out_features, self.in_features, self.scheme)
         return {name: getattr(self, name).detach() for name in names}
 
     def load_parts(self, parts: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of `decompose`."""
+        """Put stored tensors into the layer.
+
+        Args:
+            parts: of a weight `[out, in]`, by name (`part_specs`).
+        """
         for name, part in parts.items():
             current = getattr(self, name)
             if isinstance(current, nn.Parameter):
@@ -105,25 +123,31 @@ class SVDQLinear(nn.Module):
             setattr(self, name, part)
 
     def dequantize(self) -> Tensor:
-        """The weight `[out, in]`, float32, that the layer stands for."""
+        """The weight `[out, in]`, float32."""
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = self._inputs()
+        """The product: x `[..., in]` -> `[..., out]`."""
+        stored, bias = self.stored_and_bias()
         if self.compute_dtype is None:
-            y = direct.linear(x, inputs, self.in_features, self.group, self.fast)
+            y = direct.linear(x, stored, bias, self.in_features, self.group, self.fast)
             if y is not None:
                 return y
+        if isinstance(x, Proxy):
+            return leaf_of_a_trace(self, x)
         x, result = as_computed(x, self.compute_dtype)
-        y = linear(x, *inputs, self.in_features, self.group, self.fast)
+        if transforms.is_transforming():
+            y = transforms.linear(x, stored, bias, self.in_features, self.group)
+        else:
+            y = linear(x, *stored, bias, self.in_features, self.group, self.fast)
         return y if y.dtype == result else y.to(result)
 
-    def _inputs(self) -> tuple[Tensor | None, ...]:
-        """The stored tensors and the bias, in the op's order; as attributes they take longer than the op."""
+    def stored_and_bias(self) -> tuple[StoredWeight, Tensor | None]:
+        """The weight `[out, in]` and the bias `[out]`; access by attributes would take longer than the op."""
         parameters, buffers = self._parameters, self._buffers
         if "weight" not in parameters or "bias" not in parameters:  # a replica of DataParallel; parametrized
-            return tuple(getattr(self, name) for name in (*PARTS, "bias"))
-        return (
+            return StoredWeight(*(getattr(self, name) for name in PARTS)), self.bias
+        parts = (
             parameters["weight"],
             buffers["weight_scale"],
             parameters["salient_values"],
@@ -132,8 +156,20 @@ class SVDQLinear(nn.Module):
             buffers["row_scale"],
             buffers["column_scale"],
             buffers["levels"],
-            parameters["bias"],
         )
+        return tuple.__new__(StoredWeight, parts), parameters["bias"]  # half the time of StoredWeight(...)
+
+    def backend(self, x: Tensor) -> Choice:
+        """Which backend computes this layer for an input, and why earlier ones do not.
+
+        Args:
+            x: `[..., in]`; only its dtype and device matter.
+
+        Returns:
+            The name of the backend, and the reasons of those before it, by name.
+        """
+        x, _ = as_computed(x, self.compute_dtype)
+        return choice(x, self.stored_and_bias()[0], self.in_features, self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQLinear":
         parts = (getattr(self, name) for name in FLOAT_PARTS)
@@ -160,8 +196,32 @@ def _check_sizes(in_features: int, out_features: int, scheme: Scheme | None) -> 
         raise TypeError(f"scheme={scheme!r}: must be a Scheme, such as SVDQConfig(k=256).scheme, or None")
 
 
+def leaf_of_a_trace(module: nn.Module, *inputs: Any) -> Any:
+    """A node of `torch.fx.symbolic_trace` that calls a module, as for torch's own modules.
+
+    Args:
+        module: the module.
+        *inputs: its inputs, of which one is a proxy.
+
+    Returns:
+        The proxy of its output.
+    """
+    tracer: Any = next(one for one in inputs if isinstance(one, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+
+
 def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
-    """The input in the dtype of the product, and the dtype of the output."""
+    """The input in the dtype of the product, and the dtype of the output.
+
+    Args:
+        x: `[..., in]`.
+        compute_dtype: of the product; None: the input's. Autocast overrides it.
+
+    Returns:
+        x `[..., in]`, cast, and the dtype.
+    """
+    if x.is_meta:  # torch knows no autocast there
+        return (x if compute_dtype is None else x.to(compute_dtype)), x.dtype
     if torch.is_autocast_enabled(x.device.type):  # as of a dense layer, the output is autocast's
         result = torch.get_autocast_dtype(x.device.type)
         return x.to(result), result
@@ -171,7 +231,12 @@ def as_computed(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, t
 def keeping_dtypes(
     fn: Callable[[Tensor], Tensor], parts: Iterable[Tensor | None]
 ) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module._apply` does to a tensor, but that `parts` and their gradients keep their dtypes."""
+    """A function for `nn.Module._apply` that leaves the dtypes of some tensors and their gradients unchanged.
+
+    Args:
+        fn: what `_apply` was called with.
+        parts: tensors `[...]` whose dtype is kept, and None.
+    """
     stored = [part for part in parts if part is not None]
     stored += [tensor.grad for tensor in stored if tensor.grad is not None]
     kept = {id(tensor): tensor for tensor in stored}  # which keeps the gradients' ids theirs

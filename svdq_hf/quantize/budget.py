@@ -1,10 +1,10 @@
-"""One budget of bits for a whole model: which layer gets how many salient weights?
+"""Budget of bits for a whole model: how many salient weights each layer gets.
 
-Each layer is quantized at a few numbers of salient weights, and the budget goes, piece by piece, to where
-a salient weight lowers the sum of the layers' squared relative errors most. Errors of layers add up so:
-the exchange of one bit between two layers is judged by what it does to the sum alone. Rounding is
-measured without error feedback. Not here: what a layer's weight is (`weight`), which layers there are
-(`selection`).
+Each layer is quantized at a few numbers of salient weights. The budget goes, piece by piece, to the layer
+where a salient weight lowers the sum of the squared relative errors most. The errors of layers are taken to
+add up, so moving a bit from one layer to another is judged by that sum alone. Rounding is measured without
+error feedback. Not here: the errors of one layer (`quantize.weight`), and which layers there are
+(`quantize.selection`).
 """
 
 import math
@@ -21,14 +21,20 @@ from svdq_hf.format.parts import part_specs
 from svdq_hf.quantize.weight import errors_at
 
 SALIENT_BITS = 96
-"""Of one salient weight: its value, its row and its column."""
+"""Stored bits of one salient weight: its value, its row and its column."""
 
 STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Where a layer's error is measured, in multiples of its even share of the budget."""
 
 
 class BudgetItem(NamedTuple):
-    """A layer `[out, in]` to spend bits on; weight: called when it is needed, and let go."""
+    """A layer that bits are spent on.
+
+    Attributes:
+        out: rows of its weight.
+        in_features: columns of its weight.
+        weight: returns the weight `[out, in]`; called when it is needed, and the result is freed at once.
+    """
 
     out: int
     in_features: int
@@ -36,18 +42,22 @@ class BudgetItem(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Its weights."""
+        """Number of its weights."""
         return self.out * self.in_features
 
 
 @dataclass
 class Measured:
-    """What a layer's relative error is at some numbers of salient weights."""
+    """Relative errors of one layer at some numbers of salient weights."""
 
     error: dict[int, float]
 
     def gains(self) -> list[tuple[float, int, int]]:
-        """Pieces of its lower convex hull, `(squared error saved per weight, from k, to k)`, best first."""
+        """Segments of the lower convex hull of the squared error against k, steepest first.
+
+        Returns:
+            Tuples (squared error saved per salient weight, k at the start, k at the end).
+        """
         ks, pieces = sorted(self.error), []
         at = 0
         while at < len(ks) - 1:
@@ -66,9 +76,17 @@ class Measured:
 def spend(
     layers: Mapping[str, BudgetItem], config: SVDQConfig, seen: Mapping[str, InputStatistics]
 ) -> SVDQConfig:
-    """The config with `layer_k`, where its `target_bits` are not spent yet; else as it is.
+    """Turn `target_bits` of a config into a number of salient weights for each layer.
 
-    The layers' relative errors, squared and as they are, sum up to no more than with one k for all.
+    The sums of the layers' relative errors and of their squares are no larger than with one k for all.
+
+    Args:
+        layers: what the budget is spent on, by name.
+        config: the config.
+        seen: statistics of inputs by the layer's name, for scores that need data.
+
+    Returns:
+        The config with `layer_k`; unchanged where it has no `target_bits`, or `layer_k` already.
 
     Raises:
         ValueError: fewer bits than the layers take with nothing salient, or more than with everything.
@@ -104,7 +122,14 @@ def spend(
 
 
 def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> dict[str, int]:
-    """How many each layer gets, `total` in all: the pieces that save most come first, the last one in part.
+    """Distribute salient weights over layers: the segments that save most come first, the last one in part.
+
+    Args:
+        gains: segments of each layer, as `Measured.gains` returns them.
+        total: salient weights to distribute.
+
+    Returns:
+        k by the layer's name, `total` in sum where the segments suffice.
 
     >>> by_gain({"a": [(3.0, 0, 4), (1.0, 4, 9)], "b": [(2.0, 0, 5)]}, 10)
     {'a': 5, 'b': 5}
@@ -120,7 +145,7 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
 
 
 def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:
-    """How many salient weights `target_bits` pay for."""
+    """Number of salient weights that `target_bits` pay for in all layers together."""
     nothing = config.replace(k=0).scheme
     specs = [part_specs(layer.out, layer.in_features, nothing).values() for layer in layers.values()]
     fixed = 8 * sum(math.prod(spec.shape) * spec.dtype.itemsize for layer in specs for spec in layer)
@@ -137,7 +162,7 @@ def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bit
 
 
 def _same_count(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
-    """The same k in every layer, as far as small ones have so many weights."""
+    """The same k in every layer; a layer with fewer weights gets as many as it has."""
     k = total // len(layers)
     return {name: min(k, layer.numel) for name, layer in layers.items()}
 

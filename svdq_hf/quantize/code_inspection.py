@@ -1,9 +1,10 @@
-"""What a model's own code does with linear layers, found out without knowing its family.
+"""Inspection of a model's code: which modules behave like linear layers, and which weights other code reads.
 
-Two questions. Is a subclass of `nn.Linear` one in all but name? And of which layers does other code
-read the weight? Some families cast a layer's input to `self.proj.weight.dtype`, or multiply by
-`self.proj.weight` themselves: packed, it would turn the input into integers, or be no matrix. Such
-layers must stay dense. Not here: a read that names no layer (`module.weight` in a loop), which is not seen.
+Works without knowing the model's family. A subclass of `nn.Linear` may be one in all but name. And some
+families cast a layer's input to `self.proj.weight.dtype`, or multiply by `self.proj.weight` themselves: with
+a packed weight that would turn the input into integers, or meet no matrix. Such layers must stay dense. Not
+here: a read that names no layer (`module.weight` in a loop), which is not seen; the choice itself
+(`quantize.selection`).
 """
 
 import dis
@@ -26,7 +27,7 @@ VARIABLE = ("LOAD_FAST", "LOAD_DEREF")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or of a subclass that answers as one (Falcon's)."""
+    """Whether a module is a linear layer, or of a subclass that computes the same (Falcon's)."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     plain = {"weight", "bias"}.issuperset(name for name, _ in module.named_parameters())
@@ -36,7 +37,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _answers_as_linear(module: nn.Linear) -> bool:
-    """Ask it, with a small weight in the place of its own."""
+    """Whether a module computes `x @ weight.T + bias`, tried with small random tensors as its parameters."""
     with torch.no_grad(), torch.device("cpu"):  # where the model itself is being made on "meta"
         random = torch.Generator().manual_seed(0)
         x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((2, 3, 8), (4, 8), (4,)))
@@ -44,16 +45,21 @@ def _answers_as_linear(module: nn.Linear) -> bool:
         try:
             answer = torch.func.functional_call(module, own, (x,))
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False  # it takes something else, so it is no linear layer: which error says so is its own
+            return False  # it takes another input, so it is no linear layer; the type of the error varies
         expected = F.linear(x, **own)
         same = isinstance(answer, Tensor) and answer.shape == expected.shape
         return same and torch.allclose(answer, expected)
 
 
 def layers_read(model: nn.Module, among: Callable[[nn.Module], bool] = is_linear) -> list[str]:
-    """Names of the linear layers of `model` whose weight other code reads as a matrix, or for its dtype.
+    """Names of the layers whose weight other code reads, as a matrix or for its dtype.
 
-    among: which modules are meant, where not the linear layers.
+    Args:
+        model: the model.
+        among: which modules are meant; by default the linear layers.
+
+    Returns:
+        Their names, sorted.
     """
     names = [name for name, module in model.named_modules() if among(module)]
     found = set()
@@ -69,10 +75,11 @@ def layers_read(model: nn.Module, among: Callable[[nn.Module], bool] = is_linear
 
 @cache
 def _reads(kind: type) -> frozenset[tuple[str, bool]]:
-    """The modules of which the methods of a class read the weight: their paths, and whether from `self` on.
+    """The modules whose weight a class's methods read: their paths, and whether those start at `self`.
 
-    A layer that is called as well is read on a way of its own (a fused CUDA kernel, Bloom's slices):
-    to go that way with a packed weight is an error, and no reason to keep the layer dense everywhere.
+    A layer that is also called normally is read on a separate code path (a fused CUDA kernel, Bloom's
+    slices). Taking that path with a packed weight is an error, and no reason to keep the layer dense
+    everywhere.
     """
     methods = inspect.getmembers(kind, inspect.isfunction)
     codes = [inspect.unwrap(method).__code__ for name, method in methods if name not in NOT_RUN]
@@ -85,7 +92,7 @@ def _reads(kind: type) -> frozenset[tuple[str, bool]]:
 
 
 def _owners(reads: set[tuple[str, bool]], wanted: Callable[[str], bool]) -> set[tuple[str, bool]]:
-    """The modules of whose weight there is such a use; a variable's own attribute may be any module."""
+    """The modules whose weight is used in a wanted way; an attribute of a variable may be of any module."""
     owners = set()
     for path, whole in reads:
         owner, found, use = f"{path}.".partition(".weight.")
@@ -95,7 +102,7 @@ def _owners(reads: set[tuple[str, bool]], wanted: Callable[[str], bool]) -> set[
 
 
 def _attributes(codes: Iterable[CodeType]) -> set[tuple[str, bool]]:
-    """The attributes that methods load of their variables, as paths, and whether of `self`."""
+    """The attributes that methods load, as dotted paths, and whether each path starts at `self`."""
     return {read for code in codes for read in _loads(code)}
 
 

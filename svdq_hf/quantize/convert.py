@@ -1,7 +1,8 @@
-"""Replace the linear layers of a model, and its fused experts, by quantized ones, and back: the only loop.
+"""Conversion of a model in memory: linear layers and fused experts -> quantized ones, and back.
 
-Three uses of it: empty layers on the meta device before a checkpoint is loaded (`quantizer`), layers
-quantized in place (`convert_layers`), and the way back (`restore_layers`). Any `nn.Module` will do.
+The only loop that replaces layers. Three uses: empty layers on the meta device before a checkpoint is loaded
+(`replace_layers`), layers quantized in place (`convert_layers`), and the way back (`restore_layers`). Any
+`nn.Module` will do. Not here: one layer (`quantize.layer`), and which ones are chosen (`quantize.selection`).
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping
@@ -32,7 +33,13 @@ Item = TypeVar("Item")
 
 
 def replace_layers(model: nn.Module, chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
-    """Replace the `chosen` layers, by name, by empty ones on the meta device."""
+    """Replace some layers by empty quantized ones on the meta device, before a checkpoint is loaded.
+
+    Args:
+        model: changed in place.
+        chosen: the layers or fused experts to replace, by name.
+        config: of the whole model.
+    """
     for name, module in chosen.items():
         if layout_of(module) is not None:
             model.set_submodule(name, empty_experts(module, config))
@@ -46,16 +53,20 @@ def convert_layers(
     batches: Iterable[Any] | None = None,
     others: Mapping[str, nn.Module] | None = None,
 ) -> SVDQConfig:
-    """Quantize the layers of a model in place, one by one; each dense weight is let go at once.
+    """Quantize the layers of a model in place, one by one; each dense weight is freed at once.
 
-    others: modules that will be quantized beside them, which a budget is to be spent on too.
+    Args:
+        model: the dense model.
+        config: how it is quantized.
+        batches: calibration batches, where the config needs data.
+        others: modules that the caller quantizes separately and that share the budget of `target_bits`.
 
     Returns:
-        The config, its budget spent.
+        The config; where it has `target_bits`, with `layer_k` filled in.
 
     Raises:
-        ValueError: see `quantize_weight`, `layers_to_convert` and `collect_for`; layers done by then
-            stay done.
+        ValueError: see `quantize_weight`, `layers_to_convert` and `collect_for`; layers that are done by
+            then stay quantized.
     """
     chosen = layers_to_convert(model, config)
     for name, module in {**chosen, **(others or {})}.items():  # before the first is changed
@@ -82,7 +93,11 @@ def convert_layers(
 
 
 def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
-    """Refuse a k of a layer that is not there, or not quantized.
+    """Refuse a config whose `layer_k` names a layer that is not quantized.
+
+    Args:
+        layers: names of the layers that are.
+        config: the config.
 
     Raises:
         ValueError: it names the layer.
@@ -103,7 +118,15 @@ def _spent(
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every SVDQLinear and SVDQExperts by the dense layer that it stands for, in `dtype`."""
+    """Replace every SVDQLinear and SVDQExperts by the dense layer that it represents.
+
+    Args:
+        model: changed in place.
+        dtype: of the dense weights.
+
+    Raises:
+        ValueError: see `refuse_offloaded`.
+    """
     refuse_offloaded(model)
     trains = _trains(model)
     for name, experts in progress(dict(svdq_experts(model)).items(), "Dequantizing"):
@@ -113,7 +136,7 @@ def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether layers that have no salient weights trained: as the others did."""
+    """Whether restored layers without salient weights require a gradient: where the other parameters do."""
     values = [layer.salient_values for _, layer in svdq_layers(model)]
     flags = [value.requires_grad for value in values if value.numel() and isinstance(value, nn.Parameter)]
     others = (one for name, one in model.named_parameters() if "lora_" not in name)
@@ -121,15 +144,18 @@ def _trains(model: nn.Module) -> bool:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether a device_map has put a model on more than one device."""
+    """Whether a device_map has placed a model on more than one device."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def refuse_offloaded(model: nn.Module) -> None:
     """Refuse to dequantize a model of which a layer is on disk.
 
+    Args:
+        model: a quantized model.
+
     Raises:
-        ValueError: it names the layer.
+        ValueError: it names the layer and the remedy.
     """
     layers: list[tuple[str, SVDQLinear | SVDQExperts]] = [*svdq_layers(model), *svdq_experts(model)]
     for name, layer in layers:
@@ -139,12 +165,20 @@ def refuse_offloaded(model: nn.Module) -> None:
 
 @checked_arguments(model="load it first, e.g. AutoModel.from_pretrained(name)")
 def set_compute(model: nn.Module, compute: str) -> nn.Module:
-    """Let the quantized layers of a model compute "exact" or "fast" (see SVDQConfig); returns the model.
+    """Choose whether the quantized layers of a model compute "exact" or "fast" (see SVDQConfig).
 
     Experts stay exact.
 
+    Args:
+        model: a quantized model; changed in place.
+        compute: "exact" or "fast".
+
+    Returns:
+        The model.
+
     Raises:
-        ValueError: it is neither, or the model has no quantized layer.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: `compute` is neither, or the model has no quantized layer.
     """
     require(compute in COMPUTE, "compute", compute, f"one of {COMPUTE}")
     layers = [layer for _, layer in svdq_layers(model)]
@@ -156,7 +190,12 @@ def set_compute(model: nn.Module, compute: str) -> nn.Module:
 
 
 def progress(items: Collection[Item], title: str) -> Iterable[Item]:
-    """A progress bar that `transformers.utils.logging.disable_progress_bar` switches off; none of nothing."""
+    """A progress bar over items that `transformers.utils.logging.disable_progress_bar` switches off.
+
+    Args:
+        items: what is iterated over; no bar is shown for an empty collection.
+        title: in front of the bar.
+    """
     if not items:
         return items
     return hf_logging.tqdm(items, desc=title)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""The input embedding in 4 bits, quantized on request: each row is looked up in its packed parts.
+"""The input embedding, quantized on request: each row is looked up in its packed parts.
 
-Only where it is a matrix of its own: one that is tied to the output head is the head's to quantize
-(`head`). Position and type embeddings are small, and stay.
+Only where it is a matrix by itself: one that is tied to the output head is quantized with the head
+(`quantize.head`). Position and type embeddings are small, and stay dense.
 """
 
 from collections.abc import Container
@@ -19,7 +19,7 @@ from svdq_hf.quantize.weight import check_weight, quantize_weight
 
 @dataclass(frozen=True)
 class Embedding(Head):
-    """An input embedding, by name, and the embeddings `{name: module}` that are the same matrix."""
+    """An input embedding, and the embeddings that are the same matrix."""
 
     module: nn.Embedding
 
@@ -27,7 +27,9 @@ class Embedding(Head):
 def find_embedding(model: nn.Module, stored: Container[str] = ()) -> Embedding:
     """The input embedding of a transformers model, and the embeddings that are the same matrix.
 
-    stored: names of tensors in a checkpoint: what has a tensor of its own there is not tied.
+    Args:
+        model: the model.
+        stored: names of tensors in a checkpoint: an embedding that has a tensor there is not tied.
 
     Raises:
         ValueError: there is none, it does more than look rows up, or it is tied to the output head.
@@ -54,7 +56,15 @@ def find_embedding(model: nn.Module, stored: Container[str] = ()) -> Embedding:
 
 
 def chosen_embedding(model: nn.Module, config: SVDQConfig, head: Head | None) -> Embedding | None:
-    """`find_embedding` of a dense model, checked; None where it is not asked for, or is a quantized head's.
+    """The input embedding of a dense model that is to be quantized, checked.
+
+    Args:
+        model: the dense model.
+        config: how it is quantized.
+        head: its output head, where that is quantized.
+
+    Returns:
+        The embedding; None where the config keeps it dense, or it is tied to a quantized head.
 
     Raises:
         ValueError: see `find_embedding`; or modules_to_not_convert matches it, the model's own code reads its
@@ -77,7 +87,7 @@ def chosen_embedding(model: nn.Module, config: SVDQConfig, head: Head | None) ->
 
 
 def input_table(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
-    """The input embedding by name, where `config` asks for it and there is one that can be packed."""
+    """The input embedding by name, where the config quantizes it and it can be packed; else empty."""
     table = input_embedding(model) if config.embeddings else None
     if table is None or not can_be_read(table):
         return {}
@@ -94,14 +104,14 @@ def reads_head(model: nn.Module, head: Head | None) -> bool:
 
 
 def _is_tied(model: nn.Module, one: str, other: str) -> bool:
-    """Whether transformers ties the weights of two modules; before loading, that is but names."""
+    """Whether transformers ties the weights of two modules; before loading it knows ties by name only."""
     sources = getattr(model, "all_tied_weights_keys", None) or {}
     first, second = (sources.get(f"{name}.weight", f"{name}.weight") for name in (one, other))
     return bool(first == second)
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The input embedding, where the model has one."""
+    """The input embedding of a model; None where it has none."""
     try:
         return getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # of models with several, such as CLIP
@@ -109,7 +119,13 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def put_empty_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) -> SVDQEmbedding:
-    """Put an empty table, on the meta device, in the place of an input embedding."""
+    """Put an empty SVDQEmbedding, on the meta device, in place of an input embedding.
+
+    Args:
+        model: changed in place.
+        table: its input embedding.
+        config: how it is quantized.
+    """
     empty = SVDQEmbedding(table.module, config.of_layer(table.name).scheme, "meta")
     put_head(model, table, empty.train(table.module.training))
     return empty
@@ -117,6 +133,11 @@ def put_empty_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) 
 
 def quantize_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) -> None:
     """Quantize the input embedding of a model that is in memory, in place.
+
+    Args:
+        model: changed in place.
+        table: its input embedding, as `chosen_embedding` found it.
+        config: how it is quantized.
 
     Raises:
         ValueError: see `quantize_weight`.

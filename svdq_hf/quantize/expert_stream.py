@@ -1,4 +1,7 @@
-"""The dense experts of a file, one at a time: never all of them in one tensor."""
+"""Streams of expert matrices, one at a time, so that no tensor ever holds all dense experts of a layer.
+
+Not here: what is done with each matrix (`quantize.weight`).
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +12,12 @@ from torch import Tensor
 
 
 class Pieces:
-    """Experts `[experts, out, in]` whose matrices are in pieces: read once, each let go when it was read.
+    """A stream of expert matrices `[out, in]`, each joined from pieces that are freed once they were read.
 
-    sources: for each piece of a matrix (the gate, the up projection) those of all experts, `[rows, in]`.
+    Can be iterated over once.
+
+    Args:
+        sources: for each kind of piece (the gate, the up projection) those of all experts, `[rows, in]`.
 
     >>> pieces = Pieces([[torch.zeros(2, 3)] * 4, [torch.ones(2, 3)] * 4])
     >>> pieces.shape, next(iter(pieces)).sum(1).tolist()
@@ -33,13 +39,21 @@ class Pieces:
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Pieces `[rows, in]` one below the other; one piece as it is."""
+    """Pieces `[rows, in]` one below the other, `[sum of rows, in]`; a single piece is returned as it is."""
     return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
 
 
 @dataclass(frozen=True)
 class LazyStack:
-    """Experts that are read when their turn comes, and once. shape: of all, as a tensor's."""
+    """A stream of expert matrices that are read when their turn comes.
+
+    Can be iterated over once.
+
+    Attributes:
+        shape: of all matrices as one tensor, `[experts, out, in]` or transposed.
+        weights: the matrices, in the order of the experts.
+        device: where they are: the CPU.
+    """
 
     shape: tuple[int, ...]
     weights: Iterable[Tensor]
@@ -50,7 +64,11 @@ class LazyStack:
 
 
 def fit_together(sources: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether there are as many pieces of each kind, and all of a kind are alike."""
+    """Whether pieces can be joined: every kind has as many, and all of one kind have one shape and dtype.
+
+    Args:
+        sources: as for `Pieces`: for each kind those of all experts, `[rows, in]`.
+    """
     counts = {len(source) for source in sources}
     kinds = [{(tuple(piece.shape), piece.dtype, piece.device) for piece in source} for source in sources]
     widths = {shape[1:] for kind in kinds for shape, _, _ in kind}

@@ -1,4 +1,8 @@
-"""Fused experts of a model, quantized: what `convert` does to them, and what it must say of them."""
+"""Fused experts of a model: quantized one after the other, and checked.
+
+Not here: the loop that replaces them in a model (`quantize.convert`), the quantized module (`nn.experts`),
+and which classes are known (`nn.expert_layouts`).
+"""
 
 import logging
 from collections.abc import Mapping
@@ -15,12 +19,23 @@ logger = logging.getLogger(__name__)
 
 
 def empty_experts(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQExperts:
-    """An SVDQExperts of the shape of dense fused experts, with nothing in it yet."""
+    """An SVDQExperts with the shape of dense fused experts and with buffers that hold no values yet.
+
+    Args:
+        module: the dense fused experts.
+        config: of the whole model.
+        device: of the buffers.
+    """
     return SVDQExperts(module, config.scheme, device=device, compute_dtype=config.torch_compute_dtype)
 
 
 def quantized_experts(name: str, module: nn.Module, config: SVDQConfig) -> SVDQExperts:
-    """The quantized module of dense fused experts, one expert after the other.
+    """The SVDQExperts for dense fused experts, quantized one expert after the other.
+
+    Args:
+        name: of the module, for errors.
+        module: the dense fused experts.
+        config: of the whole model.
 
     Raises:
         ValueError: see `quantize_weight`.
@@ -36,10 +51,14 @@ def quantized_experts(name: str, module: nn.Module, config: SVDQConfig) -> SVDQE
 
 
 def check_experts(name: str, module: nn.Module) -> None:
-    """`check_weight` for each of the experts called `name`.
+    """Refuse fused experts of which one weight cannot be quantized.
+
+    Args:
+        name: of the module, for errors.
+        module: the dense fused experts.
 
     Raises:
-        ValueError: see there.
+        ValueError: see `check_weight`; it names the expert.
     """
     for stored in stacks_of(name, module):
         for expert, weight in enumerate(getattr(module, stored.name.rpartition(".")[2]).detach()):
@@ -47,7 +66,11 @@ def check_experts(name: str, module: nn.Module) -> None:
 
 
 def warn_of_unknown(modules: Mapping[str, nn.Module]) -> None:
-    """Name fused experts of classes that are not known: they stay dense."""
+    """Log a warning that fused experts of unknown classes stay dense.
+
+    Args:
+        modules: of the whole model, by name.
+    """
     dense = {name: type(module).__name__ for name, module in modules.items() if unknown_experts(module)}
     if dense:
         logger.warning(
@@ -60,10 +83,16 @@ def warn_of_unknown(modules: Mapping[str, nn.Module]) -> None:
 
 
 def check_expert_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
-    """Refuse or say what is not done for experts: a budget, and what batches would tell of their inputs.
+    """Check the choices that fused experts do not support: a budget, and scores or error feedback from data.
+
+    A budget or a score from data is refused; that error feedback is left out is logged as a warning.
+
+    Args:
+        chosen: the modules to quantize, by name.
+        config: how they are quantized.
 
     Raises:
-        ValueError: it names the first experts, and the remedy.
+        ValueError: it names the first experts and the remedy.
     """
     experts = [name for name, module in chosen.items() if layout_of(module) is not None]
     if experts and config.target_bits is not None and config.layer_k is None:

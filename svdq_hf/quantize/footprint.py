@@ -1,7 +1,8 @@
-"""What a quantized model weighs: bytes, bits per weight, share kept; of a model or of a folder.
+"""Footprint of a quantized model or folder: bytes, bits per weight, share kept in FP32.
 
-Read from a folder, this opens only the headers of its safetensors files. The facts measured while
-quantizing travel in that header (`METADATA_KEY`), so they survive every save and every copy.
+From a folder, only the headers of its safetensors files are read. The facts measured while
+quantizing are stored in that header (`METADATA_KEY`), so they survive every save and every copy. Not here:
+estimates before a run (`checkpoint.estimate`).
 """
 
 import math
@@ -26,9 +27,16 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """One quantized layer: `[out, in]`, salient weights, stored bytes without the bias, facts.
+    """One quantized layer, or one matrix of fused experts.
 
-    experts: None, or how many such matrices there are, of k salient weights each; the bytes are all theirs.
+    Attributes:
+        name: of the weight.
+        out: rows.
+        in_features: columns.
+        k: salient weights of each matrix.
+        stored_bytes: of all parts, without the bias; of all experts.
+        facts: what was measured while quantizing, by name.
+        experts: number of experts; None: a single matrix.
     """
 
     name: str
@@ -47,12 +55,12 @@ class LayerFootprint:
 
     @property
     def weights(self) -> int:
-        """Its weights, of all experts."""
+        """Number of weights, of all experts."""
         return math.prod(self.shape)
 
     @property
     def salient(self) -> int:
-        """Weights that stay in FP32, of all experts."""
+        """Number of weights in FP32, of all experts."""
         return self.k * (1 if self.experts is None else self.experts)
 
     @property
@@ -63,7 +71,13 @@ class LayerFootprint:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A whole model: its quantized layers, and what stays dense: its bytes, and how many numbers it is."""
+    """Sizes of a whole model.
+
+    Attributes:
+        layers: the quantized layers.
+        dense_bytes: bytes of everything else.
+        dense_weights: numbers in everything else.
+    """
 
     layers: list[LayerFootprint]
     dense_bytes: int
@@ -71,7 +85,7 @@ class Footprint:
 
     @property
     def weights(self) -> int:
-        """Weights in quantized layers."""
+        """Number of weights in quantized layers."""
         return sum(layer.weights for layer in self.layers)
 
     @property
@@ -91,11 +105,11 @@ class Footprint:
 
     @property
     def salient_share(self) -> float:
-        """Share of those weights that stay in FP32."""
+        """Share of the weights in quantized layers that stay in FP32."""
         return sum(layer.salient for layer in self.layers) / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Totals and layers, in types that JSON has."""
         totals = {
             "bits_per_weight": self.bits_per_weight,
             "salient_share": self.salient_share,
@@ -120,8 +134,12 @@ class Footprint:
 def footprint(model: nn.Module) -> Footprint:
     """The footprint of a quantized model in memory (parameters and persistent buffers, each once).
 
+    Args:
+        model: the model.
+
     Raises:
-        ValueError: `model` is no module, but a folder, say.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: `model` is no module but, for instance, a folder.
     """
     layers = []
     counted: set[int] = set()
@@ -143,7 +161,11 @@ def footprint(model: nn.Module) -> Footprint:
 def read_footprint(folder: str | Path) -> Footprint:
     """The footprint of a saved model, from the headers of its files alone.
 
+    Args:
+        folder: of the model.
+
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: it is no folder, has no safetensors file, one cannot be read, or none holds a quantized
             layer.
     """
@@ -207,5 +229,5 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def dense_bytes(layers: Iterable[LayerFootprint], dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that these layers' weights would take in `dtype`."""
+    """Bytes that the weights of these layers would take in `dtype`."""
     return sum(layer.weights for layer in layers) * dtype.itemsize

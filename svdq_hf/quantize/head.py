@@ -1,7 +1,8 @@
 """The output head, quantized on request: in a small model it is most of the bytes that a token costs.
 
 Where the head and the embedding are one matrix, it is stored once, packed, and the embedding reads its rows
-from there. Not here: which other layers are quantized (`convert`), loading (`quantizer`).
+from there. Not here: which other layers are quantized (`quantize.selection`), and loading
+(`integrations.transformers`).
 """
 
 from collections.abc import Container
@@ -23,7 +24,13 @@ from svdq_hf.quantize.weight import check_weight
 
 @dataclass(frozen=True)
 class Head:
-    """A matrix to pack, by name, and the embeddings `{name: module}` that are the same one."""
+    """An output head, and the embeddings tied to it.
+
+    Attributes:
+        name: of the head's module.
+        module: the head.
+        embeddings: modules that share its matrix, by name.
+    """
 
     name: str
     module: nn.Linear | nn.Embedding
@@ -31,10 +38,13 @@ class Head:
 
 
 def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
-    """The output head of a transformers model, and what is tied to it.
+    """The output head of a transformers model, and the embeddings tied to it.
 
-    stored: names of tensors in a checkpoint that `model` is being loaded from: an embedding of the head's
-    shape that is not there is the head's. None: an embedding that shares the head's tensor is.
+    Args:
+        model: the model.
+        stored: names of tensors in the checkpoint that `model` is being loaded from: an embedding of the
+            head's shape without a tensor there is tied to it. None: an embedding that shares the head's
+            tensor is.
 
     Raises:
         ValueError: there is no head that is a plain linear layer, or something tied to it is no embedding
@@ -58,7 +68,11 @@ def find_head(model: nn.Module, stored: Container[str] | None = None) -> Head:
 
 
 def tied_now(model: nn.Module, head: Head) -> Head:
-    """A head that was found before its model was filled, with the embeddings that are tied to it since.
+    """A head found before its model's weights were loaded, with the embeddings that are tied to it now.
+
+    Args:
+        model: the loaded model.
+        head: as it was found.
 
     Raises:
         ValueError: something tied to it is no embedding that can read packed rows.
@@ -67,7 +81,7 @@ def tied_now(model: nn.Module, head: Head) -> Head:
 
 
 def _ties(model: nn.Module, output: nn.Module, stored: Container[str] | None) -> dict[str, nn.Embedding]:
-    """The embeddings, by name, that are one matrix with the output head; `stored` as of `find_head`."""
+    """The embeddings, by name, that are one matrix with the output head; `stored` as in `find_head`."""
     tied: dict[str, nn.Embedding] = {}
     for name, module in model.named_modules():
         if module is output or not _is_tied(name, module, output, stored):
@@ -89,7 +103,11 @@ def _is_tied(name: str, module: nn.Module, output: nn.Module, stored: Container[
 
 
 def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
-    """`find_head` of a dense model, checked: nothing about it need stop the quantizing later.
+    """The output head of a dense model, checked: nothing about it can stop the quantization later.
+
+    Args:
+        model: the dense model.
+        config: how it is quantized.
 
     Raises:
         ValueError: see `find_head`; or modules_to_not_convert matches the head, the model's own code reads
@@ -110,7 +128,13 @@ def chosen_head(model: nn.Module, config: SVDQConfig) -> Head:
 
 
 def put_head(model: nn.Module, head: Head, layer: SVDQLinear) -> None:
-    """Put a quantized layer, filled or empty, in the place of the head, and its rows in the embeddings'."""
+    """Put a quantized layer, filled or empty, in place of the head; tied embeddings then read its rows.
+
+    Args:
+        model: changed in place.
+        head: its head.
+        layer: the quantized head.
+    """
     for name, module in head.embeddings.items():
         model.set_submodule(name, TiedEmbedding(layer, module).train(module.training))
     model.set_submodule(head.name, layer)
@@ -122,9 +146,9 @@ def quantize_head(model: nn.Module, head: Head, config: SVDQConfig) -> None:
     """Quantize the output head of a model that is in memory, in place.
 
     Args:
-        model: of which `head` is the output head.
+        model: the model; changed in place.
         head: as `chosen_head` found it.
-        config: what to quantize it by.
+        config: how it is quantized.
 
     Raises:
         ValueError: see `quantize_weight`.
@@ -136,7 +160,12 @@ def quantize_head(model: nn.Module, head: Head, config: SVDQConfig) -> None:
 
 
 def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make a quantized head that embeddings read from dense, and tie them again; others stay as they are."""
+    """Make a quantized head that embeddings read from dense, and tie them again; other heads stay.
+
+    Args:
+        model: changed in place.
+        dtype: of the dense weight.
+    """
     readers = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
     for name, layer in list(svdq_layers(model)):
         mine = {place: reader for place, reader in readers.items() if reader.head is layer}
@@ -153,16 +182,21 @@ def restore_head(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_names(model: Any, name: str) -> list[str]:
-    """Names of the tensors of a dense checkpoint that the weight of the layer `name` may be loaded from."""
+    """Names of tensors in a dense checkpoint from which a layer's weight may be loaded, its ties included.
+
+    Args:
+        model: the model.
+        name: of the layer.
+    """
     tied = [{target, source} for target, source in (model.all_tied_weights_keys or {}).items()]
     weight = f"{name}.weight"
     return sorted({weight}.union(*(pair for pair in tied if weight in pair)))
 
 
 def _untie(model: Any, modules: Container[str]) -> None:
-    """Let transformers tie nothing to these modules; the config still says what the dense model is.
+    """Remove transformers' ties of these modules; the config still says that the dense model is tied.
 
-    (Some families scale what goes into a tied head, and ask the config whether it is.)
+    (Some families scale what goes into a tied head, and look into the config for it.)
     """
     ties = model.all_tied_weights_keys.items()
     kept = {one: other for one, other in ties if _owner(one) not in modules and _owner(other) not in modules}

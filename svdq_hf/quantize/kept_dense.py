@@ -1,10 +1,10 @@
-"""KeptDense: the user's names of modules that stay dense (`modules_to_not_convert`), and what each one means.
+"""Names of modules that the user keeps dense (`modules_to_not_convert`), and how they match modules.
 
-A name keeps a module where it is, as transformers' `should_convert_module` has it, the start of the module's
-name up to a dot, as a regular expression with the same end, or the end of its name; and where it is a run of
-its dotted components: "vision_tower" and "layers.0" keep `model.vision_tower.layers.0.mlp`. (A number alone
-is no such run: "0" would keep a layer of every block.) Plain names are looked up, so that thousands of them
-cost little; patterns are matched by `name_patterns`.
+A name matches as in transformers' `should_convert_module`: at the start of a module's name up to a dot, as a
+regular expression with the same end, or at the end of the module's name. It also matches as a run of dotted
+components: "vision_tower" and "layers.0" keep `model.vision_tower.layers.0.mlp`. (A number alone is no such
+run: "0" would keep a layer of every block.) Plain names are looked up, so that thousands of them cost little;
+regular expressions are matched by `quantize.name_patterns`.
 """
 
 import re
@@ -15,20 +15,20 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.name_patterns import NamePattern
 
 _PLAIN = re.compile(r"[\w.\-/ ]*\Z")
-"""Without what has a meaning in a regular expression, but for the dot."""
+"""Matches names without special characters of regular expressions, the dot aside."""
 
 MOST_PATTERNS = 256
-"""Regular expressions, plain names aside: each is tried on each module."""
+"""Most regular expressions (plain names do not count), since each is tried on each module."""
 
 
 class KeptDense:
-    r"""Names of modules to keep dense, asked for one module after the other.
+    r"""Names of modules to keep dense, to be compared with one module after the other.
 
     Args:
         names: of modules, or regular expressions.
 
     Raises:
-        ValueError: one is no regular expression that can be used, or there are more than `MOST_PATTERNS`.
+        ValueError: one is no usable regular expression, or there are more than `MOST_PATTERNS`.
 
     >>> kept = KeptDense(["vision_tower", "layers.0", r"layers\.1\.mlp.*"])
     >>> [kept.keeps(f"model.layers.{name}") for name in ("0.mlp.up", "1.mlp.up", "10.mlp.up")]
@@ -54,12 +54,12 @@ class KeptDense:
 
     @classmethod
     def of(cls, config: SVDQConfig) -> "KeptDense":
-        """Those of a config."""
+        """The names of a config."""
         return cls(config.modules_to_not_convert or [])
 
     @classmethod
     def of_file(cls, config: SVDQConfig) -> "KeptDense":
-        """Those of a config that came with a file, but for what cannot have been used: it decides nothing."""
+        """The usable names of a config that came with a file, whose tensors decide anyway."""
         names = config.modules_to_not_convert or []
         return cls([name for name in names if _can_be_used(name)][:MOST_PATTERNS])
 
@@ -68,7 +68,7 @@ class KeptDense:
         return next(self._found(module), None) is not None
 
     def names(self, module: str) -> list[str]:
-        """The names that keep a module of this name dense, as they were given."""
+        """The names, as they were given, that keep a module of this name dense."""
         found = set(self._found(module))
         return [name for name in self.all if name in found]
 
@@ -82,7 +82,7 @@ class KeptDense:
                 yield name
 
     def _dotted(self, module: str) -> Iterator[str]:
-        """Plain names with dots, as the regular expressions that they are too."""
+        """Plain names with dots, matched as regular expressions, in which a dot stands for any character."""
         for (length, *dots), names in self.dotted.items():
             if length <= len(module) and _is_boundary(module, length):
                 start = list(module[:length])
@@ -126,5 +126,5 @@ def _dots(name: str) -> list[int]:
 
 
 def _is_boundary(module: str, at: int) -> bool:
-    """Whether a name may end here: at its end, before a dot or behind one."""
+    """Whether a match may end at a position: at the end of the name, before a dot or after one."""
     return at == len(module) or module[at] == "." or (at > 0 and module[at - 1] == ".")

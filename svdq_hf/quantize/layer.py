@@ -1,6 +1,6 @@
-"""One linear layer of a model -> the quantized one that stands for it, and back.
+"""One linear layer: the dense module -> the quantized one, and back.
 
-Not here: which layers there are (`selection`), and the loop over them (`convert`).
+Not here: which layers there are (`quantize.selection`), and the loop over them (`quantize.convert`).
 """
 
 import torch
@@ -17,13 +17,19 @@ from svdq_hf.quantize.weight import quantize_weight
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a dense layer as `[out, in]`, whichever way round it is stored; a view."""
+    """The weight of a dense layer as `[out, in]`, a view; `Conv1D` stores it transposed."""
     weight = dense_weight(module)
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> SVDQLinear:
-    """An SVDQLinear of the shape of a dense layer, with nothing in it yet."""
+    """An SVDQLinear with the shape of a dense layer and with buffers that hold no values yet.
+
+    Args:
+        module: the dense layer.
+        config: of this layer (`SVDQConfig.of_layer`).
+        device: of the buffers.
+    """
     out, in_features = shape_of(module)
     layer = SVDQLinear(
         in_features,
@@ -46,9 +52,14 @@ def quantized_layer(
     inputs: InputStatistics | None = None,
     scored: Scored | None = None,
 ) -> SVDQLinear:
-    """The quantized layer of a dense one; it trains what that trains.
+    """The SVDQLinear for a dense layer; its salient weights train where the dense weight did.
 
-    inputs, scored: see `quantize_weight`.
+    Args:
+        name: of the layer, for its k and for errors.
+        module: the dense layer.
+        config: of the whole model.
+        inputs: statistics of its inputs, for scores and error feedback that need data.
+        scored: the result of `score_weight`, where it is known already.
 
     Raises:
         ValueError: see `quantize_weight`.
@@ -63,9 +74,13 @@ def quantized_layer(
 
 
 def dense_layer(layer: SVDQLinear, dtype: torch.dtype, *, trains: bool = True) -> nn.Module:
-    """The `nn.Linear` (or `Conv1D`, or embedding) that an SVDQLinear stands for.
+    """The dense layer (`nn.Linear`, `Conv1D` or an embedding) that a quantized one represents.
 
-    Its weight trains if the salient weights did; trains: where there are none that could.
+    Args:
+        layer: the quantized layer.
+        dtype: of the dense weight and bias.
+        trains: whether the weight of a layer without salient weights requires a gradient; otherwise the
+            dense weight does where the salient weights did.
     """
     if isinstance(layer, SVDQEmbedding):
         return layer.restored(nn.Parameter(layer.dequantize().to(dtype), trains))

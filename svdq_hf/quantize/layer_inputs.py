@@ -1,6 +1,6 @@
-"""Which statistics of a model's inputs a config needs, and who makes the batches for them.
+"""Input statistics for a config: which ones it needs, and whose batches they are collected on.
 
-Not here: how they are collected (`calibration.inputs`), and what is done with them (`prepared`).
+Not here: how they are collected (`calibration.inputs`), and how they are used (`quantize.prepared`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,16 @@ from svdq_hf.config import SVDQConfig
 def collect_for(
     model: nn.Module, layers: Mapping[str, nn.Module], config: SVDQConfig, batches: Iterable[Any] | None
 ) -> dict[str, InputStatistics]:
-    """The statistics that `config` needs of `layers`; empty where it needs no data.
+    """The input statistics that a config needs.
+
+    Args:
+        model: the dense model.
+        layers: the layers to be quantized, by name.
+        config: says whether data is needed, and of what kind.
+        batches: the user's calibration batches; None: there are none.
+
+    Returns:
+        Statistics by the layer's name; empty where the config needs no data.
 
     Raises:
         ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs` and

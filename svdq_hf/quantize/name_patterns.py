@@ -1,9 +1,9 @@
-"""Regular expressions on the names of modules, matched in time that no pattern can blow up.
+"""Regular expressions on names of modules, matched in a time that no pattern can blow up.
 
-Python's own matcher tries one way after the other, and a pattern such as `((a+)+)!` has more ways than there
-is time. Here a part of a pattern takes a set of positions to the set of positions where it can end, which for
-a name of n characters is at most n + 1 numbers; what matches is the same. Not here: what names mean
-(`kept_dense`).
+Python's own matcher tries one way after the other, and a pattern such as `((a+)+)!` has too many ways. Here
+each part of a pattern maps a set of start positions to the set of positions where it can end, which for
+a name of n characters has at most n + 1 numbers; the matches are the same. Not here: what names mean
+(`quantize.kept_dense`).
 """
 
 import re
@@ -12,10 +12,10 @@ from re import _constants, _parser  # type: ignore[attr-defined]  # the parser o
 from typing import Any
 
 LONGEST = 1000
-"""Characters of a pattern: time grows with its length, and no name needs more."""
+"""Most characters of a pattern: time grows with its length, and no name needs more."""
 
 DEEPEST = 20
-"""Groups inside of each other."""
+"""Most groups inside each other."""
 
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 _ASSERTIONS = (_constants.ASSERT, _constants.ASSERT_NOT)
@@ -57,7 +57,7 @@ class NamePattern:
         pattern: in Python's syntax.
 
     Raises:
-        ValueError: it does not compile, is longer than `LONGEST`, or has what is not known here.
+        ValueError: it does not compile, is longer than `LONGEST`, or has a construct not supported here.
 
     >>> NamePattern(r"layers\.(1|2)\.mlp").ends("layers.2.mlp.up")
     {12}
@@ -75,12 +75,12 @@ class NamePattern:
         _check(self.tree, DEEPEST)
 
     def ends(self, name: str) -> set[int]:
-        """The positions in `name` up to which it matches from the start; empty: it does not."""
+        """The positions in `name` where a match from its start can end; empty: there is no match."""
         return _Matching(name).sequence(self.tree, {0})
 
 
 def _check(tree: Iterable[tuple[Any, Any]], depth: int) -> None:
-    """Refuse what `_Matching` does not know."""
+    """Refuse constructs that `_Matching` does not support."""
     if not depth:
         raise ValueError(f"it has more than {DEEPEST} groups inside of each other")
     for kind, value in tree:
@@ -91,7 +91,7 @@ def _check(tree: Iterable[tuple[Any, Any]], depth: int) -> None:
 
 
 def _parts(kind: Any, value: Any) -> list[Any]:
-    """The patterns inside of one."""
+    """The patterns inside a construct."""
     if kind in _REPEATS:
         return [value[2]]
     if kind is _constants.BRANCH:
@@ -106,14 +106,14 @@ def _parts(kind: Any, value: Any) -> list[Any]:
 
 
 class _Matching:
-    """Patterns on one name; what lies ahead of a position is found once."""
+    """Matching of patterns on one name; look-aheads are evaluated once per position."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.known: dict[tuple[int, int], bool] = {}
 
     def sequence(self, tree: Any, starts: set[int]) -> set[int]:
-        """From each of `starts`, all positions where the parts of `tree`, one after the other, can end."""
+        """The positions where the parts of `tree`, in sequence, can end, from any of the start positions."""
         for kind, value in tree:
             if not starts:
                 break
@@ -121,7 +121,7 @@ class _Matching:
         return starts
 
     def step(self, kind: Any, value: Any, starts: set[int]) -> set[int]:
-        """The same of one part."""
+        """`sequence` of one part."""
         if kind in _CHARACTERS:
             test, name = _CHARACTERS[kind], self.name
             return {at + 1 for at in starts if at < len(name) and test(value, name[at])}
@@ -139,7 +139,7 @@ class _Matching:
         return {at for at in starts if _PLACES[value](self.name, at)}
 
     def repeated(self, least: int, most: int, tree: Any, starts: set[int]) -> set[int]:
-        """The same of a pattern that is repeated: until nothing new comes, since positions never go back."""
+        """`sequence` of a repeated part: until no new position is found (they never decrease)."""
         for _ in range(least):
             before, starts = starts, self.sequence(tree, starts)
             if starts == before:
@@ -153,7 +153,7 @@ class _Matching:
         return found
 
     def holds(self, direction: int, tree: Any, at: int) -> bool:
-        """Whether a pattern is there ahead of a position, or behind it."""
+        """Whether a pattern matches ahead of a position, or behind it."""
         key = (id(tree), at)
         if key not in self.known:
             start = at if direction > 0 else at - tree.getwidth()[0]

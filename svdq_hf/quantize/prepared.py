@@ -1,6 +1,7 @@
-"""A weight and what a config asks of it: in float32, its column scale, what its score is given and sees.
+"""A weight prepared for a config: in float32, with its column scale and the values its score may ask for.
 
-Everybody who scores or rounds a weight does it through this. Not here: checks and names (`weight`).
+Whoever scores or rounds a weight does it through this. Not here: checks, and names in errors
+(`quantize.weight`).
 """
 
 from typing import Any
@@ -16,12 +17,12 @@ from svdq_hf.core.topk import salient_count, top_positions
 
 
 class Prepared(NormalizedWeight):
-    """A weight `[out, in]` that a config is to quantize.
+    """A weight `[out, in]` together with the config that it is quantized by.
 
     Args:
         weight: `[out, in]`, of any float dtype.
         config: of this layer (`SVDQConfig.of_layer`).
-        inputs: what the layer saw, for scores and error feedback that need data.
+        inputs: statistics of the layer's inputs, for scores and error feedback that need data.
     """
 
     def __init__(self, weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None = None) -> None:
@@ -33,15 +34,16 @@ class Prepared(NormalizedWeight):
 
     @property
     def seen(self) -> Tensor:
-        """The weight that a score sees, `[out, in]`: without its column scale; itself for awq, spqr.
+        """The matrix `[out, in]`, float32, that is given to the saliency score.
 
-        Those weigh each input by its own size already, which a column scale would take away.
+        Data-free scores get the weight divided by its column scale: the matrix that is really rounded. Scores
+        from data (awq, spqr) get the weight itself: they weigh each column by the size of its input already.
         """
         return self.dense if saliency.data_needs(self.config.saliency) else self.normalized
 
     @property
     def known(self) -> dict[str, Any]:
-        """What a score may ask for (`saliency.NEEDS`), as far as it is known."""
+        """Values for `saliency.NEEDS`, as far as they are known."""
         config, group = self.config, self.grid.columns(self.dense.shape[1])
         known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
         if self.inputs is not None:
@@ -52,7 +54,13 @@ class Prepared(NormalizedWeight):
 
 
 def score(prepared: Prepared) -> Scored:
-    """The scores `[out, in]` by the config's score, and what it measured.
+    """Scores of a prepared weight by its config's score.
+
+    Args:
+        prepared: a weight `[out, in]`.
+
+    Returns:
+        Scores `[out, in]`, float32, and the score's facts.
 
     Raises:
         ValueError: see `saliency.score`.
@@ -61,9 +69,17 @@ def score(prepared: Prepared) -> Scored:
 
 
 def choose(prepared: Prepared, scored: Scored | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The rows and columns `[k]` of the salient entries, int32, and what the score measured.
+    """Positions of the salient entries of a prepared weight.
 
-    scored: its `score`, where that is known already; else it is found, and let go.
+    Args:
+        prepared: a weight `[out, in]`; k is its config's.
+        scored: the result of `score`, where it is known already.
+
+    Returns:
+        Rows `[k]` and columns `[k]`, int32, sorted by row, then by column; and the score's facts.
+
+    Raises:
+        ValueError: see `score`.
     """
     k = salient_count(prepared.config.k, *prepared.dense.shape)
     if k == 0:

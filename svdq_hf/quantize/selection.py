@@ -1,6 +1,7 @@
-"""Which layers of a model are quantized: found, chosen, and the names that keep others dense.
+"""Selection of the layers that are quantized: candidates, and the defaults and names that keep some dense.
 
-Not here: what a model's own code does with its layers (`model_code`), and replacing them (`convert`).
+Not here: how a model's own code uses its layers (`quantize.code_inspection`), what a name means
+(`quantize.kept_dense`), and replacing layers (`quantize.convert`).
 """
 
 import logging
@@ -24,7 +25,7 @@ from svdq_hf.quantize.kept_dense import KeptDense
 logger = logging.getLogger(__name__)
 
 FEWEST_ROWS = 8
-"""Layers with fewer rows are gates or tiny heads: nothing to win, much to lose."""
+"""Layers with fewer rows are gates or tiny heads: quantizing saves little there and costs much."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -37,12 +38,24 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def weights_of(name: str, module: nn.Module) -> list[WeightName]:
-    """The weights of a dense layer that are quantized, under the names they are stored by."""
+    """The weights of a dense layer that are quantized, with the names they are stored under.
+
+    Args:
+        name: of the layer.
+        module: the layer, or fused experts.
+    """
     return stacks_of(name, module) or [WeightName(name, shape_of(module))]
 
 
 def layers_to_convert(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
-    """The linear layers of `model` that `config` quantizes, by name.
+    """The layers of a model that a config quantizes.
+
+    Args:
+        model: the dense model.
+        config: how it is quantized.
+
+    Returns:
+        Linear layers and fused experts, by name.
 
     Raises:
         ValueError: there are none, or the model is quantized already.
@@ -82,7 +95,13 @@ def all_names(layers: Mapping[str, nn.Module]) -> list[str]:
 
 
 def convertible(model: nn.Module, linear: Mapping[str, nn.Module], asked: KeptDense) -> dict[str, nn.Module]:
-    """Those of the `linear` layers of a model, by name, that neither the user nor a default keeps dense."""
+    """The candidates that neither the user nor a default keeps dense.
+
+    Args:
+        model: the dense model.
+        linear: its candidates, by name.
+        asked: the user's names of modules to keep dense.
+    """
     skips = default_skips(model)
     return {
         name: module
@@ -94,7 +113,11 @@ def convertible(model: nn.Module, linear: Mapping[str, nn.Module], asked: KeptDe
 
 
 def kept_by_name(names: Iterable[str], config: SVDQConfig) -> dict[str, list[str]]:
-    """For each name in modules_to_not_convert, which of the `names` of layers it keeps dense.
+    """The layers that each name in `modules_to_not_convert` keeps dense.
+
+    Args:
+        names: of layers.
+        config: has the user's names.
 
     >>> kept_by_name(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
     {'down': ['mlp.down'], 'pooler': []}
@@ -108,7 +131,11 @@ def kept_by_name(names: Iterable[str], config: SVDQConfig) -> dict[str, list[str
 
 
 def unmatched(names: Iterable[str], config: SVDQConfig) -> list[str]:
-    """The user's names of modules to keep dense that keep none of the `names` of layers.
+    """The user's names of modules to keep dense that match no layer.
+
+    Args:
+        names: of layers.
+        config: has the user's names.
 
     >>> unmatched(["mlp.up", "mlp.down"], SVDQConfig(modules_to_not_convert=["down", "pooler"]))
     ['pooler']
@@ -122,11 +149,11 @@ def _within(name: str, modules: Iterable[str]) -> bool:
 
 
 def default_skips(model: nn.Module) -> list[str]:
-    """Names of modules that stay dense when a model is quantized (a file says itself what it holds).
+    """Names of modules that stay dense by default when a model is quantized.
 
     Everything outside the base model (heads), the output embeddings, tied weights, what the model
     itself keeps in FP32, and layers of which other code reads the weight: torch's own transformer
-    layers, and what `layers_read` finds.
+    layers, and what `layers_read` finds. (For a quantized file it is the file that says what is quantized.)
     """
     skips = _shared_weights(model) + layers_read(model)
     fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -146,11 +173,14 @@ def default_skips(model: nn.Module) -> list[str]:
 
 
 _HEADS = ("classifier", "score", "qa_outputs", "ctc_head")
-"""What transformers calls a task's head in models that are their own base model (CLIP's, Siglip's, T5's)."""
+"""Names of heads in transformers models that are their own base model (CLIP's, Siglip's, T5's)."""
 
 
 def heads(model: nn.Module) -> list[str]:
-    """The modules outside the base model; where a transformers model is its own, those named as heads are."""
+    """Names of the modules outside the base model.
+
+    A transformers model that is its own base model has none outside; there, names that heads have count.
+    """
     base = getattr(model, "base_model", model)
     if base is not model:
         return [name for name, child in model.named_children() if child is not base]
@@ -159,7 +189,7 @@ def heads(model: nn.Module) -> list[str]:
 
 
 def _shared_weights(model: nn.Module) -> list[str]:
-    """Modules whose weight is also another's."""
+    """Modules that share their weight with another one."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith(".weight"):
@@ -168,7 +198,11 @@ def _shared_weights(model: nn.Module) -> list[str]:
 
 
 def check_biases(name: str, module: nn.Module) -> None:
-    """Refuse a layer, or experts, with a bias that is no number: what it adds to would be none either.
+    """Refuse a layer, or experts, with a bias that is not finite.
+
+    Args:
+        name: of the layer, for errors.
+        module: the layer.
 
     Raises:
         ValueError: a NaN or an infinity; it names the layer.
@@ -179,7 +213,15 @@ def check_biases(name: str, module: nn.Module) -> None:
 
 
 def dense_weight(module: nn.Module, *, detach: bool = True) -> Tensor:
-    """The weight of a dense layer, as it stores it."""
+    """The weight of a dense layer as the layer stores it, `[out, in]`, or `[in, out]` in a `Conv1D`.
+
+    Args:
+        module: the layer.
+        detach: whether the result is detached from the graph.
+
+    Raises:
+        TypeError: the module has no weight.
+    """
     if not isinstance(module.weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight")
     return module.weight.detach() if detach else module.weight

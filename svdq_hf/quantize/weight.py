@@ -1,6 +1,7 @@
-"""One weight of a model -> what is stored for it: checked, scored, decomposed, and measured.
+"""Quantization of one weight: checked, scored, decomposed and measured.
 
-It knows the config, the score and the format, no modules and no models: those are in `convert`.
+It knows the config, the score and the format, but no modules and no models: those are in `quantize.layer` and
+`quantize.convert`.
 """
 
 import math
@@ -38,23 +39,25 @@ def quantize_weight(
     inputs: InputStatistics | None = None,
     scored: Scored | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Quantize one weight: its stored parts, and the facts measured.
+    """Quantize one weight.
 
-    Facts: `relative_error`, the Frobenius norm of what was lost over that of the weight; and what
-    the score measured (`sigma_ratio` for "svd": sigma_r+1 / sigma_r, near 1 = ill determined).
-
-    Of a weight on the meta device the parts have shapes and no data, and nothing is measured: so a model can
-    be planned (`streaming.plan`).
+    A weight on the meta device gives parts that have shapes and no data, and no facts: so a whole model can
+    be planned without being read (`checkpoint.streaming`).
 
     Args:
-        weight: `[out, in]`.
+        weight: `[out, in]`, of a plain float dtype.
         config: of the whole model.
         name: of the layer, for its k and for errors.
-        inputs: what the layer saw, for scores and error feedback that need data.
-        scored: its scores by `score_weight`, where they are known already.
+        inputs: statistics of the layer's inputs, for scores and error feedback that need data.
+        scored: the result of `score_weight`, where it is known already.
+
+    Returns:
+        The stored parts by name (see `part_specs`), and the facts measured: `relative_error`, the Frobenius
+        norm of the error over that of the weight; and those of the score (`sigma_ratio` of "svd":
+        sigma_r+1 / sigma_r, near 1 = ill determined).
 
     Raises:
-        ValueError: a NaN or an infinity, a dtype that is not a plain float, or a score's own refusal;
+        ValueError: a NaN or an infinity, a dtype that is not a plain float, or an error of the score;
             it names the layer.
     """
     if weight.is_meta:
@@ -70,7 +73,16 @@ def quantize_weight(
 def score_weight(
     weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None = None
 ) -> Scored:
-    """The scores `[out, in]` of one weight, for who quantizes it more than once (see `quantize_weight`).
+    """Scores of one weight, for callers that quantize it more than once.
+
+    Args:
+        weight: `[out, in]`, of a plain float dtype.
+        config: names the score, and the column scale that is taken out before.
+        name: of the layer, for errors.
+        inputs: statistics of the layer's inputs, for scores that need data.
+
+    Returns:
+        Scores `[out, in]`, float32, and the score's facts.
 
     Raises:
         ValueError: see `quantize_weight`.
@@ -82,9 +94,19 @@ def score_weight(
 def errors_at(
     weight: Tensor, config: SVDQConfig, name: str, ks: Iterable[int], inputs: InputStatistics | None = None
 ) -> dict[int, float]:
-    """The relative error of the layer `name` with each number of salient weights, scored once.
+    """The relative error of one weight at several numbers of salient weights, scored once.
 
-    It is that of rounding without error feedback.
+    Rounding is measured without error feedback.
+
+    Args:
+        weight: `[out, in]`, of a plain float dtype.
+        config: of the model; its `k` is not used.
+        name: of the layer, for errors.
+        ks: the numbers of salient weights.
+        inputs: statistics of the layer's inputs, for scores that need data.
+
+    Returns:
+        The relative error by k.
 
     Raises:
         ValueError: see `quantize_weight`.
@@ -110,7 +132,7 @@ def _encoded(prepared: Prepared, rows: Tensor, columns: Tensor) -> tuple[dict[st
 def _prepared(
     weight: Tensor, config: SVDQConfig, name: str, inputs: InputStatistics | None
 ) -> Iterator[Prepared]:
-    """A weight that can be quantized, ready for it; errors in the block say of which layer."""
+    """Context manager: a checked weight, ready to be quantized; errors in the block name the layer."""
     check_weight(name, weight)
     with _errors_name_the_layer(name, weight):
         yield Prepared(weight, config, inputs)
@@ -118,7 +140,11 @@ def _prepared(
 
 @contextmanager
 def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
-    """What is stored must not depend on autocast; and an error, a user's score's too, says of which layer."""
+    """Context manager around the quantization of one layer.
+
+    Switches autocast off, since the result must not depend on it. Raises any exception again, also one of a
+    user's score function, as ValueError("could not quantize <layer>: ...").
+    """
     try:
         with torch.autocast(weight.device.type, enabled=False):
             yield
@@ -128,7 +154,16 @@ def _errors_name_the_layer(name: str, weight: Tensor) -> Iterator[None]:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized: no plain float, empty, without data, NaN, or out of range."""
+    """Refuse a weight that cannot be quantized.
+
+    Args:
+        name: of the layer, for errors.
+        weight: what should be `[out, in]`.
+
+    Raises:
+        ValueError: no plain float, not a matrix, empty, part of a sharded model, without data, a NaN or an
+            infinity, or weights that scales of 16 bits cannot represent; it names the layer and the remedy.
+    """
     check_source_dtype(name, weight.dtype)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
@@ -139,7 +174,7 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    low, high = map(float, weight.detach().aminmax()) if weight.numel() else (0.0, 0.0)
+    low, high = map(float, weight.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
@@ -156,7 +191,15 @@ _KEEP_DENSE = "keep this layer dense with modules_to_not_convert"
 
 
 def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
-    """Refuse a weight that is no plain float (a layer of fp8 or int8 has scales of its own)."""
+    """Refuse a dtype that is no plain float: a layer in fp8 or int8 has scales that are not known here.
+
+    Args:
+        name: of the layer, for errors.
+        dtype: of its weight; text where it stands in a file's header.
+
+    Raises:
+        ValueError: it names the layer, the dtype and the allowed ones.
+    """
     if dtype not in SOURCE_DTYPES:
         allowed = [str(source) for source in SOURCE_DTYPES]
         raise ValueError(f"could not quantize {name}: weight is {dtype}; it must be one of {allowed}")
@@ -165,13 +208,22 @@ def check_source_dtype(name: str, dtype: torch.dtype | str) -> None:
 def quantize_stack(
     weights: Tensor | Pieces | LazyStack, config: SVDQConfig, name: str, *, transposed: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Quantize `weights` `[experts, out, in]`, one expert after the other: stacked parts, and the facts.
+    """Quantize the experts of a layer, one after the other.
 
-    transposed: they are `[experts, in, out]`. Beside the parts, memory is that of one expert's work. The
-    relative error is that of all experts together, other facts are means.
+    Beside the stacked parts, memory is that of the work on one expert.
+
+    Args:
+        weights: `[experts, out, in]`, a tensor or a stream of matrices.
+        config: of the whole model.
+        name: of the stack, for errors.
+        transposed: whether `weights` is `[experts, in, out]`.
+
+    Returns:
+        The stored parts, stacked (see `stack_specs`), and the facts: the relative error of all experts
+        together, and means of the others.
 
     Raises:
-        ValueError: see `quantize_weight`; it names the expert too.
+        ValueError: see `quantize_weight`; it names the expert, too.
     """
     experts, *shape = weights.shape
     out, in_features = reversed(shape) if transposed else shape
@@ -201,13 +253,13 @@ def _empty(specs: dict[str, PartSpec], device: torch.device) -> dict[str, Tensor
 
 
 def _norm(weight: Tensor) -> float:
-    """The Frobenius norm, in units in which no square overflows."""
+    """The Frobenius norm of a matrix, computed in units in which no square overflows."""
     top = max(-float(weight.min()), float(weight.max())) or 1.0
     return top * float(torch.linalg.vector_norm(weight.float() / top))
 
 
 def _together(facts: list[dict[str, float]], sizes: list[float]) -> dict[str, float]:
-    """One set of facts for many weights, of these Frobenius norms."""
+    """The facts of several weights as one set; `sizes` are their Frobenius norms."""
     mean = {name: sum(found[name] for found in facts) / len(facts) for name in (facts[0] if facts else {})}
     lost = math.hypot(*(found["relative_error"] * size for found, size in zip(facts, sizes, strict=True)))
     total = math.hypot(*sizes)

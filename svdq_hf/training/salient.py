@@ -1,7 +1,7 @@
-"""Salient tuning: which parameters of a quantized model train, and how much that is.
+"""Salient tuning: train the salient weights, biases, norms and head of a quantized model, nothing else.
 
-The packed weights are integers and stay; the salient weights, biases, norms and a task's head are floats
-and can train with the plain `Trainer`, with no adapter. Not here: adapters (`lora`).
+The packed weights are integers and stay; the rest are floats and can train with the plain `Trainer`, with
+no adapter. Not here: adapters (`integrations.peft`).
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,16 @@ ADAMW_BYTES = 4 + 4 + 4
 """Per trained FP32 weight: its gradient and AdamW's two moments."""
 
 ROUTING = ("expert_bias", "e_score_correction_bias")
-"""Parameters called a bias that balance experts, and that no gradient moves."""
+"""Parameters called a bias that balance experts; no gradient reaches them."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What of a model trains: of each kind ("salient", "biases", "norms", "head") how many weights.
+    """How many weights of a model train.
 
-    frozen: weights that do not; a packed one counts as one.
+    Attributes:
+        counts: trained weights of each kind: "salient", "biases", "norms", "head".
+        frozen: weights that do not train; a packed weight counts as one.
     """
 
     counts: dict[str, int]
@@ -35,12 +37,12 @@ class Trainable:
 
     @property
     def total(self) -> int:
-        """Weights that train."""
+        """Number of weights that train."""
         return sum(self.counts.values())
 
     @property
     def share(self) -> float:
-        """Of all weights, those that train, from 0 to 1."""
+        """Trained weights as a share of all, from 0 to 1."""
         return self.total / (self.total + self.frozen)
 
     def __rich__(self) -> Table:
@@ -65,14 +67,23 @@ def mark_trainable(
     head: bool = True,
     show: bool = True,
 ) -> Trainable:
-    """Let some kinds of a quantized model's parameters train and freeze all others; prints how many.
+    """Let some kinds of a quantized model's parameters train and freeze all others.
 
-    salient: the salient weights of every quantized layer. biases: of every layer. norms: the weights of
-    normalizations (what is called Norm). head: whatever is outside the base model (a classifier), but for
-    an output layer over a vocabulary, which is as large as the embedding and often is the embedding:
-    `model.get_output_embeddings().requires_grad_()` where you want it. show: whether to print.
+    Args:
+        model: a quantized model without adapters; `requires_grad` of its parameters is set in place.
+        salient: the salient weights of every quantized layer.
+        biases: the biases of every layer.
+        norms: the weights of normalizations (modules whose class has "Norm" in its name).
+        head: what is outside the base model (a classifier). An output layer over a vocabulary is not meant,
+            which is as large as the embedding and often is the embedding itself; to train it, call
+            `model.get_output_embeddings().requires_grad_()`.
+        show: whether a table of the counts is printed.
+
+    Returns:
+        How many weights train, by kind.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: the model is not quantized, has adapters, or nothing would train.
     """
     if next(packed_weights(model), None) is None:
@@ -105,7 +116,7 @@ def mark_trainable(
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once, with its kind; "" for the rest."""
+    """Each parameter once, with its kind; the kind is "" where none of the four applies."""
     base = getattr(model, "base_model", model)
     inside = {id(parameter) for parameter in base.parameters()}
     inside -= {id(parameter) for name in heads(model) for parameter in model.get_submodule(name).parameters()}

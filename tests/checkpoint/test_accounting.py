@@ -17,6 +17,7 @@ from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint import Source, estimate_checkpoint, export_dense, quantize_checkpoint
 from svdq_hf.cli.command import main
 from svdq_hf.hub.push import push_model
+from svdq_hf.integrations.transformers import patches
 
 FAMILIES = {name: family.build for name, family in tiny.FAMILIES.items()} | {
     name: partial(tiny_experts.build, name) for name in tiny_experts.FAMILIES
@@ -153,6 +154,7 @@ def test_nothing_of_any_family_is_lost_there_and_back(name, architectures, tmp_p
 
 def test_a_written_folder_that_lacks_a_tensor_is_thrown_away(tmp_path, monkeypatch):
     source = saved(llama(), tmp_path / "dense")
+    patches.apply()  # before the one below, which would else be replaced
     real = hf.PreTrainedModel.save_pretrained
 
     def forgetful(self, folder, **choices):

@@ -12,8 +12,8 @@ import transformers as hf
 from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.cli import evaluate as options_of_evaluate
 from svdq_hf.cli.command import main
-from svdq_hf.cli.evaluate import add_arguments, request_of
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation import EvaluationRequest, evaluate
 from svdq_hf.evaluation.sweep.store import CELLS
@@ -222,10 +222,10 @@ def test_an_evaluation_from_python_is_that_of_the_command(tmp_path, text, perple
 
 def test_the_defaults_of_the_command_are_those_of_a_request():
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = parser.parse_args(["--task", "rte", "--model", "m", "--out", "o"])
+    options_of_evaluate.add(parser.add_subparsers())
+    options = parser.parse_args(["evaluate", "--task", "rte", "--model", "m", "--out", "o"])
     mine = EvaluationRequest("rte", model=["m"], out="o")
-    asked = request_of(options)
+    asked = options_of_evaluate.request_of(options)
     assert list(asked.plan.cells()) == list(mine.plan.cells())
     assert (asked.tokens, asked.context) == (mine.tokens, mine.context)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdq_hf.format.parts import PARTS
+from svdq_hf.format.parts import PARTS, StoredWeight
 from svdq_hf.kernels import cpu
 from svdq_hf.kernels import cpu_direct as direct
 from svdq_hf.kernels import linear_op as op
@@ -37,13 +37,18 @@ def layer(split):
 
 
 def inputs_of(parts, bias):
-    return (*(parts.get(name) for name in PARTS), bias)
+    return StoredWeight.of(parts), bias
 
 
 def short(layer, x):
     """What the short way gives; None where it gives the call to the op."""
     with torch.no_grad():
-        return direct.linear(x, layer._inputs(), layer.in_features, layer.group, layer.fast)
+        return direct.linear(x, *layer.stored_and_bias(), layer.in_features, layer.group, layer.fast)
+
+
+def by_the_op(layer, x):
+    stored, bias = layer.stored_and_bias()
+    return op.linear(x, *stored, bias, layer.in_features, layer.group)
 
 
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
@@ -57,8 +62,8 @@ def test_it_gives_the_bits_of_the_op(fast, dtype, grid, bias, split):
     for batch in ((), (0,), (1,), (2, 3), (1, 1, 1), (12,), (16,)):
         x = torch.randn(*batch, 129).to(dtype)
         with torch.no_grad():
-            found = direct.linear(x, given, 129, group, fast)
-            expected = op.linear(x, *given, 129, group, fast)
+            found = direct.linear(x, *given, 129, group, fast)
+            expected = op.linear(x, *given[0], given[1], 129, group, fast)
         assert found is not None
         assert (found.shape, found.dtype) == (expected.shape, dtype)
         assert torch.equal(found, expected)
@@ -91,7 +96,7 @@ class Operations(TorchDispatchMode):
 def test_where_someone_watches_or_changes_operations_it_is_not_taken(layer):
     x = torch.randn(3, 129)
     assert short(layer, x) is not None
-    assert direct.linear(x, layer._inputs(), 129, layer.group) is None  # gradients
+    assert direct.linear(x, *layer.stored_and_bias(), 129, layer.group) is None  # gradients
     for watching in (
         torch.autocast("cpu", torch.bfloat16),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
@@ -156,13 +161,16 @@ def damaged(part):
 @pytest.mark.parametrize("name", [*PARTS, "bias"])
 def test_a_part_that_is_wrong_is_never_followed(name, layer):
     """Each call looks at every tensor, so it does not matter what was there in the call before."""
-    x, given = torch.randn(2, 129), dict(zip((*PARTS, "bias"), layer._inputs(), strict=True))
+    stored, bias = layer.stored_and_bias()
+    x, given = torch.randn(2, 129), {**stored.as_dict(), "bias": bias}
     assert short(layer, x) is not None
     for bad in damaged(given[name].detach()):
         if name == "bias" and bad.dtype == torch.float64:
             continue  # it is cast, as a narrow one is
         with torch.no_grad():
-            assert direct.linear(x, (*({**given, name: bad}).values(),), 129, layer.group) is None
+            wrong = {**given, name: bad}
+            bias = wrong.pop("bias")
+            assert direct.linear(x, StoredWeight.of(wrong), bias, 129, layer.group) is None
 
 
 @pytest.mark.parametrize("grid", [{"group_size": 8}, {"group_size": 16}, {"bits": 8}, {"bits": 3}], ids=str)
@@ -170,7 +178,7 @@ def test_what_the_library_does_not_decode_is_left_to_the_op(grid, split):
     _, parts, scheme = split(33, 128, 9, **grid)
     group, x = scheme.grid.columns(128), torch.randn(2, 128)
     with torch.no_grad():
-        assert direct.linear(x, inputs_of(parts, None), 128, group) is None
+        assert direct.linear(x, *inputs_of(parts, None), 128, group) is None
 
 
 def test_storage_that_is_swapped_under_a_parameter_is_noticed(layer):
@@ -179,7 +187,7 @@ def test_storage_that_is_swapped_under_a_parameter_is_noticed(layer):
         before = layer(x)
         layer.salient_values.data = layer.salient_values.data * 2
         doubled = layer(x)
-        assert torch.equal(doubled, op.linear(x, *layer._inputs(), 129, layer.group))
+        assert torch.equal(doubled, by_the_op(layer, x))
         assert not torch.equal(doubled, before)
         layer.salient_values.mul_(0.5)  # as an optimizer does
         assert torch.equal(layer(x), before)
@@ -224,4 +232,4 @@ def test_a_torch_without_dlpacks_interface_asks_the_op(layer, monkeypatch):
     x = torch.randn(2, 129)
     assert short(layer, x) is None
     with torch.no_grad():
-        assert torch.equal(layer(x), op.linear(x, *layer._inputs(), 129, layer.group))
+        assert torch.equal(layer(x), by_the_op(layer, x))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from svdq_hf import SVDQConfig, quantize_model, set_compute
 from svdq_hf.format.decode import reconstruct
-from svdq_hf.format.parts import PARTS
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
 from svdq_hf.kernels.native import library as native
 from svdq_hf.nn.inventory import svdq_layers
@@ -28,7 +28,7 @@ GRIDS = [
 
 
 def stored(parts):
-    return [parts.get(name) for name in PARTS]
+    return StoredWeight.of(parts)
 
 
 def with_outliers(tokens, in_features):

@@ -13,7 +13,7 @@ import torch
 
 from svdq_hf.core.packing import pack
 from svdq_hf.format.decode import reconstruct
-from svdq_hf.format.parts import PARTS
+from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu, reference
 from svdq_hf.kernels import linear_op as op
 from svdq_hf.kernels.native import library as native
@@ -35,7 +35,7 @@ pytestmark = needs_library
 
 
 def stored(parts):
-    return [parts.get(name) for name in PARTS]
+    return StoredWeight.of(parts)
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: ("plain", "avx2", "avx512")[path])
@@ -64,7 +64,7 @@ def test_the_product_is_exact_to_float32(out, in_features, grid, path, split):
     weight, bias = reconstruct(parts, in_features, scheme).double(), torch.randn(out)
     for tokens in (1, 2, 3, 8, 9, 12, 13, 16, 17, 40):
         x = torch.randn(tokens, in_features)
-        y = cpu.linear(x, stored(parts), bias, in_features, scheme.grid.columns(in_features), path)
+        y = cpu.linear_on(path, x, stored(parts), bias, in_features, scheme.grid.columns(in_features))
         size = x.double().abs() @ weight.abs().T + bias.abs()
         # Each weight was rounded up to three times before, each product and sum is once: 2**-24 each.
         allowed = (in_features + 5) * 2.0**-24 * size
@@ -84,7 +84,8 @@ def test_narrow_activations_are_summed_in_float32_and_rounded_once(
     _, parts, scheme = split(20, 300, 9)
     x = torch.randn(tokens, 300).to(dtype)
     narrow, wide = (
-        cpu.linear(each, stored(parts), None, 300, scheme.grid.columns(300), path) for each in (x, x.float())
+        cpu.linear_on(path, each, stored(parts), None, 300, scheme.grid.columns(300))
+        for each in (x, x.float())
     )
     assert torch.equal(narrow, wide.to(dtype))
 
@@ -96,8 +97,8 @@ def test_where_there_is_amx_many_bfloat16_tokens_are_multiplied_as_the_reference
     _, parts, scheme = split(20, 300, 9)
     x, bias, group = torch.randn(50, 300).bfloat16(), torch.randn(20), scheme.grid.columns(300)
     monkeypatch.setattr(cpu, "has_amx", lambda: True)
-    found = cpu.linear(x, stored(parts), bias, 300, group, path)
-    assert torch.equal(found, reference.linear(x, parts, bias.bfloat16(), 300, group))
+    found = cpu.linear_on(path, x, stored(parts), bias, 300, group)
+    assert torch.equal(found, reference.linear(x, stored(parts), bias.bfloat16(), 300, group))
 
 
 WAYS = [  # tokens, dtype, on PLAIN, AVX2, AVX512, without AMX and with it
@@ -123,7 +124,7 @@ def test_gradients_are_those_of_the_reference(split):
     _, parts, scheme = split(33, 129, 9, **GRIDS[0])
     gradient, group = torch.randn(2, 3, 33), scheme.grid.columns(129)
     found = cpu.input_gradient(gradient, stored(parts), 129, group)
-    torch.testing.assert_close(found, reference.input_gradient(gradient, parts, 129, group))
+    torch.testing.assert_close(found, reference.input_gradient(gradient, stored(parts), 129, group))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 40])
@@ -134,7 +135,7 @@ def test_one_thread_and_two_and_a_second_run_give_the_same_bits(tokens, path, sp
     try:
         for number in (1, 2, 2):
             torch.set_num_threads(number)
-            found.append(cpu.linear(x, stored(parts), None, 200, scheme.grid.columns(200), path))
+            found.append(cpu.linear_on(path, x, stored(parts), None, 200, scheme.grid.columns(200)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
@@ -179,7 +180,7 @@ def test_parts_that_would_be_read_beyond_their_end_are_refused(split):
             if name == "weight" and bad.dtype == part.dtype and bad.is_contiguous():
                 continue  # of another number of rows: then the other parts do not fit
             with pytest.raises(ValueError, match="not what the format stores"):
-                cpu.linear(x, wrong(parts, **{name: bad}), None, 70, group)
+                op.linear(x, *wrong(parts, **{name: bad}), None, 70, group)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -203,7 +204,7 @@ def test_positions_out_of_order_are_an_error_and_not_left_out(tokens, path, spli
     backwards = wrong(parts, salient_rows=parts["salient_rows"].flip(0))
     if path >= native.AVX512 or tokens == 1:
         with pytest.raises(ValueError, match="out of order"):
-            cpu.linear(torch.randn(tokens, 70), backwards, None, 70, scheme.grid.columns(70), path)
+            cpu.linear_on(path, torch.randn(tokens, 70), backwards, None, 70, scheme.grid.columns(70))
     with pytest.raises(ValueError, match="out of order"):
         list(cpu.dense_blocks(backwards, 70, scheme.grid.columns(70), path))
 
@@ -219,12 +220,16 @@ def test_a_tensor_that_starts_at_an_odd_byte_is_an_error(split):
 def test_small_groups_doubles_and_other_bits_are_computed_by_the_reference():
     x, codes = torch.randn(2, 64), torch.zeros(5, 64, dtype=torch.int8)
     packed = pack(codes)
-    assert cpu.computes(x, packed, 64, 32)
-    assert not cpu.computes(x, packed, 64, 16)
-    assert not cpu.computes(x.double(), packed, 64, 32)
-    assert cpu.computes(x[:, :24], packed, 24, 24)  # a whole row
-    assert not cpu.computes(x, pack(codes, 3), 64, 32)
-    assert not cpu.computes(x, pack(codes, 8), 64, 32)
+
+    def why_not(x, packed, in_features, group):
+        return cpu.supports(x, StoredWeight(packed, *[torch.empty(0)] * 4), in_features, group)
+
+    assert why_not(x, packed, 64, 32) is None
+    assert why_not(x[:, :24], packed, 24, 24) is None  # a whole row
+    assert why_not(x, packed, 64, 16) == "groups of 16 are no multiples of 32 columns, nor whole rows"
+    assert why_not(x.double(), packed, 64, 32) == "activations are torch.float64, and it sums in float32"
+    assert why_not(x, pack(codes, 3), 64, 32) == "codes are of 3 bits, not 4"
+    assert why_not(x, pack(codes, 8), 64, 32) == "codes are of 8 bits, not 4"
 
 
 @pytest.fixture
@@ -243,7 +248,7 @@ def test_without_the_library_everything_runs_and_one_line_says_what_it_costs(
     x, group = torch.randn(3, 70), scheme.grid.columns(70)
     with caplog.at_level(logging.WARNING):
         found = [op.linear(x, *stored(parts), None, 70, group) for _ in range(2)]
-    assert torch.equal(found[0], reference.linear(x, parts, None, 70, group))
+    assert torch.equal(found[0], reference.linear(x, stored(parts), None, 70, group))
     assert torch.equal(found[0], found[1])
     lines = [record.message for record in caplog.records]
     assert len(lines) == 1
@@ -262,6 +267,7 @@ def test_a_library_of_another_release_is_left_alone(without_library, caplog):
     assert ctypes.CDLL(str(built)).svdq_abi() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, whose sanitizers this needs")
 def test_sanitizers_see_no_byte_beyond_a_buffer_and_nothing_undefined(tmp_path):
     program = tmp_path / "check"

@@ -47,7 +47,7 @@ def test_the_column_scale_is_found_once(feedback, monkeypatch):
 def test_errors_are_those_of_rounding_without_feedback():
     weight, seen = torch.randn(40, 70), inputs(70)
     plain = errors_at(weight, CONFIG, "layer", [9])
-    assert errors_at(weight, CONFIG.changed(error_feedback=True), "layer", [9], seen) == plain
+    assert errors_at(weight, CONFIG.replace(error_feedback=True), "layer", [9], seen) == plain
     assert plain[9] == quantize_weight(weight, CONFIG, "layer")[1]["relative_error"]
 
 

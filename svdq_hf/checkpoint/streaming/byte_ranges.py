@@ -1,8 +1,8 @@
-"""Safetensors files, byte by byte: what is there, checked before anything is made, and read in pieces.
+"""Byte ranges of the tensors in safetensors files: found in the headers, checked, and read in pieces.
 
 The library maps whole files, and a mapped page that was read counts as the process's memory; so bytes are
-read from their place here. What a header may say is still for the library to judge. Not here: what becomes
-of a tensor (`plan`, `shard`).
+read from their place here. Whether a header is valid is still left to the library. Not here: what is made of
+a tensor (`checkpoint.streaming.plan`, `checkpoint.streaming.shard`).
 """
 
 import json
@@ -18,13 +18,22 @@ from svdq_hf.format.files import DTYPES, INDEX, REMEDY, WEIGHTS, open_tensors, r
 from svdq_hf.format.parts import PartSpec
 
 PIECE = 1 << 24
-"""Bytes read at a time where a tensor need not be there as a whole; a multiple of every item's size."""
+"""Bytes read at a time where a tensor is not needed as a whole; a multiple of every item's size."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Where a tensor is: `size` bytes of `file` from `start` on. dtype: as safetensors calls it."""
+    """Where a tensor is in a file.
+
+    Attributes:
+        file: path of the file.
+        name: of the tensor in the file.
+        dtype: name of its dtype in safetensors.
+        shape: of the tensor.
+        start: first byte in the file.
+        size: number of bytes.
+    """
 
     file: str
     name: str
@@ -35,10 +44,16 @@ class Place(NamedTuple):
 
 
 def tensor_places(folder: str | Path) -> dict[str, Place]:
-    """All tensors of the files that `from_pretrained` reads from a folder, by their names in files.
+    """Where each tensor is in the files that `from_pretrained` reads from a folder.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        The places by the tensor's name in files.
 
     Raises:
-        ValueError: there are no such files, one is missing or damaged, the index is not what they hold, or
+        ValueError: there are no such files, one is missing or damaged, the index does not match them, or
             two of them hold a tensor of one name.
     """
     folder = Path(folder)
@@ -77,7 +92,7 @@ def _check_index(folder: Path, index: Mapping[str, str], places: Mapping[str, Pl
 
 
 def _header(file: Path) -> dict[str, Place]:
-    """The tensors of one file; the library checks that they fill it, without holes or overlaps."""
+    """The tensors of one file; the library checks that they fill it without holes or overlaps."""
     with open_tensors(file):
         pass
     with open(file, "rb") as opened:
@@ -93,17 +108,36 @@ def _header(file: Path) -> dict[str, Place]:
 
 
 def read_bytes(place: Place) -> Tensor:
-    """A tensor's bytes, `[size]` uint8."""
+    """The bytes of a tensor, `[size]`, uint8.
+
+    Args:
+        place: of the tensor.
+    """
     return next(read_pieces(place, max(place.size, 1)))
 
 
 def as_tensor(data: Tensor, place: Place) -> Tensor:
-    """The tensor `place.shape` that these bytes are."""
+    """The tensor that some bytes represent.
+
+    Args:
+        data: `[size]`, uint8.
+        place: of the tensor.
+
+    Returns:
+        A view `[*place.shape]` of the place's dtype.
+    """
     return data.view(DTYPES[place.dtype]).reshape(place.shape)
 
 
 def read_pieces(place: Place, piece: int = PIECE) -> Iterator[Tensor]:
-    """A tensor's bytes, uint8, in pieces; one empty piece of a tensor without entries.
+    """The bytes of a tensor in pieces; a tensor without entries gives one empty piece.
+
+    Args:
+        place: of the tensor.
+        piece: most bytes of a piece.
+
+    Yields:
+        `[bytes]`, uint8.
 
     Raises:
         OSError: the file has become shorter since its header was read, or the disk fails.
@@ -126,7 +160,10 @@ def read_pieces(place: Place, piece: int = PIECE) -> Iterator[Tensor]:
 
 
 def layout(tensors: Mapping[str, PartSpec]) -> dict[str, int]:
-    """Where each tensor starts in a file's data: wide items first, so that every one is aligned.
+    """Where each tensor starts in a file's data; wide items come first, so that every tensor is aligned.
+
+    Args:
+        tensors: shape and dtype by name.
 
     >>> layout({"a": PartSpec((3,), torch.int8), "b": PartSpec((2,), torch.float32)})
     {'b': 0, 'a': 8}
@@ -139,12 +176,17 @@ def layout(tensors: Mapping[str, PartSpec]) -> dict[str, int]:
 
 
 def size_of(spec: PartSpec) -> int:
-    """Bytes of a tensor."""
+    """Bytes of a tensor of this shape and dtype."""
     return spec.dtype.itemsize * torch.Size(spec.shape).numel()
 
 
 def header_bytes(tensors: Mapping[str, PartSpec], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file has before its data: the header's length, and the header."""
+    """The bytes that precede the data in a safetensors file: the header's length, and the header.
+
+    Args:
+        tensors: shape and dtype by name.
+        metadata: text for the header's `__metadata__`.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, start in layout(tensors).items():
         shape, dtype = tensors[name]
@@ -156,7 +198,7 @@ def header_bytes(tensors: Mapping[str, PartSpec], metadata: Mapping[str, str]) -
 
 
 def readable(size: int) -> str:
-    """Bytes in the unit that fits.
+    """A number of bytes in GB or MB.
 
     >>> readable(13_476_000_000), readable(90_900)
     ('13.48 GB', '0.1 MB')

@@ -1,6 +1,6 @@
-"""Which tensors of the input files each output of a streamed run is made of.
+"""Mapping of a streamed run: which tensors of the input files each output is made of.
 
-Not here: the order and size of the files that are written (`plan`).
+Not here: the order and size of the files that are written (`checkpoint.streaming.plan`).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from svdq_hf.nn.inventory import packed_weights, svdq_experts, svdq_layers
 
 
 class _Mapping:
-    """A planned model and the files it comes from; what is looked up for each tensor is found once."""
+    """A planned model and its input files; lookups are prepared once for all tensors."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
         self.model, self.checkpoint, self.places = model, checkpoint, places
@@ -32,7 +32,7 @@ class _Mapping:
         self.aliases = self._aliases()
 
     def _aliases(self) -> dict[str, list[str]]:
-        """All names of each tensor: those that are tied to it, and of a head's weight also its readers'."""
+        """All names of each tensor: its ties, and for a head's weight the embeddings that read it."""
         same: dict[int, list[str]] = {}
         for name, tensor in self.state.items():
             same.setdefault(id(tensor), []).append(name)
@@ -42,7 +42,7 @@ class _Mapping:
         return found
 
     def unit_of(self, weight: WeightName) -> Unit:
-        """The unit of a quantized weight, or of all experts' matrices, without outputs yet."""
+        """The unit of a quantized weight, or of all experts of a layer; its outputs are added later."""
         if len(weight.shape) == 3:
             transposed = self.experts[weight.name.rpartition(".")[0]].layout.transposed
             found, turned = expert_places(weight, self.checkpoint, self.places, transposed=transposed)
@@ -51,7 +51,7 @@ class _Mapping:
         return Unit((place,), {}, weight, transposed=self.layers[weight.name].transposed)
 
     def whole(self, name: str) -> Place:
-        """Where the one tensor is that is `name` in the model."""
+        """Where the one tensor of the files is that becomes `name` in the model."""
         entries = self.checkpoint.entries
         known = (
             name if name in entries else next((o for o in self.aliases.get(name, ()) if o in entries), name)
@@ -63,7 +63,7 @@ class _Mapping:
         return self.places[entry.name]
 
     def check_sources(self) -> None:
-        """Refuse what a name alone does not tell: two tensors for one, ties to compare, unknown dtypes."""
+        """Refuse two tensors that become one, ties to compare, and unknown dtypes."""
         known = {*self.state, *(f"{name}.weight" for name in self.readers)}
         known -= {stored.name for stored, _, _ in packed_weights(self.model) if len(stored.shape) == 3}
         for name, entries in self.checkpoint.sources.items():
@@ -79,7 +79,12 @@ class _Mapping:
 
 
 def make_units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Unit]:
-    """What is to be made, in the order of the model.
+    """The units to make, in the order of the model.
+
+    Args:
+        model: the quantized model on the meta device.
+        checkpoint: headers of the input files by the model's names.
+        places: of the input tensors, by their names in files.
 
     Raises:
         Unstreamable: a tensor that would be saved is not made of one tensor of the files.
@@ -104,10 +109,16 @@ def make_units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[s
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
-    """What `save_pretrained` writes: name in files -> name in the model, ties once.
+    """The tensors that `save_pretrained` writes, tied ones once.
+
+    Args:
+        model: the quantized model on the meta device.
+
+    Returns:
+        Name in the model by name in files.
 
     Raises:
-        Unstreamable: it joins tensors, or this model saves in a way of its own.
+        Unstreamable: saving would join tensors, or the model's class overrides `save_pretrained`.
     """
     if type(model).save_pretrained is not PreTrainedModel.save_pretrained:
         raise Unstreamable(f"{type(model).__name__} has a save_pretrained of its own")
@@ -124,7 +135,14 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, str]:
 
 
 def head_readers(model: PreTrainedModel) -> dict[str, str]:
-    """Embeddings that read a quantized head's rows, and so have no tensor: name -> the head's."""
+    """Embeddings without a tensor, since they read the rows of a quantized head.
+
+    Args:
+        model: the quantized model.
+
+    Returns:
+        Name of the head by name of the embedding.
+    """
     heads = {id(layer): name for name, layer in svdq_layers(model)}
     modules = model.named_modules()
     return {name: heads[id(module.head)] for name, module in modules if isinstance(module, TiedEmbedding)}

@@ -1,8 +1,9 @@
-"""From checkpoint to checkpoint: which tensor of the output is made of which bytes of the input?
+"""Plan of a streamed run: which tensor of the output is made of which bytes of the input.
 
-transformers says it itself: `from_pretrained` onto the meta device, where nothing is read, leaves the model
-as loading would leave it, with its names, dtypes and ties, and all refusals. Where what would be saved does
-not follow from that tensor by tensor, there is an `Unstreamable`, and the model is quantized in memory.
+transformers itself provides it: `from_pretrained` onto the meta device reads nothing and leaves the model as
+loading would leave it, with its names, dtypes and ties, and with all refusals. Where the saved tensors do
+not follow from that one by one, `Unstreamable` is raised, and the model is quantized in memory. Not here:
+carrying it out (`checkpoint.streaming.resume`).
 """
 
 import json
@@ -29,7 +30,13 @@ from svdq_hf.quantize.footprint import Footprint, footprint
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the output. number: from 1 on."""
+    """One file of the output.
+
+    Attributes:
+        number: from 1 on.
+        file: its name.
+        units: what it holds, in order.
+    """
 
     number: int
     file: str
@@ -37,7 +44,7 @@ class Shard:
 
     @property
     def outputs(self) -> dict[str, PartSpec]:
-        """Its tensors by name."""
+        """Shape and dtype of its tensors, by name."""
         return {name: spec for unit in self.units for name, spec in unit.outputs.items()}
 
     @property
@@ -47,18 +54,25 @@ class Shard:
 
     @property
     def input_size(self) -> int:
-        """Bytes that are read for it."""
+        """Bytes of the input that are read for it."""
         return sum(unit.input_size for unit in self.units)
 
     @property
     def places(self) -> list[Place]:
-        """What is read for it, in order."""
+        """Places of the input that are read for it, in order."""
         return [place for unit in self.units for place in unit.places]
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A model on the meta device, as it will be saved, and what its files are made of."""
+    """A model on the meta device, as it will be saved, and the bytes that its files are made of.
+
+    Attributes:
+        model: the quantized model on the meta device.
+        config: how it is quantized.
+        files: paths of the input files.
+        shards: files of the output.
+    """
 
     model: Any
     config: SVDQConfig
@@ -72,11 +86,15 @@ class StreamPlan:
 
     @property
     def footprint(self) -> Footprint:
-        """What the quantized model will weigh; nothing is measured yet."""
+        """Sizes of the quantized model; no errors, since nothing is quantized yet."""
         return footprint(self.model)
 
     def metadata(self, facts: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-        """What each file's header says, given what was measured of each layer."""
+        """The metadata for the header of every file.
+
+        Args:
+            facts: what was measured, by the layer's name in the model.
+        """
         names = file_names(self.model)
         layers = {
             names[stored.name]: {"shape": list(stored.shape), **facts[stored.name]}
@@ -85,7 +103,11 @@ class StreamPlan:
         return {"format": "pt", **layers_metadata(layers)}
 
     def write_config(self, folder: Path) -> None:
-        """Write config.json, generation_config.json and the index, as `save_pretrained` does."""
+        """Write config.json, generation_config.json and the index, as `save_pretrained` does.
+
+        Args:
+            folder: of the output.
+        """
         model = self.model
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
@@ -100,7 +122,12 @@ class StreamPlan:
 
 
 def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan:
-    """How the model of `source` becomes a quantized one, in files of about `shard_size` bytes.
+    """Plan how a model is quantized file by file.
+
+    Args:
+        source: the model's folder.
+        config: how it is quantized.
+        shard_size: about how many bytes a file of the output has.
 
     Raises:
         Unstreamable: it must be quantized in memory.
@@ -132,7 +159,7 @@ def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan
 
 
 def _check_usual(source: Source, config: SVDQConfig) -> None:
-    """What is not streamed whatever the files hold."""
+    """Refuse configs and models that are never streamed, whatever the files hold."""
     if config.synthetic:
         raise Unstreamable("its error feedback runs the dense model")
     if config.target_bits is not None and config.layer_k is None:
@@ -147,7 +174,7 @@ def _check_usual(source: Source, config: SVDQConfig) -> None:
 
 
 def _shards(units: Iterable[Unit], shard_size: int) -> tuple[Shard, ...]:
-    """Units into files of at most `shard_size` bytes, or of one unit."""
+    """Distribute units over files of at most `shard_size` bytes, or of one larger unit."""
     groups: list[list[Unit]] = []
     size = 0
     for unit in units:

@@ -1,7 +1,8 @@
-"""A plan carried out, in a folder where it may have been begun before: that is checked, the rest is made.
+"""Execution of a plan, resumable: what an earlier run has made in the folder is checked, the rest is made.
 
 `accelerate launch` splits the shards over its processes, which must all see the folder: the first of them
-prepares it, and puts everything together when all have finished.
+prepares it, and puts everything together when all have finished. Not here: one shard
+(`checkpoint.streaming.shard`), and processes on one machine (`checkpoint.streaming.workers`).
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from svdq_hf.checkpoint.unfinished import PLAN_FILE, check_own, empty, locked, m
 from svdq_hf.format.files import write_atomically
 
 MADE_BY = ("svdq_hf", "torch")
-"""Packages of which another version might make other bytes."""
+"""Packages that might make other bytes in another version."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,20 @@ logger = logging.getLogger(__name__)
 def stream(
     plan: StreamPlan, folder: Path, finish: Callable[[Path], None], *, workers: int = 1, restart: bool = False
 ) -> None:
-    """Make the files of a plan in `folder`, and call `finish` with the part of it that is the model.
+    """Make the files of a plan in a folder.
 
-    restart: whether to throw away what an earlier run has left in `folder`.
+    Args:
+        plan: of the output.
+        folder: where the work is done; it is removed at the end.
+        finish: called with the folder of the complete model, inside `folder`.
+        workers: processes that share the work.
+        restart: whether to discard what an earlier run has left in `folder`.
 
     Raises:
         ValueError: an earlier run had another input or other choices; too little disk; a weight that cannot
             be quantized, and then nothing is kept.
         RuntimeError: a worker died.
-        OSError: another run is at work in `folder`; or of the disk.
+        OSError: another run is at work in `folder`, or the disk failed.
     """
     state = PartialState()
     if state.is_main_process:
@@ -70,7 +76,7 @@ def stream(
 
 @contextmanager
 def _kept(folder: Path) -> Iterator[None]:
-    """Say what becomes of the work when it is cut off."""
+    """Context manager that tells, when the work is cut off, where it is kept."""
     try:
         yield
     except ValueError:
@@ -81,7 +87,12 @@ def _kept(folder: Path) -> Iterator[None]:
 
 
 def bytes_needed(plan: StreamPlan, folder: Path) -> int:
-    """Disk that the work takes at its height, beyond what is in `folder` (and is used, or deleted first)."""
+    """Disk that the work needs at its peak, beyond what `folder` holds (which is reused or deleted first).
+
+    Args:
+        plan: of the output.
+        folder: where the work is done.
+    """
     there = 0
     for shard in plan.shards:
         for file in (data_file(shard, folder), model_folder(folder) / shard.file):
@@ -92,7 +103,7 @@ def bytes_needed(plan: StreamPlan, folder: Path) -> int:
 
 
 def _prepare(plan: StreamPlan, folder: Path, restart: bool) -> None:
-    """Make the folder ready: begin it, or check that it was begun for this plan."""
+    """Prepare the folder: begin it, or check that it was begun for this plan."""
     noted = folder / PLAN_FILE
     if restart or not noted.exists():  # without a plan, it is what work in memory has left (`work_folder`)
         empty(folder)
@@ -113,7 +124,7 @@ def _prepare(plan: StreamPlan, folder: Path, restart: bool) -> None:
 
 
 def _noted(file: Path) -> dict[str, Any]:
-    """What the first run has noted of its plan."""
+    """The facts that the first run has recorded of its plan."""
     try:
         before: dict[str, Any] = dict(json.loads(file.read_text()).items())
     except (ValueError, AttributeError, RecursionError) as error:
@@ -122,7 +133,7 @@ def _noted(file: Path) -> dict[str, Any]:
 
 
 def _plan_facts(plan: StreamPlan) -> dict[str, dict[str, Any]]:
-    """All that the output depends on, as JSON can hold it; of the input, sizes and headers."""
+    """Everything that the output depends on, in types that JSON has; the input by its sizes and headers."""
     return {
         "input": {Path(file).name: _file_facts(file) for file in plan.files},
         "config": json.loads(json.dumps(plan.config.to_dict())),
@@ -145,7 +156,7 @@ def _different(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 def _make(plan: StreamPlan, folder: Path, workers: int, state: PartialState) -> None:
-    """Make this process's share of what is missing."""
+    """Make those shards of this process that are missing."""
     mine = plan.shards[state.process_index :: state.num_processes]
     missing = _missing(mine, folder)
     try:
@@ -157,7 +168,7 @@ def _make(plan: StreamPlan, folder: Path, workers: int, state: PartialState) -> 
 
 
 def _missing(shards: Sequence[Shard], folder: Path) -> list[Shard]:
-    """Those of the shards that an earlier run has not finished; the others are checked."""
+    """The shards that an earlier run has not finished; finished ones are checked."""
     begun = [shard for shard in shards if record_file(shard, folder).exists()]
     if not begun:
         return list(shards)
@@ -167,7 +178,7 @@ def _missing(shards: Sequence[Shard], folder: Path) -> list[Shard]:
 
 
 def _put_together(plan: StreamPlan, folder: Path) -> None:
-    """Give every shard its header, and write config and index."""
+    """Add the header to every shard, and write config and index."""
     facts: dict[str, dict[str, float]] = {}
     for shard in plan.shards:
         record = read_record(shard, folder)

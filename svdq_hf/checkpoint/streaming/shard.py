@@ -1,7 +1,8 @@
-"""One file of the output: its data made and recorded, checked when a run goes on, and given its header.
+"""Shard: one file of the output; its data is made and recorded, checked when a run goes on, given a header.
 
-The header tells what quantizing measured in all layers, so it is known last: until then the data lies in a
-file of its own, beside a record of checksums. A record is there only when its data is complete.
+The header contains what quantizing measured in all layers, so it is known last: until then the data is in a
+separate file, beside a record of checksums. A record exists only when its data is complete. Not here: which
+shards there are (`checkpoint.streaming.plan`), and the loop over them (`checkpoint.streaming.resume`).
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from svdq_hf.quantize.expert_stream import LazyStack
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
 
 Told = Callable[[int], None]
-"""Is told of bytes of the input that were read."""
+"""A function that is called with the number of input bytes read."""
 
 
 class _Input:
@@ -37,7 +38,7 @@ class _Input:
         self.told = told
 
     def pieces(self, place: Place, piece: int = PIECE) -> Iterator[Tensor]:
-        """`read_pieces`, to the end."""
+        """`read_pieces`, with checksum and progress."""
         read = hashlib.sha256()
         for data in read_pieces(place, piece):
             read.update(data.numpy().data)
@@ -52,11 +53,17 @@ class _Input:
 
 
 def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> None:
-    """Make the data and the record of a shard in `folder`; a kill leaves no record.
+    """Make the data and the record of a shard; a kill leaves no record.
+
+    Args:
+        shard: what to make.
+        config: how weights are quantized.
+        folder: where the work is done.
+        told: called with the number of bytes read.
 
     Raises:
         ValueError: see `quantize_weight`.
-        OSError: the file of the input has become shorter; or of the disk.
+        OSError: the input file has become shorter, or the disk failed.
     """
     record_file(shard, folder).unlink(missing_ok=True)
     starts = layout(shard.outputs)
@@ -81,7 +88,7 @@ def make_shard(shard: Shard, config: SVDQConfig, folder: Path, told: Told) -> No
 def _made(
     unit: Unit, config: SVDQConfig, source: _Input
 ) -> tuple[Iterator[tuple[str, Tensor]], dict[str, dict[str, float]]]:
-    """Names and bytes of what a unit becomes, piece by piece, and what was measured of its weight."""
+    """Names and bytes of a unit's outputs, piece by piece, and the facts measured of its weight."""
     if unit.weight is None:
         return _copied(unit, source), {}
     parts, facts = _quantized(unit, unit.weight, config, source)
@@ -96,7 +103,7 @@ def _copied(unit: Unit, source: _Input) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored(unit: Unit, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The bytes of a weight's parts, which must be those that were planned."""
+    """The bytes of a weight's parts; their shapes must be the planned ones."""
     for part, (name, spec) in zip(unit.parts, unit.outputs.items(), strict=True):
         if (tuple(parts[part].shape), parts[part].dtype) != spec:
             raise ValueError(f"{name}: {list(parts[part].shape)} {parts[part].dtype}, planned was {spec}")
@@ -106,7 +113,7 @@ def _stored(unit: Unit, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 def _quantized(
     unit: Unit, weight: WeightName, config: SVDQConfig, source: _Input
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The parts of a weight and what was measured; of experts one is in memory at a time."""
+    """The parts of a weight and the facts measured; of experts, one is in memory at a time."""
     matrices = unit.matrices(source.whole)
     if len(weight.shape) == 3:
         stack = LazyStack(weight.dense_shape(transposed=unit.transposed), matrices)
@@ -116,15 +123,24 @@ def _quantized(
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, `[size]` uint8."""
+    """The bytes of a tensor, `[size]`, uint8.
+
+    Args:
+        tensor: `[...]`, of any shape and dtype.
+    """
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def finished_record(shard: Shard, folder: Path, told: Told) -> bool:
-    """Whether the shard's data in `folder` is complete and what it was when it was made.
+    """Whether a shard's data is complete and unchanged since it was made.
+
+    Args:
+        shard: the shard.
+        folder: where the work is done.
+        told: called with the number of bytes read.
 
     Raises:
-        ValueError: the input is no longer what it was made of.
+        ValueError: the input is no longer the one that it was made of.
     """
     record = read_record(shard, folder)
     place = _data_of(shard, folder)
@@ -157,7 +173,7 @@ def _digest(shard: Shard, path: Path, start: int) -> str:
 
 
 def _data_of(shard: Shard, folder: Path) -> tuple[Path, int] | None:
-    """The file that has the shard's data, and where it starts there."""
+    """The file that has the shard's data, and where the data starts in it."""
     if data_file(shard, folder).exists():
         return data_file(shard, folder), 0
     whole = model_folder(folder) / shard.file
@@ -168,7 +184,13 @@ def _data_of(shard: Shard, folder: Path) -> tuple[Path, int] | None:
 
 
 def add_header(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
-    """Put header and data together; a shard that is whole already stays."""
+    """Join header and data into the final file; a shard that is complete stays as it is.
+
+    Args:
+        shard: the shard.
+        metadata: for the header.
+        folder: where the work is done.
+    """
     data, whole = data_file(shard, folder), model_folder(folder) / shard.file
     if not data.exists():
         return
@@ -182,7 +204,7 @@ def add_header(shard: Shard, metadata: Mapping[str, str], folder: Path) -> None:
 
 
 def read_record(shard: Shard, folder: Path) -> dict[str, Any] | None:
-    """What was noted of a shard; None where it is not finished, or the note is damaged."""
+    """The record of a shard; None where it is not finished, or the record is damaged."""
     try:
         record = json.loads(record_file(shard, folder).read_text())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -205,10 +227,10 @@ def _is_record(record: Any, shard: Shard) -> bool:
 
 
 def record_file(shard: Shard, folder: Path) -> Path:
-    """Where a shard's checksums and facts are noted."""
+    """Path of a shard's record: its checksums and facts."""
     return folder / f"{shard.number:05d}.json"
 
 
 def data_file(shard: Shard, folder: Path) -> Path:
-    """Where a shard's data lies without its header."""
+    """Path of a shard's data without its header."""
     return folder / f"{shard.number:05d}.data"

@@ -1,8 +1,8 @@
-"""One thing to make, and the bytes of the input that it is made of: a tensor's copy, or a weight's parts.
+"""Unit of a streamed run: one output and the bytes of the input it is made of, a copy or a weight's parts.
 
 All experts of a layer are one weight. A file has them as one tensor, or as one for each expert and matrix, or
-for each half of it; which becomes what, and in which order, is what transformers' loader would do. Anything
-else is `Unstreamable`.
+for each half of it. Which tensor becomes what, and in which order, is what transformers' loader would do;
+anything else is `Unstreamable`. Not here: quantizing it (`checkpoint.streaming.shard`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +21,26 @@ from svdq_hf.quantize.footprint import Footprint
 
 
 class Unstreamable(Exception):
-    """Why a model must be quantized in memory. footprint: what it will weigh, where that is known."""
+    """Why a model must be quantized in memory.
+
+    Attributes:
+        footprint: sizes of the quantized model, where they are known.
+    """
 
     footprint: Footprint | None = None
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is made of one tensor of the input, or of several: a copy, cast where dtypes differ, or parts.
+    """What is made of one tensor of the input, or of several: a copy (cast where dtypes differ), or parts.
 
-    places: what is read, in order; of experts, for each the pieces of its matrix, one below the other.
-    outputs: by name in files; of a weight, in the order of `parts`. weight: its name in the model, or None.
-    transposed: the dense model has it `[in, out]`. turned: the files have it the other way round than that.
+    Attributes:
+        places: read in this order; for experts, for each the pieces of its matrix, one below the other.
+        outputs: shape and dtype by name in files; those of a weight in the order of `parts`.
+        weight: name and shape of the weight in the model; None: a copy.
+        parts: names of the weight's parts.
+        transposed: whether the dense model has the weight as `[in, out]`.
+        turned: whether the files have it transposed compared with the dense model.
     """
 
     places: tuple[Place, ...]
@@ -44,7 +52,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Bytes of what is made."""
+        """Bytes of the outputs."""
         return sum(map(size_of, self.outputs.values()))
 
     @property
@@ -53,7 +61,14 @@ class Unit:
         return sum(place.size for place in self.places)
 
     def matrices(self, read: Callable[[Place], Tensor] = read_bytes) -> Iterator[Tensor]:
-        """The weight's matrix, or those of its experts in turn, as the dense model has them; read then."""
+        """The weight's matrix, or those of its experts in turn, each read when its turn comes.
+
+        Args:
+            read: reads the bytes `[size]`, uint8, of a place.
+
+        Yields:
+            Matrices as the dense model has them: `[out, in]`, or `[in, out]` where `transposed`.
+        """
         experts = self.weight.shape[:-2] if self.weight is not None else ()
         pieces = len(self.places) // (experts[0] if experts else 1)
         for first in range(0, len(self.places), pieces):
@@ -64,13 +79,21 @@ class Unit:
 def expert_places(
     weight: WeightName, checkpoint: Checkpoint, places: Mapping[str, Place], *, transposed: bool
 ) -> tuple[tuple[Place, ...], bool]:
-    """Where the matrices of all experts are, as `Unit.places` has them, and whether they are turned.
+    """Where the matrices of all experts are in the files.
 
-    transposed: the dense model has them `[in, out]`.
+    Args:
+        weight: the experts' weight in the model.
+        checkpoint: headers of the input files by the model's names.
+        places: of the input tensors, by their names in files.
+        transposed: whether the dense model has the matrices as `[in, out]`.
+
+    Returns:
+        The places, in the order of `Unit.places`, and whether the files have the matrices transposed
+        compared with the dense model.
 
     Raises:
-        Unstreamable: they are of several dtypes or of float64, which the loader would round, or not all
-            experts are there, or the loader does more than to join, or to turn, them.
+        Unstreamable: they are of several dtypes or of float64, which the loader would round; an expert is
+            missing; or the loader does more than join or transpose them.
     """
     entries = checkpoint.sources.get(weight.name, [])
     dtypes = {str(entry.dtype).removeprefix("torch.") for entry in entries}
@@ -99,7 +122,7 @@ def _of_pattern(pattern: str, entries: Sequence[HeaderEntry]) -> list[HeaderEntr
 
 
 def _fit(kinds: Sequence[Sequence[HeaderEntry]], dense: tuple[int, ...]) -> bool:
-    """Whether pieces, by kind those of all experts, make experts of the shape `dense` of all of them."""
+    """Whether pieces (for each kind those of all experts) join to a stack of the shape `dense`."""
     shapes = [{entry.shape for entry in kind} for kind in kinds]
     if any(len(kind) != dense[0] for kind in kinds) or any(len(shape) != 1 for shape in shapes):
         return False

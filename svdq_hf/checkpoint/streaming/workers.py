@@ -1,6 +1,6 @@
-"""Shards made by processes of their own: handed out one by one, and a death is noticed and named.
+"""Worker processes that make shards: shards are handed out one by one, and a death is noticed and named.
 
-Not here: several machines; accelerate starts those, and `run` asks it for this one's share.
+Not here: several machines; accelerate starts those, and `checkpoint.streaming.resume` takes this one's share.
 """
 
 import multiprocessing
@@ -23,7 +23,15 @@ from svdq_hf.config import SVDQConfig
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Told]:
-    """A bar over `total` bytes with rate and time left; `disable_progress_bar` of transformers hides it."""
+    """Context manager: a progress bar that transformers' `disable_progress_bar` hides.
+
+    Args:
+        title: in front of the bar.
+        total: bytes in all.
+
+    Yields:
+        A function that is called with the number of bytes done.
+    """
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), SpeedColumn(), TimeRemainingColumn())
     hidden = not hf_logging.is_progress_bar_enabled()
     with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
@@ -32,10 +40,16 @@ def progress_bar(title: str, total: int) -> Iterator[Told]:
 
 
 def make_shards(shards: Sequence[Shard], config: SVDQConfig, folder: Path, workers: int) -> None:
-    """Make the data of `shards` in `folder`, in this process or in so many workers.
+    """Make the data of some shards, in this process or in worker processes.
+
+    Args:
+        shards: what to make.
+        config: how weights are quantized.
+        folder: where the work is done.
+        workers: number of processes; 1: this process.
 
     Raises:
-        ValueError: of a weight that cannot be quantized; what other workers are at is finished first.
+        ValueError: a weight cannot be quantized; the shards that other workers are making are finished first.
         RuntimeError: a worker died; it names each, and the other shards are made.
     """
     with progress_bar("Quantizing", sum(shard.input_size for shard in shards)) as told:
@@ -47,7 +61,7 @@ def make_shards(shards: Sequence[Shard], config: SVDQConfig, folder: Path, worke
 
 
 def _work(pipe: Connection, config: SVDQConfig, folder: Path, threads: int) -> None:
-    """A worker's life: shards come in; bytes done go out, then None, or an error's text."""
+    """Loop of a worker: receives shards; sends numbers of bytes read, then None, or an error."""
     torch.set_num_threads(threads)
     try:
         while (shard := pipe.recv()) is not None:
@@ -60,7 +74,7 @@ def _work(pipe: Connection, config: SVDQConfig, folder: Path, threads: int) -> N
 
 
 class _Workers:
-    """Processes, each with a pipe and its share of the threads, and what each is at."""
+    """Processes, each with a pipe, its share of the threads, and the shard that it is making."""
 
     def __init__(self, count: int, config: SVDQConfig, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -79,7 +93,7 @@ class _Workers:
             self.processes[ours] = process
 
     def run(self, shards: list[Shard], told: Told) -> None:
-        """Hand out the shards until there is none, or no worker, or one is wrong; then say what happened."""
+        """Hand out shards until none or no worker is left, or one has failed; then raise what happened."""
         shards.reverse()
         try:
             for pipe in list(self.processes):
@@ -96,7 +110,7 @@ class _Workers:
             raise RuntimeError(f"{'; '.join(self.deaths)}. Run the same command again for what is missing")
 
     def _next(self, pipe: Connection, shards: list[Shard]) -> None:
-        """Give a worker its next shard, or let it go."""
+        """Give a worker its next shard, or end it."""
         self.shards.pop(pipe, None)
         following = shards.pop() if shards and not self.errors else None
         if following is not None:

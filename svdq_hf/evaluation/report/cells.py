@@ -1,6 +1,7 @@
-"""One evaluated model is a cell; the cells of one task, kind of model and grid are a group.
+"""Cells and groups: a cell is one evaluated model; a group is the cells of one task, kind of model and grid.
 
-Only what they are: `reading` reads them, `rows` computes with them.
+Only what they are. Not here: reading them (`evaluation.report.read`), and computing with them
+(`evaluation.report.rows`).
 """
 
 import re
@@ -14,9 +15,28 @@ METHOD_ORDER: Final = ("fp32", "none", "svd", "magnitude", "relative", "awq", "s
 
 @dataclass(frozen=True)
 class Cell:
-    """One model under one method, evaluated once: what `svdq evaluate` wrote about it.
+    """One model under one method, evaluated once: a line that `svdq evaluate` wrote.
 
-    kl_each: the KL of each example; majority: the examples that have the commonest label.
+    Attributes:
+        task: name of the task.
+        model: name of the model's folder.
+        method: a score, or "fp32" (dense) or "none" (nothing salient).
+        k: salient weights of a layer, or a share below 1.
+        n: number of examples.
+        metrics: value by the metric's name.
+        grid: name of the grid of scales; None of "fp32".
+        model_seed: fine-tuning seed in the model's name.
+        score_seed: seed of the random choice.
+        rank: of the svd score.
+        right: number of right answers; None where answers are not right or wrong.
+        correct: 1 or 0 for each example.
+        loss: mean, in nats (mean squared error in a regression).
+        kl: mean KL from FP32, in nats.
+        kl_each: KL of each example.
+        majority: number of examples that have the commonest label.
+        bits_per_weight: stored bits in the quantized layers.
+        relative_error: of each layer's weight, by its name.
+        seconds: time to quantize and to evaluate.
     """
 
     task: str
@@ -41,19 +61,19 @@ class Cell:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes two cells the same cell."""
+        """What identifies a cell."""
         choice = (self.method, self.grid, self.k, self.rank, self.score_seed)
         return (self.task, self.model, self.model_seed, *choice)
 
     @property
     def family(self) -> str:
-        """The model without its seed: what is pooled in one table."""
+        """The model's name without its seed; one table pools a family."""
         return family(self.model)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of svd's choice, at one rank, in one layer another score chose as well."""
+    """How much of svd's choice, at one rank and in one layer, another score chose as well."""
 
     task: str
     model: str
@@ -67,13 +87,13 @@ class Overlap:
 
     @property
     def family(self) -> str:
-        """The model without its seed."""
+        """The model's name without its seed."""
         return family(self.model)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one table: one task, one kind of model, one grid, and the FP32 cells with them."""
+    """The cells of one table: one task, one kind of model, one grid; FP32 cells belong to each."""
 
     task: str
     family: str
@@ -82,31 +102,31 @@ class Group:
 
     @property
     def metrics(self) -> list[str]:
-        """The task's scores; the first is its headline."""
+        """Names of the task's metrics; the first is its headline."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.metrics))
 
     @property
     def headline(self) -> str:
-        """The score that a picture shows."""
+        """Name of the metric that a picture shows."""
         return self.metrics[0]
 
     @property
     def counts_right(self) -> bool:
-        """Whether answers are right or wrong here: not in a regression, not in perplexity."""
+        """Whether answers are right or wrong in this task: not in a regression, not in perplexity."""
         return any(cell.right is not None for cell in self.cells)
 
     @property
     def ks(self) -> list[float]:
-        """The numbers of salient weights tried."""
+        """The numbers of salient weights that the cells have, without the baselines."""
         return sorted({cell.k for cell in self.cells if cell.method not in ("fp32", "none")})
 
     @property
     def methods(self) -> list[str]:
-        """The methods tried, in the order of every table and picture."""
+        """The methods of the cells, in the order of every table and picture."""
         return in_order(cell.method for cell in self.cells)
 
     def of(self, method: str, k: float | None = None) -> list[Cell]:
-        """The cells of a method: one per model seed, or several where the score is drawn at random."""
+        """The cells of a method (and of one k): one per model seed, or several where the score is random."""
         return [cell for cell in self.cells if cell.method == method and k in (None, cell.k)]
 
 
@@ -120,7 +140,7 @@ def family(model: str) -> str:
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Methods without repeats: the known ones, then others by name, then random.
+    """Methods without repeats: known ones in their fixed order, then others by name, then random.
 
     >>> in_order(["random", "mine", "svd", "fp32", "svd"])
     ['fp32', 'svd', 'mine', 'random']
@@ -131,6 +151,9 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 def groups(cells: Iterable[Cell]) -> list[Group]:
     """One group per task, kind of model and grid; the FP32 cells, which have no grid, are in each.
+
+    Args:
+        cells: of any number of tasks.
 
     Raises:
         ValueError: cells of one group answered different numbers of examples.

@@ -1,6 +1,7 @@
-"""The three tables of a report: the main one of a group, the overlaps, every run by itself.
+"""The three tables of a report: the main table of a group, the overlaps, and every run by itself.
 
-Only which columns there are, what they are called and what must be said beside them.
+Only which columns there are, their titles and the notes beside them. Not here: the numbers
+(`evaluation.report.rows`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from svdq_hf.evaluation.report.tables import ABSENT, Column, Table, chance, chan
 
 
 def main_table(group: Group, rows: Sequence[Row]) -> Table:
-    """The table of one group: what each method at each k costs."""
+    """The table of one group: what each method costs at each k."""
     columns = _main_columns(group, rows)
     return Table(
         name="main",
@@ -42,7 +43,7 @@ def overlap_table(rows: Sequence[OverlapRow]) -> Table:
 
 
 def runs_table(group: Group) -> Table:
-    """Every cell by itself, unpooled."""
+    """Every cell by itself, not pooled."""
     cells = sorted(group.cells, key=lambda cell: (group.methods.index(cell.method), cell.k))
     columns = [column for column in _run_columns(group) if any(column.sort(c) is not None for c in cells)]
     return Table(
@@ -55,7 +56,7 @@ def runs_table(group: Group) -> Table:
 
 
 def claims(rows: Iterable[OverlapRow]) -> list[str]:
-    """The paper's claim about overlap, held against the data: one sentence, or none without spqr."""
+    """The paper's claim about the overlap with spqr, compared with the data: one sentence, or none."""
     words: dict[str, list[str]] = {}
     rows = list(rows)
     ranks = {row.rank for row in rows}
@@ -68,7 +69,7 @@ def claims(rows: Iterable[OverlapRow]) -> list[str]:
 
 
 def setting(group: Group) -> str:
-    """What a group is about, in one line."""
+    """A group in one line: task, model, grid, seeds, examples."""
     seeds = sorted({cell.model_seed for cell in group.cells if cell.model_seed is not None})
     models = f"model seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     parts = [group.task, group.family, group.grid or "", models, f"{group.cells[0].n} examples"]

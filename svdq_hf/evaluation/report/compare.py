@@ -1,4 +1,7 @@
-"""Paired tests of two methods over the same examples: McNemar for right answers, Student's t for KLs."""
+"""Paired comparisons of two methods over the same examples: McNemar for right answers, Student's t for KLs.
+
+Not here: the tests as formulas (`evaluation.report.statistics`).
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +13,7 @@ from svdq_hf.evaluation.report.statistics import Verdict, mcnemar, paired_t, ver
 
 
 class Comparison(NamedTuple):
-    """A paired test of some cells against others: p, right answers of each, examples, words."""
+    """Result of a paired test of right answers: p, right answers of both sides, examples, verdict."""
 
     p: float
     right: int
@@ -20,7 +23,7 @@ class Comparison(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """A paired test of the KLs of some cells against others': p, mean of each, examples, words."""
+    """Result of a paired test of KLs: p, mean KL of both sides, examples, verdict."""
 
     p: float
     kl: float
@@ -30,9 +33,17 @@ class Distance(NamedTuple):
 
 
 def compare(cells: Sequence[Cell], others: Sequence[Cell]) -> Comparison | None:
-    """McNemar of `cells` against `others`, paired by model and example; None where nothing pairs.
+    """McNemar's test of some cells against others, paired by model and example.
 
-    Of several draws of one model the first counts: each would find the other side's errors again.
+    Of several random draws for one model only the first counts, since each would count the other side's
+    errors again.
+
+    Args:
+        cells: of one method.
+        others: of the method compared with.
+
+    Returns:
+        The result; None where no two cells pair.
     """
     paired = _paired(cells, others)
     ours = "".join(cell.correct or "" for cell, _ in paired)
@@ -44,7 +55,15 @@ def compare(cells: Sequence[Cell], others: Sequence[Cell]) -> Comparison | None:
 
 
 def distance(cells: Sequence[Cell], others: Sequence[Cell]) -> Distance | None:
-    """Whose outputs are nearer to FP32's, over the same examples of the same models; None without pairs."""
+    """Paired t test of whose outputs are nearer to FP32's, over the same examples of the same models.
+
+    Args:
+        cells: of one method.
+        others: of the method compared with.
+
+    Returns:
+        The result; None where no two cells pair, or a KL is not finite.
+    """
     paired = _paired(cells, others)
     ours = [kl for cell, _ in paired for kl in cell.kl_each or ()]
     theirs = [kl for _, partner in paired for kl in partner.kl_each or ()]
@@ -61,7 +80,7 @@ def _paired(cells: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, C
 
 
 def partner_of(cell: Cell, others: Iterable[Cell]) -> Cell | None:
-    """The other method's cell of the same model; of several, that of the same draw, then of the same rank."""
+    """The other method's cell of the same model, preferably of the same draw and rank; or None."""
     same = [other for other in others if (other.model, other.model_seed) == (cell.model, cell.model_seed)]
     near = (cell.score_seed, cell.rank)
     closest = sorted(same, key=lambda other: (other.score_seed != near[0], other.rank != near[1]))
@@ -69,7 +88,7 @@ def partner_of(cell: Cell, others: Iterable[Cell]) -> Cell | None:
 
 
 def by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells of each model, in the order of the models' first ones."""
+    """The cells grouped by model, in order of first appearance."""
     parts: dict[tuple[str, int | None], list[Cell]] = {}
     for cell in cells:
         parts.setdefault((cell.model, cell.model_seed), []).append(cell)
@@ -77,6 +96,6 @@ def by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None where none is."""
+    """Mean of the values that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None

@@ -1,7 +1,8 @@
-"""The ground that every picture is drawn on: one style, safe text, the same bytes for the same numbers.
+"""Drawing of pictures: one style, safe text, the same bytes for the same numbers.
 
-No pyplot and no backend: a figure is an object, nothing is left behind in the process. Sizes are
-chosen for a phone, where a picture is about 360 pixels wide and its text must still be read.
+No pyplot and no backend: a figure is an object, and nothing is left behind in the process. Sizes are
+chosen for a phone, where a picture is about 360 pixels wide and its text must still be readable. Not here:
+what is drawn (`evaluation.report.score_plots`, `evaluation.report.layer_plots`).
 """
 
 import io
@@ -49,19 +50,24 @@ _NO_DATE: Final = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def style() -> AbstractContextManager[None]:
-    """The style, for as long as a `with` lasts."""
+    """Context manager: matplotlib's settings for a report."""
     return rc_context(_STYLE)
 
 
 def blank(title: str, height: float) -> tuple[Figure, Axes]:
-    """A figure of one picture with its title; `height` in inches."""
+    """An empty figure with a title.
+
+    Args:
+        title: of the picture.
+        height: in inches.
+    """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure, figure.add_subplot()
 
 
 def lettering(text: str) -> str:
-    r"""A stranger's text as a picture can show it: cut to length, no formulas, no letters the font lacks.
+    r"""Text for a picture: cut to length, without formulas or letters that the font lacks.
 
     >>> print(lettering("cost in $ of 犬"))
     cost in \$ of ?
@@ -72,7 +78,7 @@ def lettering(text: str) -> str:
 
 
 def written_out(axes: Axes) -> None:
-    """A logarithmic axis whose numbers are written out, three to a decade where few decades are."""
+    """Make the y axis logarithmic with plain numbers, three in each decade where there are few decades."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
@@ -87,7 +93,7 @@ def _letters() -> frozenset[int]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG, transparent, without a date."""
+    """A figure as SVG, transparent, without a date."""
     with style():
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=_NO_DATE, transparent=True)
@@ -95,7 +101,7 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as `stem.svg` and `stem.png`, on white."""
+    """Write a figure as `stem.svg` and `stem.png`, on white; returns the files."""
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     with style():
         figure.savefig(files[0], metadata=_NO_DATE, facecolor="white")

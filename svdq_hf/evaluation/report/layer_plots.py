@@ -1,6 +1,6 @@
-"""Two pictures of a model's layers: how far two choices overlap, and how exact each weight stays.
+"""Plots of a model's layers: how far two choices overlap, and the relative error of each weight.
 
-Layers stand in the order of the data, top to bottom. Names lose the start that all of them share.
+Layers are listed in the order of the data, top to bottom; the part that all names share is left out.
 """
 
 import math
@@ -23,7 +23,12 @@ ROW: Final = 0.165  # inches: a line of 9-point text
 
 
 def overlap_picture(overlaps: Sequence[Overlap], other: str) -> "Figure":
-    """Share of svd's choice that `other` makes too, layer by k; the mean where several models are."""
+    """Share of svd's choice that another score chooses too, layer by k; the mean over several models.
+
+    Args:
+        overlaps: of any number of other scores.
+        other: the score that is drawn.
+    """
     found = [overlap for overlap in overlaps if overlap.other == other]
     layers = list(dict.fromkeys(overlap.layer for overlap in found))
     ks = sorted({overlap.k for overlap in found})
@@ -43,7 +48,15 @@ def overlap_picture(overlaps: Sequence[Overlap], other: str) -> "Figure":
 
 
 def error_picture(group: Group, looks: Mapping[str, Look]) -> "Figure | None":
-    """Relative error of each layer's weight at the highest k, method by method; None where unknown."""
+    """Relative error of each layer's weight at the highest k, by method.
+
+    Args:
+        group: the cells.
+        looks: colour and marker of each method.
+
+    Returns:
+        The figure; None where no error is known.
+    """
     known = [cell for cell in group.cells if cell.relative_error]
     if not known:
         return None
@@ -81,7 +94,7 @@ def _means(pairs: Iterable[tuple[tuple[str, float], float]]) -> dict[tuple[str, 
 
 
 def _height(layers: Sequence[str]) -> float:
-    """Inches: a line per layer, up to the most that are named, and a third of one for each more."""
+    """Height in inches: a line for each layer that is named, and a third of one for each of the others."""
     return 1.1 + ROW * min(len(layers), MOST_NAMED) + ROW / 3 * max(0, len(layers) - MOST_NAMED)
 
 
@@ -105,7 +118,7 @@ def _write(axes: "Axes", grid: Sequence[Sequence[float]]) -> None:
 
 
 def _dots(axes: "Axes", layers: Sequence[str], cells: Sequence[Cell], look: Look) -> None:
-    """A method's errors, the mean over its seeds."""
+    """The errors of one method, each the mean over its seeds."""
     found = [(cell.relative_error or {}) for cell in cells]
     errors = [[one[layer] for one in found if layer in one] for layer in layers]
     points = [(fmean(values), number) for number, values in enumerate(errors) if values]

@@ -1,7 +1,8 @@
-"""The report as one HTML file that needs nothing else: tables that sort, pictures inside, no network.
+"""Report page: one HTML file that needs nothing else, with tables that sort, pictures inside, no network.
 
-Every text that comes from the data is escaped: the name of a task or of a model is a stranger's. The
-pictures take the page's colours, so that they can be read in the dark as well.
+Every text that comes from the data is escaped, since names of tasks and models may come from strangers. The
+pictures take the page's colours, so that they can be read in dark mode as well. Not here: its look
+(`evaluation.report.page_style`), and what it says (`evaluation.report.summary`).
 """
 
 import re
@@ -34,7 +35,7 @@ _PAGE: Final = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, its file's name without an ending, and what it shows in words."""
+    """A picture: its file's name without an ending, what it shows in words, and its SVG."""
 
     name: str
     words: str
@@ -43,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a report: what it says, its tables, its pictures."""
+    """One part of a report: title, anchor, sentences, tables, pictures."""
 
     title: str
     name: str
@@ -53,7 +54,13 @@ class Section:
 
 
 def page(title: str, opening: Iterable[str], sections: Sequence[Section]) -> str:
-    """The whole file; `opening` are paragraphs, and each section's sentences come once more on top."""
+    """The whole HTML file.
+
+    Args:
+        title: of the page.
+        opening: paragraphs at the top.
+        sections: the parts; their sentences are repeated at the top as a summary.
+    """
     body = [
         *(f"<p>{escape(text)}</p>" for text in opening),
         *map(_summary, sections),
@@ -63,7 +70,13 @@ def page(title: str, opening: Iterable[str], sections: Sequence[Section]) -> str
 
 
 def inline(svg: str, name: str, words: str) -> str:
-    """An SVG file as part of a page: its names made unique, its ink the page's own."""
+    """An SVG file as part of a page: its ids made unique, its ink the page's text colour.
+
+    Args:
+        svg: text of the file.
+        name: prefix of the ids.
+        words: what the picture shows, for screen readers.
+    """
     start = svg.index("<svg")
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg[start:]).replace("xlink:href", "href")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)

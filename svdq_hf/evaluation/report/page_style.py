@@ -1,4 +1,4 @@
-"""How the page looks, and how a click sorts a table: its CSS and its JavaScript, as text.
+"""Style of the report page: its CSS, and the JavaScript that sorts a table on a click, as text.
 
 Both go into the page itself: it refers to nothing outside, so it can be mailed, archived and opened
 without a network. Without the script every table is still there, only not sortable.

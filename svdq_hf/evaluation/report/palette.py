@@ -1,8 +1,8 @@
-"""One colour and one marker per method, the same in every picture of a report.
+"""Palette of a report: one colour and one marker per method, the same in every picture.
 
 The colours are Okabe and Ito's (2008), told apart by colour-blind eyes, some of them darkened until
-each has a contrast of 3 to 1 against a white page and against a dark one. The markers say the same
-once more, for print.
+each has a contrast of 3 to 1 against a white page and against a dark one. The markers repeat the
+distinction for print.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ FAINT: Final = "#d0d7de"
 
 
 class Look(NamedTuple):
-    """How a method is drawn."""
+    """Colour and marker of a method."""
 
     colour: str
     marker: str
@@ -36,7 +36,7 @@ _OTHERS: Final = (Look("#3f8fc0", "P"), Look("#8a63d2", "*"), Look("#a0702f", "h
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """The look of each method; those that are not known share four more, by name.
+    """The look of each method; unknown methods share four more looks, in order of their names.
 
     >>> looks(["svd", "mine"])["mine"].marker
     'P'

@@ -1,8 +1,8 @@
-"""The results of a grid, read back from `cells.jsonl` and `overlap.jsonl`, every key checked.
+"""Reader of a sweep's results: `cells.jsonl` and `overlap.jsonl`, every key checked.
 
-A run that is killed leaves a last line cut off, and one that is repeated leaves cells twice: the
-first is passed over, of the second the last counts. Anything else that does not fit is an error that
-names the line: a table over half the data would look like a table over all of it.
+A run that was killed leaves an incomplete last line, which is skipped. A run that was repeated leaves cells
+twice; the later one counts. Anything else that does not fit is an error that names the line: a table over
+half the data would look like a table over all of it. Not here: writing them (`evaluation.sweep.store`).
 """
 
 import json
@@ -75,7 +75,10 @@ OVERLAP_KEYS: Final[Mapping[str, Kind]] = {
 
 
 def read_cells(folder: str | Path) -> list[Cell]:
-    """The cells of a grid, each once.
+    """The cells of a sweep, each once.
+
+    Args:
+        folder: of the sweep.
 
     Raises:
         ValueError: there is none, or a line is not a cell; the message names the line and the remedy.
@@ -91,7 +94,14 @@ def read_cells(folder: str | Path) -> list[Cell]:
 
 
 def read_overlaps(folder: str | Path) -> list[Overlap]:
-    """The overlaps of a grid, each once; none where the file is absent."""
+    """The overlaps of a sweep, each once; an empty list where the file is absent.
+
+    Args:
+        folder: of the sweep.
+
+    Raises:
+        ValueError: a line is not an overlap; the message names the line.
+    """
     file = Path(folder) / OVERLAPS
     found = [Overlap(**overlap) for overlap, _ in _objects(file, OVERLAP_KEYS)]
     return list({(one.task, one.model, one.layer, one.rank, one.k, one.other): one for one in found}.values())
@@ -111,7 +121,7 @@ def _cell(found: dict[str, Any], where: str) -> Cell:
 
 
 def _objects(file: Path, keys: Mapping[str, Kind]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The checked objects of a file of JSON lines, each with where it stands."""
+    """The checked objects of a file of JSON lines, each with its file and line number in words."""
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         where = f"{file}, line {number}"

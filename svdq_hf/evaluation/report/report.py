@@ -1,7 +1,8 @@
-"""The report of a grid: `report.html`, `report.md`, and the tables and pictures as files of their own.
+"""Report of a sweep: `report.html`, `report.md`, and the tables and pictures as files of their own.
 
-It reads what `svdq evaluate` wrote and runs nothing: a report can be made again at any time, from a
-grid that is half done, and from the same cells it comes out the same to the byte.
+It reads what `svdq evaluate` wrote and runs nothing: a report can be made again at any time, also from a
+sweep that is half done, and the same cells give the same bytes. Not here: reading (`evaluation.report.read`),
+computing (`evaluation.report.rows`).
 """
 
 import re
@@ -33,7 +34,13 @@ OPENING: Final = (
 
 
 def write_report(folder: str | Path) -> list[Path]:
-    """Write the report of a grid into its own folder; the files written, the page first.
+    """Write the report of a sweep into its folder.
+
+    Args:
+        folder: of the sweep.
+
+    Returns:
+        The files written, the page first.
 
     Raises:
         ValueError: there is no cell in the folder, or a line that is not one; with the remedy.
@@ -58,7 +65,7 @@ def write_report(folder: str | Path) -> list[Path]:
 def _sections(
     cells: Sequence[Cell], overlaps: Sequence[Overlap]
 ) -> tuple[list[Section], dict[str, "Figure"]]:
-    """Every section of the report, and its pictures' figures by name."""
+    """Every section of the report, and the figures of its pictures by name."""
     taken: set[str] = set()
     figures: dict[str, Figure] = {}
     sections = []
@@ -117,7 +124,7 @@ def _picture(name: str, figure: "Figure") -> Picture:
 
 
 def _name(parts: Iterable[str], taken: set[str]) -> str:
-    """A name for files and anchors: letters, digits and dashes, used once."""
+    """A name for files and anchors, not yet in `taken`: letters, digits and dashes."""
     plain_name = re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")[:80] or "part"
     tries = chain([plain_name], (f"{plain_name}-{number}" for number in range(2, len(taken) + 3)))
     name = next(name for name in tries if name not in taken)

@@ -1,8 +1,9 @@
-"""The numbers of each table, computed: cells pooled over seeds, compared, set against FP32.
+"""Rows of the report's tables: cells pooled over seeds, compared with each other and with FP32.
 
-Several models (seeds) of one kind are pooled: their right answers are added up, their scores
-averaged. The dev examples are then counted once per seed, so intervals and p-values come out
-somewhat too narrow; the tables say so, and give the spread over seeds beside them.
+Several models (seeds) of one kind are pooled: their right answers are added up, their scores averaged. The
+dev examples are then counted once per seed, so intervals and p-values come out somewhat too narrow; the
+tables say so, and give the spread over seeds beside them. Not here: columns and texts
+(`evaluation.report.columns`).
 """
 
 import math
@@ -29,7 +30,7 @@ PAPER_OVERLAP: Final = (0.60, 0.70)  # arXiv 2512.01343: "60-70 %" of svd's choi
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one k, pooled over model seeds and draws; None where it does not apply."""
+    """One method at one k, pooled over model seeds and draws; None where a field does not apply."""
 
     method: str
     label: str
@@ -51,7 +52,7 @@ class Row:
     bits_per_weight: float | None
 
     def record(self) -> dict[str, object]:
-        """Everything, flat, as a line of CSV holds it."""
+        """All fields as one flat dict, for a line of CSV."""
         flat = {name: value for name, value in asdict(self).items() if name not in _NESTED}
         scores = dict(self.scores)
         low, high = self.interval or (None, None)
@@ -73,7 +74,7 @@ _NESTED: Final = (
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Svd's choice, at one rank, against another score's at one k: over layers (and models)."""
+    """Overlap of svd's choice, at one rank, with another score's at one k, over layers (and models)."""
 
     other: str
     rank: int
@@ -87,7 +88,7 @@ class OverlapRow:
 
     @property
     def claim(self) -> str | None:
-        """Whether the share is what the paper says, which it says of spqr alone."""
+        """Whether the share is the one that the paper claims; None for other scores than spqr."""
         if self.other != "spqr":
             return None
         low, high = PAPER_OVERLAP
@@ -95,14 +96,14 @@ class OverlapRow:
 
 
 def main_rows(group: Group) -> list[Row]:
-    """FP32, nothing salient, then per k each method: the rows that the data has."""
+    """Rows of the main table: FP32, nothing salient, then each method by k."""
     found = [_row(group, cells) for cells in _pools(group)]
     baselines = [row for row in found if row.method in NAMES]
     return baselines + sorted((row for row in found if row.method not in NAMES), key=lambda row: row.k)
 
 
 def overlap_rows(overlaps: Iterable[Overlap]) -> list[OverlapRow]:
-    """One row per other score, rank and k, over all layers."""
+    """Rows of the overlap table: one per other score, rank and k, over all layers."""
     pools: dict[tuple[str, int, float], list[Overlap]] = {}
     for overlap in overlaps:
         pools.setdefault((overlap.other, overlap.rank, overlap.k), []).append(overlap)
@@ -117,7 +118,7 @@ def _share(counts: Sequence[int | None], n: int) -> float | None:
 
 
 def missing(group: Group, rows: Sequence[Row]) -> list[str]:
-    """What a reader would look for and the data lacks: baselines, some of the ks, some of the seeds."""
+    """Notes on what the data lacks: baselines, some of the ks, some of the seeds."""
     there = set(group.methods)
     notes = [f"No row {NAMES.get(name, name)}: not in the data." for name in _BASELINES if name not in there]
     for method in ("magnitude", "random"):
@@ -140,7 +141,7 @@ _BASELINES: Final = ("fp32", "none", "magnitude", "random")
 
 
 def _pools(group: Group) -> list[list[Cell]]:
-    """Cells that differ only in their seeds, in the order of the methods."""
+    """Cells that differ only in their seeds, pooled, in the order of the methods."""
     pools: dict[tuple[str, float, int | None], list[Cell]] = {}
     for cell in sorted(group.cells, key=lambda cell: group.methods.index(cell.method)):
         pools.setdefault((cell.method, cell.k, cell.rank), []).append(cell)
@@ -177,7 +178,7 @@ def _row(group: Group, cells: Sequence[Cell]) -> Row:
 
 
 def _interval(right: int, n: int, draws: int) -> Interval:
-    """Wilson's, as wide as for one draw per model: more draws answer no more examples."""
+    """Wilson's interval, as wide as for one draw per model: more draws answer no more examples."""
     return wilson(round(right / draws), n // draws)
 
 
@@ -193,7 +194,7 @@ def _scores(group: Group, cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def _band(group: Group, cells: Sequence[Cell]) -> Band | None:
-    """Spread of the headline over models, draws of one model averaged; over draws, of one model."""
+    """Spread of the headline over models (draws of one model averaged), or over draws of a single model."""
     values = [
         [cell.metrics[group.headline] for cell in part if group.headline in cell.metrics]
         for part in by_model(cells)

@@ -1,7 +1,7 @@
-"""Two pictures of a group: its score and its distance from FP32, each against k.
+"""Plots against k: a group's score, and its distance from FP32.
 
-What is drawn is what the tables hold; nothing is smoothed. The methods stand a little beside their
-k, else their intervals would hide each other.
+What is drawn is what the tables hold; nothing is smoothed. Each method is drawn a little beside its
+k, so that intervals do not hide each other.
 """
 
 import math
@@ -25,7 +25,16 @@ Ends = Callable[[Row], tuple[float, float] | None]
 
 
 def score_picture(group: Group, rows: Sequence[Row], looks: Mapping[str, Look]) -> "Figure | None":
-    """The headline score against k, with intervals; None where no score is a number."""
+    """The headline score against k, with intervals.
+
+    Args:
+        group: the cells.
+        rows: of the group's main table.
+        looks: colour and marker of each method.
+
+    Returns:
+        The figure; None where no score is a number.
+    """
     name = group.headline.replace("_", " ")
     ends = _intervals(group)
     barred = _barred(group) if any(ends(row) for row in rows) else []
@@ -45,7 +54,16 @@ def score_picture(group: Group, rows: Sequence[Row], looks: Mapping[str, Look]) 
 
 
 def kl_picture(group: Group, rows: Sequence[Row], looks: Mapping[str, Look]) -> "Figure | None":
-    """KL from FP32 against k, both logarithmic; None where there is none to draw."""
+    """KL from FP32 against k, both logarithmic.
+
+    Args:
+        group: the cells.
+        rows: of the group's main table.
+        looks: colour and marker of each method.
+
+    Returns:
+        The figure; None where no KL is above 0.
+    """
 
     def kl(row: Row) -> float | None:
         value = _finite(row.kl)
@@ -67,14 +85,14 @@ def _finite(value: float | None) -> float | None:
 
 
 def _intervals(group: Group) -> Ends:
-    """The interval that belongs to the headline: Wilson's to a share of right answers, else over seeds."""
+    """The interval of the headline: Wilson's for a share of right answers, otherwise over seeds."""
     if group.headline == "accuracy":
         return lambda row: row.interval
     return lambda row: row.band[1:] if row.band else None
 
 
 def _barred(group: Group) -> list[str]:
-    """Whose intervals are drawn: FP32's, and those of few methods; the table has them all."""
+    """The methods whose intervals are drawn: FP32, and few others; the table has all of them."""
     tried = [method for method in group.methods if method not in NAMES]
     few = tried if len(tried) <= MOST_BARRED else [method for method in tried if method in MAIN] or tried[:2]
     return ["fp32", *few]
@@ -85,7 +103,7 @@ def _said(barred: Sequence[str]) -> str:
 
 
 def _levels(axes: "Axes", rows: Sequence[Row], looks: Mapping[str, Look], measure: Measure) -> None:
-    """FP32 and nothing salient: no k, so a line across."""
+    """FP32 and "nothing salient" have no k: a horizontal line each."""
     for row in rows:
         value = measure(row)
         if row.method in NAMES and value is not None:
@@ -104,7 +122,7 @@ def _curves(axes: "Axes", rows: Sequence[Row], looks: Mapping[str, Look], measur
 
 
 def _shade(row: Row, rows: Sequence[Row]) -> float:
-    """1 where a method has one curve; of several, one for each rank, the higher ranks are darker."""
+    """Opacity of a curve: 1 where a method has one curve; with one for each rank, higher ranks are darker."""
     ranks = sorted({other.rank for other in rows if other.method == row.method and other.rank is not None})
     return 1.0 if len(ranks) < 2 or row.rank is None else 0.3 + 0.7 * ranks.index(row.rank) / (len(ranks) - 1)
 
@@ -122,7 +140,7 @@ def _bars(axes: "Axes", rows: Sequence[Row], looks: Mapping[str, Look], ends: En
 
 
 def _aside(rows: Sequence[Row]) -> dict[str, float]:
-    """How far from its k each method is drawn."""
+    """The factor by which each method is drawn beside its k."""
     labels = list(dict.fromkeys(row.label for row in rows if row.k > 0))
     return {label: 1.06 ** (number - (len(labels) - 1) / 2) for number, label in enumerate(labels)}
 

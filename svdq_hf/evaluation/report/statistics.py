@@ -1,7 +1,7 @@
-"""What a difference of a few right answers is worth: an interval, a paired test, a band over seeds.
+"""Statistics of differences: an interval, paired tests, and a band over seeds.
 
-A GLUE dev set of 277 examples has a standard error of almost three points, so a score alone ranks
-nothing. These functions know numbers only, no cells and no tables; none corrects for many tests.
+A GLUE dev set of 277 examples has a standard error of almost three points, so a score alone does not rank
+methods. These functions know numbers only, no cells and no tables; none corrects for many tests.
 """
 
 import math
@@ -40,12 +40,17 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
 
     Unlike `p ± z * sqrt(p (1 - p) / n)` it stays inside 0..1 and is never empty, not even at 0 of n.
 
-    >>> low, high = wilson(5, 10)  # z = 1.96: 0.5 ± z * sqrt(0.025 + z**2 / 400) / (1 + z**2 / 10)
-    >>> f"{low:.4f} {high:.4f}"
-    '0.2366 0.7634'
+    Args:
+        right: number of right answers.
+        n: number of answers.
+        level: of confidence.
 
     Raises:
         ValueError: `right` is not in 0..n, or n is not positive.
+
+    >>> low, high = wilson(5, 10)  # z = 1.96: 0.5 ± z * sqrt(0.025 + z**2 / 400) / (1 + z**2 / 10)
+    >>> f"{low:.4f} {high:.4f}"
+    '0.2366 0.7634'
     """
     if not 0 <= right <= n or n == 0:
         raise ValueError(f"right must lie in 0..n and n above 0, not {right} of {n}")
@@ -61,7 +66,17 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
 
 
 def discordant(a: str, b: str) -> tuple[int, int]:
-    """Examples that only `a` has right, and those that only `b` has; both are strings of 0 and 1.
+    """Number of examples that only one side has right.
+
+    Args:
+        a: 1 or 0 for each example.
+        b: the same of the other side.
+
+    Returns:
+        Examples that only `a` has right, and those that only `b` has.
+
+    Raises:
+        ValueError: `a` and `b` have different lengths.
 
     >>> discordant("1101", "1010")
     (2, 1)
@@ -76,10 +91,17 @@ def discordant(a: str, b: str) -> tuple[int, int]:
 
 
 def mcnemar(a: str, b: str) -> float:
-    """Two-sided p that `a` and `b` are right equally often, over the same examples (McNemar 1947).
+    """Two-sided p of the hypothesis that both sides are right equally often (McNemar 1947).
 
-    Exact: of the examples that only one has right, as many go either way as heads and tails of a
+    Exact: among the examples that only one side has right, each side is as likely as heads of a
     fair coin. 1.0 where there is none.
+
+    Args:
+        a: 1 or 0 for each example.
+        b: the same of the other side, over the same examples.
+
+    Raises:
+        ValueError: see `discordant`.
 
     >>> mcnemar("11111", "00000")  # five of five: 2 / 2**5
     0.0625
@@ -93,9 +115,13 @@ def mcnemar(a: str, b: str) -> float:
 
 
 def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p that two quantities have one mean, over the same examples (Student's paired t).
+    """Two-sided p of the hypothesis that two quantities have one mean (Student's paired t).
 
-    For hundreds of examples, whose mean is near enough to normal. 1.0 where all pairs are equal.
+    For hundreds of examples, whose mean is close enough to normal. 1.0 where all pairs are equal.
+
+    Args:
+        a: a value for each example.
+        b: the other quantity, over the same examples.
 
     >>> f"{paired_t([1.0, 2.0, 4.0], [0.0, 0.0, 1.0]):.4f}"  # differences 1, 2, 3: t = 2 * sqrt(3)
     '0.0742'
@@ -109,7 +135,7 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def verdict(p: float, a_right: float, b_right: float) -> Verdict:
-    """What a paired test says of `a` against `b`, in words; of the numbers, more is better.
+    """The outcome of a paired test of `a` against `b`, in words; larger numbers are better.
 
     >>> verdict(0.04, 183, 170)
     'better'
@@ -124,12 +150,16 @@ def verdict(p: float, a_right: float, b_right: float) -> Verdict:
 def confidence_band(values: Sequence[float], level: float = 0.95) -> Band:
     """Mean over seeds and its t interval (Student 1908): the seeds are few, their spread unknown.
 
-    >>> mean, low, high = confidence_band([1.0, 2.0, 3.0])  # 2 ± 4.303 * 1 / sqrt(3)
-    >>> f"{mean:.2f} {low:.3f} {high:.3f}"
-    '2.00 -0.484 4.484'
+    Args:
+        values: one for each seed.
+        level: of confidence.
 
     Raises:
         ValueError: fewer than two values, of which no spread can be known.
+
+    >>> mean, low, high = confidence_band([1.0, 2.0, 3.0])  # 2 ± 4.303 * 1 / sqrt(3)
+    >>> f"{mean:.2f} {low:.3f} {high:.3f}"
+    '2.00 -0.484 4.484'
     """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two of them, not {len(values)}")

@@ -1,6 +1,6 @@
-"""A report in a few plain sentences, made from its numbers: what is closest, what is certain, what holds.
+"""Summary of a report: plain sentences made from its numbers.
 
-Every sentence says what was measured here; none says what ought to be. Where the data cannot answer,
+Every sentence says what was measured; none says what ought to be. Where the data cannot answer,
 the sentence is left out.
 """
 
@@ -19,7 +19,7 @@ RIVALS: Final = ("awq", "spqr")  # which the paper has behind svd at high k
 
 
 def sentences(group: Group, rows: Sequence[Row]) -> list[str]:
-    """What the main table of a group says."""
+    """The sentences about the main table of a group."""
     return [*_closest(group, rows), *_certain(group, rows), *_against_magnitude(group, rows), *_rivals(group)]
 
 
@@ -44,7 +44,7 @@ def _kl(row: Row) -> float:
 
 
 def _certain(group: Group, rows: Sequence[Row]) -> Iterator[str]:
-    """What the paired test can tell from FP32."""
+    """How many rows the paired test distinguishes from FP32."""
     tested = [(row, row.against_fp32) for row in rows if row.against_fp32]
     words = _by_verdict(tested)
     same = len(words.pop("not distinguishable", []))
@@ -54,7 +54,7 @@ def _certain(group: Group, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _against_magnitude(group: Group, rows: Sequence[Row]) -> Iterator[str]:
-    """Whether svd beats magnitude, k by k: by KL, and by right answers."""
+    """Whether svd is better than magnitude, k by k: by KL, and by right answers."""
     svd = [row for row in rows if row.method == "svd"]
     words = _by_verdict([(row, row.kl_against_magnitude) for row in svd if row.kl_against_magnitude])
     if said := [f"{_names(part, group.ks)} is {_KL_ENDS[word]} magnitude" for word, part in words.items()]:
@@ -86,7 +86,7 @@ def _by_verdict(tested: Iterable[tuple[Row, Comparison | Distance]]) -> dict[Ver
 
 
 def _names(rows: Iterable[Row], ks: Sequence[float]) -> str:
-    """Rows by name, those of one method together: `svd at k = 1 and 16`; `ks` are all there are."""
+    """Rows by name, those of one method together: `svd at k = 1 and 16`; `ks` are all that there are."""
     labels: dict[str, list[float]] = {}
     for row in rows:
         labels.setdefault(row.label, []).extend([] if row.method in NAMES else [row.k])

@@ -1,8 +1,8 @@
-"""What a table is, how its numbers are written, and how it is written down: Markdown and CSV.
+"""Tables of a report: their entries, how numbers are written, and the table as Markdown and CSV.
 
-Nothing is computed here, and no table is known: `columns` says what each one shows. An entry carries
-the text to read and the value to sort by; a table carries its records besides, with every number in
-full, for the CSV.
+Nothing is computed here, and no table is known: `evaluation.report.columns` says what each one shows. An
+entry carries the text to read and the value to sort by; a table also carries its records, with every number
+in full, for the CSV.
 """
 
 import csv
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class Entry(NamedTuple):
-    """One entry of a table: what it says, and what it sorts by."""
+    """One entry of a table: the text shown, and the value it is sorted by."""
 
     text: str
     sort: Value
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """A column: its title, what it says of a row, what it sorts by."""
+    """A column: its title, and functions from a row to its text and to the value it is sorted by."""
 
     title: str
     text: Callable[[R], str]
@@ -39,7 +39,7 @@ class Column(Generic[R]):
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to be written: titles, entries, what to know about it, and its full numbers."""
+    """A complete table: titles, entries, caption, notes, and records with unrounded numbers."""
 
     name: str
     titles: list[str]
@@ -49,13 +49,13 @@ class Table:
     records: list[Mapping[str, object]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table with its caption and notes, as GitHub reads it."""
+        """The table with its caption and notes in GitHub's Markdown."""
         lines = [_line(self.titles), "|" + " --- |" * len(self.titles)]
         lines += [_line(entry.text for entry in entries) for entries in self.entries]
         return "\n\n".join(["\n".join(lines), *map(plain, [self.caption, *self.notes])]) + "\n"
 
     def csv(self) -> str:
-        """The full numbers; empty where there is none."""
+        """The records as CSV; a mere line break where there are none."""
         names = list(dict.fromkeys(name for record in self.records for name in record))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number to so many decimals.
+    """A number with a fixed number of decimals; "-" for None.
 
     >>> number(0.66066), number(None)
     ('0.6607', '-')
@@ -84,7 +84,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def small(value: float | None) -> str:
-    """A number of any size to three digits.
+    """A number of any size with three digits; "-" for None.
 
     >>> small(0.01234), small(1234.5), small(0.0000123)
     ('0.0123', '1.23e+03', '1.23e-05')
@@ -93,7 +93,7 @@ def small(value: float | None) -> str:
 
 
 def change(value: float | None) -> str:
-    """A number with its sign.
+    """A number with its sign; "-" for None.
 
     >>> change(0.01), change(-0.5)
     ('+0.0100', '-0.5000')
@@ -111,7 +111,7 @@ def chance(p: float) -> str:
 
 
 def listing(words: Iterable[object]) -> str:
-    """Words in a row.
+    """Words joined by commas and "and".
 
     >>> listing([1, 16, 64]), listing(["a"])
     ('1, 16 and 64', 'a')

@@ -1,4 +1,7 @@
-"""What a sweep compares where nobody says: names and numbers alone, so that a command line is fast."""
+"""Defaults of a sweep, as plain names and numbers, so that a command line starts fast.
+
+Not here: the plan that is made of them (`evaluation.sweep.plan`).
+"""
 
 from typing import Final
 

@@ -1,6 +1,6 @@
-"""What a grid is made of: methods, numbers of salient weights, grids of scales, ranks and seeds.
+"""Plan of a sweep: methods, numbers of salient weights, grids of scales, ranks and seeds.
 
-Only which cells there are and the config of each; `grid` runs them.
+Only which cells there are and the config of each; `evaluation.sweep.run` computes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ MORE_BITS = (3, 8)
 
 
 def with_bits(grid: str, bits: int) -> str:
-    """A grid's name where codes have so many bits.
+    """Name of a grid with codes of some number of bits.
 
     >>> with_bits("default", 3), with_bits("default", 4)
     ('default, 3 bits', 'default')
@@ -42,7 +42,18 @@ BASELINES = ("fp32", "none")
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What to run: every method at every k on every grid; `random` once per seed, svd once per rank."""
+    """Cells of a sweep: every method at every k on every grid; `random` once per seed, svd once per rank.
+
+    Attributes:
+        ks: salient weights of a layer, or shares below 1.
+        methods: scores, by name.
+        grids: names of `GRIDS`.
+        seeds: number of seeds of the random choice.
+        ranks: ranks of the svd score.
+
+    Raises:
+        ValueError: an unknown score or grid, or an impossible k or rank.
+    """
 
     ks: Sequence[int | float] = KS
     methods: Sequence[str] = METHODS
@@ -74,7 +85,15 @@ class SweepPlan:
 
 
 class Key(NamedTuple):
-    """What makes a cell of one task and model; rank: None where it plays no part."""
+    """What identifies a cell among those of one task and model.
+
+    Attributes:
+        method: a score, or "fp32" (dense) or "none" (nothing salient).
+        grid: name of the grid of scales; None of "fp32".
+        k: salient weights of a layer, or a share below 1.
+        seed: of the random choice.
+        rank: of the svd score; None for other scores.
+    """
 
     method: str
     grid: str | None
@@ -84,7 +103,7 @@ class Key(NamedTuple):
 
     @property
     def config(self) -> SVDQConfig:
-        """The config that quantizes as this cell says."""
+        """The config that this cell is quantized with."""
         return SVDQConfig(
             k=self.k,
             saliency="magnitude" if self.method in BASELINES else self.method,
@@ -95,7 +114,7 @@ class Key(NamedTuple):
 
     @property
     def scoring(self) -> tuple[object, ...]:
-        """Cells of one scoring share their scores: all k, and all grids where the grid plays no part."""
+        """Equal for cells that share their scores: all k, and all grids where the score sees no grid."""
         sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
         depends = self.method not in BASELINES and sees_grid
         return self.method, self.seed, self.rank, self.grid if depends else None

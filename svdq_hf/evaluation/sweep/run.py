@@ -1,9 +1,9 @@
-"""The grid: one model under every method, k and grid of scales, each cell evaluated once and kept.
+"""Sweep: one model under every method, k and grid of scales, each cell evaluated once and stored.
 
-A cell is one JSON line of OUT/cells.jsonl, written when it is finished; a run that was killed goes on
+A cell is one JSON line of OUT/cells.jsonl, written when it is computed; a run that was killed goes on
 where it stopped. Each layer is scored once per method (one SVD, one pass over calibration data),
 whatever the number of k's. The models that are evaluated are real quantized ones. Not here: what a task
-is (`glue`, `perplexity`), what is made of the cells (`report`).
+is (`evaluation.tasks`), and what is made of the cells (`evaluation.report`).
 """
 
 import logging
@@ -34,27 +34,38 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator(Protocol):
-    """Evaluates a model; the first one it is given is the FP32 reference of the rest."""
+    """Evaluates a model on a task; the first model it gets is the FP32 reference for the others."""
 
     task: str
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """n, right, correct, majority, metrics, loss, kl and kl_each of a cell."""
+        """The results of a cell: n, right, correct, majority, metrics, loss, kl and kl_each."""
 
     def calibration(self) -> Iterable[Any]:
         """Batches for the scores that need data."""
 
 
 Scores = Mapping[str, Scored]
-"""By layer: what a method scored."""
+"""Scores `[out, in]` of a method, by layer."""
 
 Positions = dict[int | float, dict[str, Tensor]]
-"""By k and layer: flat positions of the entries that a method chose."""
+"""Flat positions `[k]` that a method chose, by k and layer."""
 
 
 @dataclass
 class Sweep:
-    """A dense model whose linear layers are replaced, cell after cell, by quantized ones."""
+    """A dense model whose linear layers are replaced, cell after cell, by quantized ones.
+
+    Attributes:
+        model: the dense model; each cell leaves it as it was.
+        name: of the model, in the cells.
+        evaluate: evaluates a model on the task.
+        plan: the cells.
+        out: folder of the cells.
+        layers: the dense layers that are quantized, by name.
+        inputs: statistics of their inputs, collected when a score needs them.
+        svd_choice: by rank, the positions `[k]` that svd chose.
+    """
 
     model: Any
     name: str
@@ -70,7 +81,7 @@ class Sweep:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> int:
-        """Run the cells that are not finished; how many that were."""
+        """Compute the cells that are missing; returns how many those were."""
         done = finished(self.out, self.evaluate.task, self.name)
         todo = [key for key in self.plan.cells() if key not in done]
         if todo:
@@ -138,7 +149,7 @@ class Sweep:
         append(self.out / CELLS, [line])
 
     def _compare(self, key: Key, scores: Scores, ranks: Sequence[int] | None = None) -> None:
-        """Write how much of svd's choice, of each rank, a method makes as well, at every k."""
+        """Write the overlap of a method's choice with svd's, for each rank and every k."""
         if key.grid != self.plan.grids[0]:  # scored again for another grid: the first one is compared
             return
         if key.method == "svd":
@@ -152,7 +163,7 @@ class Sweep:
                 append(self.out / OVERLAPS, self._overlaps(key.method, rank, theirs))
 
     def _complete_overlaps(self) -> None:
-        """Compare what no cell was left to compare: other methods with ranks or ks that came later."""
+        """Write the overlaps that no missing cell has triggered: of ranks or ks that were added later."""
         lines = whole_lines(self.out / OVERLAPS)
         mine = [line for line in lines if (line["task"], line["model"]) == (self.evaluate.task, self.name)]
         there = {(line.get("rank"), line["other"], line["k"]) for line in mine}
@@ -196,7 +207,15 @@ def _evaluated(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
-    """IoU and `|A and B| / |A|` of two choices of as many positions, and that share by chance.
+    """IoU and `|A and B| / |A|` of two sets of positions, and the share expected by chance.
+
+    Args:
+        a: flat positions `[k]` of one choice.
+        b: flat positions `[k]` of the other.
+        numel: entries of the matrix.
+
+    Returns:
+        iou, share and chance.
 
     >>> overlap(torch.tensor([1, 2]), torch.tensor([2, 3]), 8)
     {'iou': 0.3333333333333333, 'share': 0.5, 'chance': 0.25}
@@ -207,7 +226,7 @@ def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
 
 
 def model_seed(name: str) -> int | None:
-    """The fine-tuning seed that a model's name ends in.
+    """The fine-tuning seed at the end of a model's name; None where there is none.
 
     >>> model_seed("minilm-rte-seed2"), model_seed("minilm")
     (2, None)

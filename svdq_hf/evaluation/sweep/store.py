@@ -1,8 +1,8 @@
-"""What a grid's folder holds: cells and overlaps line by line, and what they were computed from.
+"""Folder of a sweep: cells and overlaps as JSON lines, and hashes of what they were computed from.
 
-Models, texts and examples are known by their bytes, not by their names: a folder that was trained again, or
-another text, would else stand in one table with what was there. Not here: how a cell is computed (`grid`),
-and what a report reads (`reading`).
+Models, texts and examples are identified by their bytes, not by their names: otherwise the cells of a model
+that was trained again, or of another text, would stand in one table with the old ones. Not here: how a cell
+is computed (`evaluation.sweep.run`), and what a report reads (`evaluation.report.read`).
 """
 
 import hashlib
@@ -21,14 +21,20 @@ MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "adapter_config.json",
     "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-"""Of a model's folder, all that its answers depend on."""
+"""Patterns of the files in a model's folder that its answers depend on."""
 
 Facts = Mapping[str, Any]
-"""What an input is known by; of two, the keys that both have are compared."""
+"""Hashes that identify an input; two are compared in the keys that both have."""
 
 
 def finished(out: Path, task: str, model: str) -> set[Key]:
-    """Keys of the cells that are in OUT already; lines that a kill cut off are taken away."""
+    """Keys of the cells that a folder holds; lines that a kill cut off are removed.
+
+    Args:
+        out: the folder.
+        task: of the cells.
+        model: of the cells.
+    """
     cells, _ = (whole_lines(out / name) for name in (CELLS, OVERLAPS))
     return {
         Key(cell["method"], cell["grid"], cell["k"], cell["score_seed"], cell["rank"])
@@ -38,7 +44,7 @@ def finished(out: Path, task: str, model: str) -> set[Key]:
 
 
 def whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; what follows the last line break was cut off, and is taken away."""
+    """The JSON lines of a file; an incomplete last line, cut off by a kill, is removed from the file."""
     text = file.read_text() if file.is_file() else ""
     whole, end, rest = text.rpartition("\n")
     if rest:
@@ -47,7 +53,7 @@ def whole_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines to a file, on disk when this returns."""
+    """Append JSON lines to a file; they are on disk when this returns."""
     with file.open("a") as opened:
         opened.writelines(json.dumps(line) + "\n" for line in lines)
         opened.flush()
@@ -55,9 +61,15 @@ def append(file: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def check_inputs(out: Path, task: str, data: Facts, models: Mapping[str, Facts]) -> None:
-    """Note beside a task's cells what they are computed from; models: by name.
+    """Record beside a task's cells what they are computed from, and compare it with what was recorded.
 
-    Cells of which nothing is noted, those of older runs, are taken to be of these inputs.
+    Cells without a record, those of older runs, are taken to be of these inputs.
+
+    Args:
+        out: folder of the cells.
+        task: of the cells.
+        data: hashes of the text or the examples.
+        models: hashes of each model's files, by its name.
 
     Raises:
         ValueError: there are cells of other data, or of another model of the same name.
@@ -89,7 +101,7 @@ def _check_same(out: Path, what: str, before: Facts, now: Facts) -> None:
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """What a model's folder is known by: the files its answers depend on, and their hashes."""
+    """The files of a model's folder that its answers depend on, with their hashes."""
     files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     hashes = {}
     for file in sorted(files):
@@ -99,7 +111,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """A hash of texts, and of where each ends.
+    """A hash of several texts that also depends on where each ends.
 
     >>> digest(["ab", "c"]) == digest(["a", "bc"])
     False

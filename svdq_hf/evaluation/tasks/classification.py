@@ -1,7 +1,8 @@
-"""Sequence classifiers fine-tuned and scored by `Trainer`.
+"""Sequence classifiers: fine-tuned and scored by `Trainer`.
 
 Scoring keeps every answer, in the order of the dev set, so that any two models can be compared over the
-same examples. Not here: tasks, their data and metrics (`glue`), grids of models (`grid`).
+same examples. Not here: tasks, their data and metrics (`evaluation.tasks.glue`), and sweeps over models
+(`evaluation.sweep`).
 """
 
 import tempfile
@@ -28,9 +29,11 @@ CALIBRATION_TEXTS = 128
 
 @dataclass(frozen=True)
 class Score:
-    """What a model said on a dev set of n examples, in the set's own order.
+    """Answers of a model on a dev set of n examples, in the set's own order.
 
-    logits: `[n, labels]`, float32; labels: `[n]`.
+    Attributes:
+        logits: `[n, labels]`, float32; one column in a regression.
+        labels: `[n]`, the right answers.
     """
 
     logits: Tensor
@@ -38,23 +41,28 @@ class Score:
 
     @property
     def regression(self) -> bool:
-        """Whether the task has numbers for labels."""
+        """Whether the task's labels are numbers."""
         return self.logits.shape[1] == 1
 
     @property
     def correct(self) -> str | None:
-        """A 1 for each right answer and a 0 for each wrong one; None for a regression."""
+        """A string with 1 for each right answer and 0 for each wrong one; None for a regression."""
         if self.regression:
             return None
         return "".join("01"[int(right)] for right in self.logits.argmax(1) == self.labels)
 
     @property
     def majority(self) -> int | None:
-        """How many examples have the commonest label; None for a regression."""
+        """Number of examples that have the commonest label; None for a regression."""
         return None if self.regression else int(torch.bincount(self.labels).max())
 
     def metrics(self, name: str, script: str | Path | None = None) -> dict[str, float]:
-        """The task's own metrics; script: see `glue.measure`."""
+        """The metrics of a task.
+
+        Args:
+            name: of the task.
+            script: see `glue.measure`.
+        """
         found = self.logits.squeeze(1) if self.regression else self.logits.argmax(1)
         return measure(name, self.labels.tolist(), found.tolist(), script)
 
@@ -66,7 +74,14 @@ class Score:
         return float(F.cross_entropy(self.logits, self.labels))
 
     def divergence(self, reference: "Score") -> Tensor | None:
-        """KL of each answer from a reference's, `[n]`, float64, in nats; None for a regression."""
+        """KL divergence of each answer from a reference's.
+
+        Args:
+            reference: the answers of another model on the same examples.
+
+        Returns:
+            `[n]`, float64, in nats; None for a regression.
+        """
         if self.regression:
             return None
         log_q, log_p = (F.log_softmax(logits.double(), 1) for logits in (self.logits, reference.logits))
@@ -76,8 +91,14 @@ class Score:
 def score_model(model: Any, encoded: Any, tokenizer: Any, batch_size: int = 32) -> Score:
     """Run a model over a tokenized split through `Trainer`.
 
+    Args:
+        model: a sequence classification model.
+        encoded: the split, as `tokenize` returns it.
+        tokenizer: pads the batches.
+        batch_size: examples in a batch.
+
     Raises:
-        ValueError: a model of another number of labels, or logits that are NaN.
+        ValueError: logits that are NaN.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -97,14 +118,23 @@ def score_model(model: Any, encoded: Any, tokenizer: Any, batch_size: int = 32) 
 
 
 def _logits(outputs: Any, labels: Any) -> Any:
-    """What a model returns first; BART's classifier returns its encoder's states as well."""
+    """The first output of a model; BART's classifier returns its encoder's states, too."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def finetune(
     model: Any, encoded: Any, tokenizer: Any, *, seed: int, epochs: float, learning_rate: float
 ) -> None:
-    """Train a classification model on a tokenized split, in place."""
+    """Train a classification model on a tokenized split, in place.
+
+    Args:
+        model: a sequence classification model.
+        encoded: the split, as `tokenize` returns it.
+        tokenizer: pads the batches.
+        seed: of shuffling and dropout.
+        epochs: passes over the split.
+        learning_rate: peak, after a warm-up of a tenth of the steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(
             folder,
@@ -127,10 +157,15 @@ def finetune(
 
 
 def classifier(folder: str | Path, name: str, **choices: Any) -> Any:
-    """A sequence classification model for a task.
+    """Load a sequence classification model for a task.
+
+    Args:
+        folder: of the model.
+        name: of the task.
+        **choices: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: the model was trained for another number of labels, or never for any task.
+        ValueError: the model has another number of labels, or no trained classifier.
     """
     load = AutoModelForSequenceClassification.from_pretrained
     model, report = load(folder, output_loading_info=True, **choices)
@@ -159,10 +194,14 @@ def _arguments(folder: str, **choices: Any) -> TrainingArguments:
 
 
 class GlueEvaluator:
-    """Scores models on a task's whole dev set; the first one is the reference of the rest.
+    """Scores models on a task's whole dev set; the first model is the reference for the others.
 
-    calibration_texts: texts of the training split, from its start, for the scores that need data.
-    script: see `glue.measure`.
+    Args:
+        name: of the task.
+        tokenizer: of the models.
+        data: folder of the task's data; None: the Hub.
+        calibration_texts: number of texts, from the start of the training split, for scores that need data.
+        script: see `glue.measure`.
     """
 
     def __init__(
@@ -182,7 +221,7 @@ class GlueEvaluator:
         self.reference: Score | None = None
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """n, right, correct, majority, metrics, loss, kl and kl_each of a cell."""
+        """The results of a cell: n, right, correct, majority, metrics, loss, kl and kl_each."""
         found = score_model(model, self.encoded, self.tokenizer)
         if self.reference is None:
             self.reference = found
@@ -199,7 +238,7 @@ class GlueEvaluator:
         }
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        """Batches of training texts, without labels."""
+        """Batches of training texts, without labels: token ids and masks `[texts, tokens]`, int64."""
         train = load_split(self.task, "train", self.data)
         train = train.select(range(min(self.texts, len(train))))
         encoded = tokenize(self.task, train, self.tokenizer).remove_columns(["label", "position"])

@@ -1,7 +1,8 @@
-"""GLUE: its tasks as rows of one table, their data and their metrics.
+"""GLUE (arXiv 1804.07461): its tasks as rows of one table, their data and their metrics.
 
 Data comes from the Hub ("nyu-mll/glue") or from a folder `DIR/<task>/` with `train*` and `dev*` (or
-`validation*`) files as jsonl, tsv, csv or parquet. Models are fine-tuned and scored in `trainer`.
+`validation*`) files as jsonl, tsv, csv or parquet. Not here: models, which are fine-tuned and scored in
+`evaluation.tasks.classification`.
 """
 
 import tempfile
@@ -24,7 +25,14 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Task:
-    """One GLUE task: its text columns, its number of labels (1: a regression), its metrics, its dev split."""
+    """One GLUE task.
+
+    Attributes:
+        columns: its text columns.
+        labels: number of labels; 1: a regression.
+        metrics: names of `METRICS`.
+        dev: name of its dev split on the Hub.
+    """
 
     columns: tuple[str, ...]
     labels: int = 2
@@ -57,10 +65,20 @@ METRICS = {
 def measure(
     name: str, labels: Sequence[float], found: Sequence[float], script: str | Path | None = None
 ) -> dict[str, float]:
-    """The metrics of a task, of the answers `found` against `labels`.
+    """The metrics of a task.
 
-    script: a local copy of the `evaluate` library's metric "glue", a folder or a .py file, which then
-    computes them; it is never fetched, since it is code.
+    Args:
+        name: of the task.
+        labels: the right answers.
+        found: the model's answers.
+        script: a local copy of the `evaluate` library's metric "glue", a folder or a .py file, which then
+            computes them; it is never downloaded, since it is code. None: the package's own code.
+
+    Returns:
+        The value by the metric's name.
+
+    Raises:
+        ValueError: unknown task.
 
     >>> measure("rte", [1, 0, 1, 1], [1, 0, 0, 1])
     {'accuracy': 0.75}
@@ -79,16 +97,23 @@ LONGEST = 256
 
 
 def task_of(name: str) -> Task:
-    """The task called `name`, or ValueError with the names there are."""
+    """The task of a name.
+
+    Raises:
+        ValueError: unknown task; it lists the known ones.
+    """
     if name not in TASKS:
         raise ValueError(f"task {name!r}: must be one of {sorted(TASKS)}")
     return TASKS[name]
 
 
 def load_split(name: str, split: str, data: str | Path | None = None) -> Any:
-    """The "train" or "dev" split of a task, with its text columns and `label`.
+    """A split of a task, with its text columns and `label`.
 
-    data: a folder that has a folder `name`; None: the Hub.
+    Args:
+        name: of the task.
+        split: "train" or "dev".
+        data: a folder that has a folder `name`; None: the Hub.
 
     Raises:
         ValueError: unknown task, no such folder or file, a column that is missing, labels outside the
@@ -152,7 +177,16 @@ def _check_labels(name: str, split: str, task: Task, labels: list[Any]) -> None:
 
 
 def tokenize(name: str, split: Any, tokenizer: Any) -> Any:
-    """The split as token ids, longest text first, with `label` and the place it had (`position`)."""
+    """A split as token ids, longest text first.
+
+    Args:
+        name: of the task.
+        split: as `load_split` returns it.
+        tokenizer: of the model.
+
+    Returns:
+        The data set with the tokenizer's columns, `label`, and `position`: the row it had in `split`.
+    """
     task = task_of(name)
 
     def encode(rows: dict[str, list[Any]]) -> Any:

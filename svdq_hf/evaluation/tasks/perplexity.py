@@ -1,11 +1,11 @@
 """Perplexity of a text: sliding windows for causal models, masked tokens for masked ones.
 
-The text is one long sequence. A causal model reads windows of `context` tokens that move on by
-`stride`; each token is scored once, in the first window that has it, so all but the first window's have
-at least `context - stride` tokens before them. Where the tokenizer has a first token (<bos>), every window
-begins with it, as the model's texts did in training: Gemma 3's loss is 3.47 without and 3.26 with. A masked
-model sees each window with every seventh token masked, and is scored on those (a pseudo-perplexity, to be
-compared with itself only).
+The text is one long sequence. A causal model reads windows of `context` tokens that move on by `stride`; each
+token is scored once, in the first window that has it. So every scored token has at least `context - stride`
+tokens before it, except in the first window. Where the tokenizer has a first token (<bos>), every window
+begins with it, as the model's texts did in training: Gemma 3's loss is 3.47 without and 3.26 with it. A
+masked model sees each window with every seventh token masked, and is scored on those (a pseudo-perplexity, to
+be compared with itself only).
 """
 
 import logging
@@ -22,7 +22,7 @@ EVERY = 7
 """One token in so many is masked: 14 %, about what masked models are trained with."""
 
 CONTEXT = 1024
-"""Tokens that a model sees at once, where it can and nothing else is asked."""
+"""Tokens that a model sees at once by default, where it takes so many."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,15 @@ class TextScore:
 
 
 def token_ids(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
-    """The text as one sequence of ids `[tokens]`, without special tokens; at most `limit`.
+    """A text as one sequence of token ids, without special tokens.
+
+    Args:
+        text: the text.
+        tokenizer: of the model.
+        limit: most ids to return; None: all.
+
+    Returns:
+        `[tokens]`, int64.
 
     Raises:
         ValueError: fewer than two tokens.
@@ -53,9 +61,19 @@ def token_ids(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
 
 
 def windows(tokens: int, context: int, stride: int, scored: int = 1) -> Iterator[tuple[int, int, int]]:
-    """(start, first scored, end) of each window over so many tokens.
+    """The windows over a sequence of tokens.
 
-    scored: the first token of all to score: 1, since nothing comes before token 0, or 0 where something does.
+    Args:
+        tokens: length of the sequence.
+        context: most tokens in a window.
+        stride: from the start of one window to that of the next.
+        scored: first token to score: 1, since nothing comes before token 0; 0 where a <bos> does.
+
+    Yields:
+        Start of the window, first token scored in it, end of the window.
+
+    Raises:
+        ValueError: `stride` is not between 1 and `context - 1`.
 
     >>> list(windows(10, 6, 3))
     [(0, 1, 6), (3, 6, 9), (6, 9, 10)]
@@ -75,7 +93,18 @@ def windows(tokens: int, context: int, stride: int, scored: int = 1) -> Iterator
 def causal_score(
     model: Any, ids: Tensor, *, context: int = 1024, stride: int = 512, bos: int | None = None
 ) -> TextScore:
-    """Score a causal model on ids `[tokens]`; bos: the id that every window begins with, one of `context`."""
+    """Score a causal model on a text.
+
+    Args:
+        model: the model.
+        ids: the text, `[tokens]`, int64.
+        context: most tokens in a window, <bos> included.
+        stride: from the start of one window to that of the next.
+        bos: token id that every window begins with; None: none.
+
+    Raises:
+        ValueError: the loss is not finite, or `stride` does not fit `context`.
+    """
     total, count, lead = 0.0, 0, ids.new_tensor([] if bos is None else [bos])
     for start, first, end in windows(ids.numel(), context - len(lead), stride, 1 - len(lead)):
         logits = model(input_ids=torch.cat([lead, ids[start:end]])[None]).logits[0].float()
@@ -88,7 +117,17 @@ def causal_score(
 
 @torch.no_grad()
 def masked_score(model: Any, ids: Tensor, tokenizer: Any, *, context: int = 256) -> TextScore:
-    """Score a masked model on ids `[tokens]`, the same tokens masked for every model."""
+    """Score a masked model on a text; every model has the same tokens masked.
+
+    Args:
+        model: the model.
+        ids: the text, `[tokens]`, int64.
+        tokenizer: has the special tokens of the model.
+        context: most tokens in a window, special tokens aside.
+
+    Raises:
+        ValueError: the loss is not finite, or the text is too short.
+    """
     total, count = 0.0, 0
     for start in range(0, ids.numel(), context):
         ends = [[tokenizer.cls_token_id], [tokenizer.sep_token_id]]
@@ -113,7 +152,8 @@ def _finite(total: float, count: int) -> TextScore:
 def longest_context(model: Any) -> int | None:
     """The longest context that a model's positions allow; None where its config sets no limit.
 
-    Of a masked model two places are the window's ends, and RoBERTa's count from the padding token's on.
+    A masked model needs two positions for the window's ends; RoBERTa's positions begin after the padding
+    token's.
     """
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
@@ -128,10 +168,14 @@ def longest_context(model: Any) -> int | None:
 
 
 def context_of(model: Any, asked: int | None = None) -> int:
-    """The context to score a model with: as asked, or 1024, or less where the model takes less.
+    """The context to score a model with: as requested, or 1024, or less where the model takes less.
+
+    Args:
+        model: the model.
+        asked: the length requested; None: the default.
 
     Raises:
-        ValueError: more was asked than the model takes, or less than 2.
+        ValueError: `asked` is more than the model takes, or less than 2.
     """
     longest = longest_context(model)
     if asked is not None and not 2 <= asked <= (longest or asked):
@@ -148,8 +192,13 @@ def context_of(model: Any, asked: int | None = None) -> int:
 class PerplexityEvaluator:
     """Scores causal or masked models on one text.
 
-    context: tokens a model sees at once. calibration_tokens: of the text's *end*, for scores that need
-    data; they are not scored.
+    Args:
+        text: the text.
+        tokenizer: of the models.
+        context: tokens a model sees at once.
+        limit: most tokens to score.
+        calibration_tokens: tokens at the *end* of the text that are not scored but kept for scores that need
+            data.
     """
 
     def __init__(
@@ -165,7 +214,7 @@ class PerplexityEvaluator:
         self.ids, self.rest = ids[: ids.numel() - held][:limit], ids[ids.numel() - held :]
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """n, metrics and loss of a cell; there are no right answers to count."""
+        """The results of a cell: n, metrics and loss; there are no right answers to count."""
         if model.can_generate():
             stride = max(1, self.context // 2)
             found = causal_score(model, self.ids, context=self.context, stride=stride, bos=self.bos)
@@ -176,7 +225,7 @@ class PerplexityEvaluator:
         return {"n": found.tokens, "metrics": metrics, "loss": found.loss, **nothing}
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        """Windows of the end of the text."""
+        """Windows of the end of the text, as batches of token ids `[1, tokens]`, int64."""
         lead = self.rest.new_tensor([] if self.bos is None else [self.bos])
         parts = torch.split(self.rest, self.context - len(lead))
         return [{"input_ids": torch.cat([lead, part])[None]} for part in parts if part.numel() > 1]

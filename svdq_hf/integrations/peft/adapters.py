@@ -1,7 +1,7 @@
-"""Adapters of a whole quantized model: merged with its rounding told, or started from what quantizing lost.
+"""Adapters of a whole quantized model: merged with the rounding measured, or started from the rounding error.
 
 Sources of the start: LoftQ, arXiv 2310.08659 (its first step), and PiSSA, arXiv 2404.02948. Not here: the
-layer (`lora`).
+layer (`integrations.peft.lora`).
 """
 
 import math
@@ -25,11 +25,14 @@ _ADAPTED = "a quantized model with adapters: get_peft_model(model, ...)"
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging gave: the quantized model, and what rounding cost.
+    """Result of merging.
 
-    lost: of each layer, the size of the rounding's error over that of what the adapter added: 0.1 keeps
-    nearly all of it, 1 and more means that the noise is as large. output_change: `|after - before| /
-    |before|` of the model's first output, where a batch was given; before is with the adapter unmerged.
+    Attributes:
+        model: the quantized model.
+        lost: by layer, the size of the rounding error over that of the adapter's change: 0.1 keeps
+            nearly all of the change, 1 and more means that the error is as large.
+        output_change: `|after - before| / |before|` of the model's first output, where before is with the
+            adapter unmerged; None without a batch.
     """
 
     model: nn.Module
@@ -45,13 +48,21 @@ class Merged:
 @checked_arguments(model=_ADAPTED)
 @torch.no_grad()
 def merge_adapters(model: nn.Module, batch: Any = None) -> Merged:
-    """Add the active adapters to a quantized base and quantize the sums; the model is used up, as in PEFT.
+    """Add the active adapters to a quantized base and quantize the sums.
 
-    The salient weights take up the adapter exactly, the rest is rounded anew. batch: what the model takes (a
-    mapping of keyword arguments, a tuple, or one tensor), to say how much its outputs change. Layers that
-    are dense are merged by PEFT.
+    The salient weights take up the adapter exactly, the others are rounded again. Layers that are dense are
+    merged by PEFT. As in PEFT, the given model must not be used afterwards.
+
+    Args:
+        model: a PeftModel on a quantized base.
+        batch: input of the model (a mapping of keyword arguments, a tuple, or one tensor), to measure how
+            much its outputs change; None: not measured.
+
+    Returns:
+        The merged model, and what rounding cost.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: no quantized layer has an adapter, the model is not PEFT's, or a layer's adapter cannot be
             merged (it has a NaN, or a bias that the layer lacks, or is switched off); nothing is changed.
     """
@@ -89,18 +100,27 @@ def _output(model: nn.Module, batch: Any) -> Tensor:
 def init_adapters_from_error(
     model: nn.Module, dense: nn.Module | Mapping[str, Tensor] | str | Path, adapter: str = "default"
 ) -> dict[str, tuple[float, float]]:
-    """Start an adapter from what quantizing lost: `scaling * B @ A` is the error's best of its rank.
+    """Start an adapter from the quantization error: `scaling * B @ A` is its best approximation of that rank.
 
-    By truncated SVD of `W - Q(W)`, in closed form, without data. dense: the model that was quantized, or its
-    state dict, or the folder (or name on the Hub) that it is loaded from; a quantized model does not hold
-    its weights. The base is not changed, so that the adapter loads on it as any other.
+    By truncated SVD of `W - Q(W)`, in closed form, without data. The base is not changed, so the adapter
+    loads on it as any other.
 
-    Returns: for each layer, `|W - Q| / |W|` and what of it is left with the adapter.
+    Args:
+        model: a quantized model with a fresh adapter.
+        dense: the model before quantizing, or its state dict (weights `[out, in]`), or the folder (or name on
+            the Hub) that it is loaded from; a quantized model does not hold those weights.
+        adapter: name of the adapter.
+
+    Returns:
+        By layer, `|W - Q| / |W|` without and with the adapter.
 
     Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: no quantized layer has this adapter, it has been trained already or its lora_alpha is not
             above 0, or `dense` lacks a layer's weight, or has another shape or values that were not
             quantized to these.
+
+    Source: LoftQ, arXiv 2310.08659, first step; PiSSA, arXiv 2404.02948.
     """
     layers = {name: layer for name, layer in adapted_layers(model) if adapter in layer.lora_A}
     if not layers:
@@ -120,7 +140,7 @@ def init_adapters_from_error(
 
 
 def _error(name: str, layer: SVDQLoraLinear, weights: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """`W - Q(W)` `[out, in]` and the size of W."""
+    """`W - Q(W)`, `[out, in]`, and the norm of W."""
     base: SVDQLinear = layer.get_base_layer()
     weight = weights.get(f"{name}.weight")
     if weight is None:

@@ -1,8 +1,8 @@
-"""LoRA of PEFT (arXiv 2106.09685) on quantized layers: the layer.
+"""LoRA layer of PEFT (arXiv 2106.09685) on a quantized layer.
 
-`get_peft_model` finds it by `dispatch`; adapters are stored as PEFT stores them for a dense model. Merging
-rounds, so PEFT's own merge is refused here. Not here: DoRA and other variants, which need the dense weight
-at every step (refused); what is done with a whole model's adapters (`adapters`).
+PEFT finds it by `integrations.peft.patches`; adapters are stored as PEFT stores them for a dense model.
+Merging rounds, so PEFT's own merge is refused here. Not here: DoRA and other variants, which need the dense
+weight at every step (refused); adapters of a whole model (`integrations.peft.adapters`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,10 +37,16 @@ MERGING = (
 
 
 def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> "SVDQLoraLinear | None":
-    """PEFT's question: the LoRA layer for `target`; None where that is not a quantized layer.
+    """The LoRA layer for a target, which PEFT asks for; None where the target is not a quantized layer.
+
+    Args:
+        target: the layer, or PEFT's wrapper of it.
+        adapter_name: name of the adapter.
+        config: PEFT's LoraConfig.
+        **kwargs: further arguments of PEFT's LoRA layer.
 
     Raises:
-        ValueError: it is the packed experts; see also `SVDQLoraLinear`.
+        ValueError: the target is packed experts; see also `SVDQLoraLinear`.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, SVDQExperts):  # PEFT's target_parameters: it would add to the codes
@@ -56,7 +62,7 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
 
 
 def linear_names(model: nn.Module) -> set[str]:
-    """Quantized layers that "all-linear" means: all but the output head, and none inside of an adapter."""
+    """Quantized layers that "all-linear" includes: all except the output head and those inside an adapter."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return {
@@ -67,10 +73,14 @@ def linear_names(model: nn.Module) -> set[str]:
 
 
 def check_whole(model: nn.Module, config: Any) -> None:
-    """Refuse to train modules whole, or rows of an embedding, that are packed.
+    """Refuse to train packed modules completely, or rows of a packed embedding.
+
+    Args:
+        model: a quantized model.
+        config: a PEFT config.
 
     Raises:
-        ValueError: modules_to_save or trainable_token_indices of the PEFT config means a quantized module.
+        ValueError: `modules_to_save` or `trainable_token_indices` of the config selects a quantized module.
     """
     whole = getattr(config, "modules_to_save", None) or []
     whole = [whole] if isinstance(whole, str) else whole
@@ -88,11 +98,11 @@ def check_whole(model: nn.Module, config: Any) -> None:
 
 
 class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
-    """`y = base(x) + scaling * B(A(x))`: PEFT's LoRA layer whose base is an SVDQLinear.
+    """`y = base(x) + scaling * B(A(x))`, x `[..., in]` -> y `[..., out]`: PEFT's LoRA layer on an SVDQLinear.
 
     Raises:
-        ValueError: the config asks for what needs the dense weight (DoRA, init_lora_weights="pissa");
-            when merged by PEFT; when an adapter is loaded that does not fit.
+        ValueError: the config needs the dense weight (DoRA, init_lora_weights="pissa"); PEFT merges the
+            layer; or an adapter is loaded that does not fit.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -103,7 +113,11 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         return module.in_features, module.out_features  # type: ignore[return-value]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Add an adapter, after a look at what it asks for."""
+        """Add an adapter, after checking that its config does not need the dense weight.
+
+        Raises:
+            ValueError: `init_lora_weights` would change the dense weight.
+        """
         if config.init_lora_weights not in STARTS:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the dense weight, which a quantized "
@@ -113,7 +127,11 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
-        """Refuse every variant of LoRA."""
+        """Refuse every variant of LoRA.
+
+        Raises:
+            ValueError: the config selects a variant, such as DoRA.
+        """
         try:
             super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
@@ -128,7 +146,11 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         return {(): None}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge where the base has been dequantized; refuse where it is quantized."""
+        """Merge where the base has been dequantized.
+
+        Raises:
+            ValueError: the base is quantized.
+        """
         base = self.get_base_layer()
         if not isinstance(base, SVDQLinear):
             self.fan_in_fan_out = isinstance(base, Conv1D)
@@ -139,13 +161,17 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
                 raise ValueError(MERGING)
 
     def unmerge(self) -> None:
-        """Unmerge where the base has been dequantized; what was rounded cannot be had back."""
+        """Unmerge where the base has been dequantized.
+
+        Raises:
+            ValueError: the base is quantized: the weight before rounding is lost.
+        """
         if self.merged and isinstance(self.get_base_layer(), SVDQLinear):
             raise ValueError("an adapter that was merged and rounded cannot be unmerged; load the base again")
         super().unmerge()
 
     def delta(self, adapters: list[str]) -> Tensor:
-        """What these adapters add to the weight: `[out, in]`, float32."""
+        """The sum that adapters add to the weight, `[out, in]`, float32."""
         base = self.get_base_layer()
         total = torch.zeros(base.out_features, base.in_features, device=base.weight.device)
         for name in set(adapters) & set(self.lora_A.keys()):
@@ -154,7 +180,7 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         return total
 
     def why_not_merge(self, adapters: list[str]) -> str | None:
-        """What stands in the way of `requantize`, if anything does."""
+        """The reason why `requantize` is impossible; None where it is possible."""
         mine = [name for name in adapters if name in self.lora_A]
         if self.disable_adapters:
             return "its adapters are switched off; merge outside of disable_adapter()"
@@ -165,9 +191,13 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         return None
 
     def requantize(self, adapters: list[str]) -> float:
-        """Add adapters to the base's weight and quantize the sum, with the same entries salient.
+        """Add adapters to the base's weight and quantize the sum; the same entries stay salient.
 
-        Returns: the rounding's error over the size of what was added (0 where nothing was).
+        Args:
+            adapters: their names.
+
+        Returns:
+            Size of the rounding error over size of the adapters' change; 0 where there is no change.
         """
         base, delta = self.get_base_layer(), self.delta(adapters)
         mine = [name for name in adapters if name in self.lora_A]
@@ -194,9 +224,9 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
 def _check_fits(
     layer: SVDQLoraLinear, state_dict: Mapping[str, Tensor], prefix: str, name: str, unexpected: list[str]
 ) -> None:
-    """Refuse an adapter of another base: of other shapes, or with layers that are not here.
+    """Refuse an adapter of another base: of other shapes, or with layers that this model lacks.
 
-    (One that lacks layers cannot be told from a state dict of something else; of that PEFT warns.)
+    (An adapter that lacks layers cannot be told from another state dict; PEFT warns of that.)
     """
     parts = {
         "lora_A": (layer.r[name], layer.in_features),

@@ -1,7 +1,7 @@
-"""Every change that svdq_hf makes to PEFT (0.18 to 0.22), and why.
+"""Patches of PEFT (0.18 to 0.22): every change that svdq_hf makes to it, and why.
 
-Functions are wrapped, for the whole process: now if PEFT is there already, else when it is imported; the
-user calls nothing, and PEFT is not imported for it. For what is not ours they answer as before.
+Functions are wrapped, for the whole process: now if PEFT is imported already, otherwise when it is
+imported. The user calls nothing, and PEFT is not imported for it. For other layers they work as before.
 
 peft.tuners.lora.layer.dispatch_default (and under its name in peft.tuners.lora.model)
     Why: PEFT picks the LoRA layer for a layer from a fixed list of functions. Its only registration,
@@ -29,7 +29,7 @@ WATCHED = (LAYERS, TUNERS, USER, MODEL, MIXED)
 
 
 def register() -> None:
-    """Let PEFT put LoRA on quantized layers, as far as it is imported; a second call does nothing."""
+    """Let PEFT put LoRA on quantized layers, in its modules imported so far; a second call does nothing."""
     for module, name, wrap in (
         (LAYERS, "dispatch_default", _dispatch),
         (USER, "dispatch_default", _dispatch),
@@ -54,7 +54,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def _dispatch(default: Callable[..., Any]) -> Callable[..., Any]:
-    """The LoRA layer for a layer: ours first."""
+    """PEFT's choice of a LoRA layer, with ours tried first."""
 
     def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         from svdq_hf.integrations.peft.lora import lora_layer
@@ -66,7 +66,7 @@ def _dispatch(default: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _all_linear(default: Callable[..., Any]) -> Callable[..., Any]:
-    """target_modules="all-linear" made a set of names: with the quantized layers, as for a dense model."""
+    """PEFT's expansion of target_modules="all-linear" to names, with the quantized layers included."""
 
     def include(peft_config: Any, model: Any) -> Any:
         from svdq_hf.integrations.peft.lora import check_whole, linear_names

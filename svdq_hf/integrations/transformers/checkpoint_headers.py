@@ -1,10 +1,10 @@
-"""What a checkpoint holds, known from its headers before anything is loaded.
+"""Headers of a checkpoint: which tensors its files hold, under the model's names, before anything is loaded.
 
-transformers loads tensor by tensor: a part that is missing ends as a line in a log, one of a wrong
-dtype is cast, one that nobody asked for is dropped. So every tensor of every quantized layer is
-compared with `part_specs` first (`header_checks`), and one error names the layer. Like `quantizer`, this file
-touches transformers' internals (5.20 to 5.24). Not here: the values of tensors (`format.checks`), and the
-names that layers have in files when they are saved (`file_names`).
+transformers loads tensor by tensor: a missing part becomes a line in a log, one of a wrong
+dtype is cast, an unexpected one is dropped. So every tensor of every quantized layer is
+compared with `part_specs` first (`integrations.transformers.header_checks`), and one error names the layer.
+Touches transformers' internals (5.20 to 5.24). Not here: the values of tensors (`format.checks`), and the
+names that layers have in files when they are saved (`integrations.transformers.file_names`).
 """
 
 import copy
@@ -33,7 +33,16 @@ REMEDY = "The checkpoint is damaged or does not fit its config.json; quantize th
 
 
 class HeaderEntry(NamedTuple):
-    """One tensor of a file. conversion: what the loader does to it, and by which of its source patterns."""
+    """One tensor of a file.
+
+    Attributes:
+        name: in the file.
+        shape: in the file.
+        dtype: a torch dtype; its name in safetensors where torch has none.
+        file: path of the file.
+        conversion: transformers' converter that applies to it; None: it is loaded as it is.
+        pattern: the source pattern of that converter that the name matches.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -44,16 +53,19 @@ class HeaderEntry(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether it is that tensor of the model, not a piece or a join of several."""
+        """Whether it becomes exactly one tensor of the model, neither split nor joined."""
         return self.conversion is None
 
 
 @dataclass
 class Checkpoint:
-    """The tensors of a checkpoint by the model's names, and what its headers say of the layers.
+    """The tensors of a checkpoint by the model's names, and the facts in its headers.
 
-    sources: of each of these tensors, all that become it. partners: tensors of the model that come out of one
-    tensor of the files, in groups.
+    Attributes:
+        entries: by the name of a tensor of the model, a tensor of the files.
+        facts: by the name of a layer in the model, what was measured while quantizing.
+        sources: by the name of a tensor of the model, all tensors of the files that become it.
+        partners: groups of tensors of the model that come out of one tensor of the files.
     """
 
     entries: dict[str, HeaderEntry] = field(default_factory=dict)
@@ -65,7 +77,13 @@ class Checkpoint:
 def read_checkpoint(
     model: PreTrainedModel, weights: Iterable[WeightName], files: Iterable[str | Path]
 ) -> Checkpoint:
-    """Read the headers of safetensors `files` for a `model` whose `weights` may be quantized in them."""
+    """Read the headers of safetensors files for a model.
+
+    Args:
+        model: the model, on the meta device.
+        weights: its weights that may be quantized in the files.
+        files: their paths; others than safetensors are skipped.
+    """
     files = [file for file in files if str(file).endswith(".safetensors")]
     rename = _Renaming(model, weights)
     result = Checkpoint()
@@ -91,9 +109,9 @@ def read_checkpoint(
 
 
 class _Renaming:
-    """A file's name of a tensor -> the model's names of what it becomes, as the loader does it.
+    """Translation of a tensor's name in a file to the model's names, as the loader does it.
 
-    And the converter's source pattern that it fits, or None: it is that tensor as it is.
+    Also gives the converter's source pattern that the name matches; None: it is loaded as it is.
     """
 
     def __init__(self, model: PreTrainedModel, weights: Iterable[WeightName]) -> None:
@@ -119,10 +137,19 @@ class _Renaming:
 def stored_weights(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], checkpoint: Checkpoint, config: SVDQConfig
 ) -> dict[str, BudgetItem]:
-    """The weights of `modules`, each read from its file when it is asked for; none where there is no budget.
+    """The dense weights of some modules, each read from its file when it is called for.
+
+    Args:
+        model: the model, on the meta device.
+        modules: the modules, by name.
+        checkpoint: headers of its files.
+        config: how it is quantized.
+
+    Returns:
+        Items of a budget by name; none where the config has no budget left to spend.
 
     Raises:
-        ValueError: a weight is not a tensor of its own in the files.
+        ValueError: a weight is not one whole tensor in the files.
     """
     found: dict[str, BudgetItem] = {}
     if config.target_bits is None or config.layer_k is not None:

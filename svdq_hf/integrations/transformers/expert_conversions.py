@@ -1,9 +1,10 @@
-"""Weight conversions (transformers' `ConversionOps`) for fused experts, while they are quantized on load.
+"""Weight conversions (transformers' `ConversionOps`) for fused experts that are quantized while loading.
 
-transformers stacks all experts of a layer into one dense `[experts, out, in]` tensor before it is quantized.
-These hand them on one expert at a time, so that the peak of memory is one expert, and transpose them where a
-family has files of both orientations: it looks at the shape of the parameter for that, which packed experts
-have not. Experts that are packed in the files come as they are.
+transformers stacks all experts of a layer into one dense `[experts, out, in]` tensor before quantizing.
+These hand them on one expert at a time, so that peak memory is one expert, and transpose them where a
+family has files of both orientations. (transformers compares shapes for that, and packed experts have
+other ones.) Experts that are packed in the files are loaded as they are. Not here: quantizing
+(`integrations.transformers.quantize_op`).
 """
 
 from typing import Any
@@ -22,7 +23,11 @@ from svdq_hf.quantize.expert_stream import Pieces, fit_together
 
 
 def without_stacking(conversion: WeightConverter) -> WeightConverter:
-    """A conversion that makes dense experts -> one that does no more of it than quantizing needs."""
+    """A conversion that makes dense experts, reduced to what quantizing needs; changed in place.
+
+    Args:
+        conversion: transformers' converter.
+    """
     operations = list(conversion.operations)
     if is_merge(conversion):
         conversion.operations = [MergeExperts(operations)]
@@ -32,7 +37,7 @@ def without_stacking(conversion: WeightConverter) -> WeightConverter:
 
 
 def is_merge(conversion: WeightConverter) -> bool:
-    """Whether it stacks tensors of one expert each; of several patterns, one below the other."""
+    """Whether a conversion only stacks tensors of single experts (several patterns: one below the other)."""
     kinds = [type(op) for op in conversion.operations]
     plain = kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
     if not plain or len(conversion.target_patterns) > 1:
@@ -41,7 +46,7 @@ def is_merge(conversion: WeightConverter) -> bool:
 
 
 def is_transpose(conversion: WeightConverter) -> bool:
-    """Whether it swaps the last two of three dimensions where the model's experts want that, and no more."""
+    """Whether a conversion only swaps the last two of three dimensions, where the model's experts need it."""
     operations = conversion.operations
     plain = len(operations) == 1 and _checks(operations[0])
     return plain and {operations[0].dim0, operations[0].dim1} == {1, 2}
@@ -52,14 +57,18 @@ def _checks(op: ConversionOps) -> bool:
 
 
 def _experts(kwargs: dict[str, Any]) -> SVDQExperts | None:
-    """The packed experts that are loaded; None: they stay dense."""
+    """The packed experts that are being loaded; None: they stay dense."""
     path = kwargs["full_layer_name"].rpartition(".")[0]
     module = kwargs["model"].get_submodule(path)
     return module if isinstance(module, SVDQExperts) else None
 
 
 class MergeExperts(ConversionOps):  # type: ignore[misc]  # transformers ships no types
-    """Instead of these `operations`, which stack tensors of experts: `Pieces`, where they become packed."""
+    """Replacement of transformers' stacking of experts: gives `Pieces` for packed experts.
+
+    Args:
+        operations: transformers' operations, used for experts that stay dense.
+    """
 
     def __init__(self, operations: list[ConversionOps]) -> None:
         self.operations = operations
@@ -71,7 +80,17 @@ class MergeExperts(ConversionOps):  # type: ignore[misc]  # transformers ships n
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """{pattern: tensors of all experts} -> {target: pieces}, or what the operations make of it."""
+        """Collect the tensors of all experts.
+
+        Args:
+            input_dict: by source pattern, tensors `[rows, in]` of all experts; emptied.
+            source_patterns: of the converter.
+            target_patterns: of the converter.
+            **kwargs: further arguments that transformers passes.
+
+        Returns:
+            By target pattern, `Pieces` for packed experts, otherwise the result of the operations.
+        """
         sources = [input_dict[source] for source in source_patterns if source in input_dict]
         if _experts(kwargs) is not None and len(target_patterns) == 1 and fit_together(sources):
             input_dict.clear()  # that the pieces be the only ones
@@ -84,7 +103,7 @@ class MergeExperts(ConversionOps):  # type: ignore[misc]  # transformers ships n
 
 
 class TransposeExperts(Transpose):  # type: ignore[misc]
-    """`Transpose(check_dims=True)` that asks packed experts for their dense shape."""
+    """`Transpose(check_dims=True)` that compares with the dense shape of packed experts."""
 
     def __init__(self, op: Transpose) -> None:
         super().__init__(op.dim0, op.dim1, check_dims=True)
@@ -96,7 +115,17 @@ class TransposeExperts(Transpose):  # type: ignore[misc]
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """The tensor as the dense parameter has it."""
+        """Transpose a tensor where its shape is not that of the dense parameter.
+
+        Args:
+            input_dict: by source pattern, one tensor `[experts, out, in]` or `[experts, in, out]`.
+            source_patterns: of the converter.
+            target_patterns: of the converter.
+            **kwargs: further arguments that transformers passes.
+
+        Returns:
+            By target pattern, the tensor as the dense parameter has it.
+        """
         experts = _experts(kwargs)
         if experts is None:
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The names of quantized weights in files, where transformers renames tensors on the way in and out.
+"""Names of quantized weights in files, where transformers renames tensors while loading and saving.
 
 The one place where a model's names and those of its files are translated: config.json and safetensors headers
-have the files', everything in memory has the model's. Like `quantizer`, this file touches transformers'
-internals (5.20 to 5.24).
+have the files' names, everything in memory has the model's. Touches transformers' internals (5.20 to 5.24).
+Not here: the names of a weight's parts (`format.names`).
 """
 
 import re
@@ -20,15 +20,19 @@ from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpo
 from svdq_hf.nn.inventory import packed_weights, svdq_layers
 
 SALIENT = ".salient_rows"
-"""What every quantized linear layer has, and no other."""
+"""Ending of a tensor name that every quantized linear layer has, and nothing else."""
 
 
 def keep_own_names(model: PreTrainedModel) -> None:
     """Let quantized layers be saved under their own names.
 
     Where a family's files hold one tensor for several layers (a joint q, k, v), saving would join the
-    packed parts as well, which only a dense weight survives. Renamings stay, but for those that would
-    part the tensors of one weight; where that is a linear layer's, all names are the model's own.
+    packed parts as well, which only dense weights survive. Renamings are kept, except those that would
+    give the parts of one weight different prefixes; where that weight is a linear layer's, all names stay the
+    model's own.
+
+    Args:
+        model: a quantized model; changed in place.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -42,7 +46,12 @@ def keep_own_names(model: PreTrainedModel) -> None:
 
 
 def unconverted(conversions: list[Any], packed: Iterable[WeightName]) -> list[Any]:
-    """Those `conversions` of a file's tensors that make no packed experts: those are loaded as they are."""
+    """The conversions that do not make packed experts: packed experts are loaded as they are.
+
+    Args:
+        conversions: transformers' conversions for the model.
+        packed: its packed weights.
+    """
     stacks = [stored for stored in packed if len(stored.shape) == 3]
     return [c for c in conversions if not _produces(c, stacks)]
 
@@ -54,7 +63,7 @@ def _produces(conversion: Any, weights: Iterable[WeightName]) -> bool:
 
 
 def _splits_parts_of(conversion: Any, weights: Iterable[WeightName]) -> bool:
-    """Whether a renaming, undone, gives the parts of a weight names that are not all of one weight."""
+    """Whether a renaming, undone while saving, gives the parts of one weight names of different weights."""
     if isinstance(conversion, WeightConverter):
         return False
     undo = conversion.reverse_transform()
@@ -67,7 +76,12 @@ def _splits_parts_of(conversion: Any, weights: Iterable[WeightName]) -> bool:
 
 
 def restore_names(model: PreTrainedModel, weights: Iterable[WeightName]) -> None:
-    """The opposite, for a model of which `weights` are dense again: files as the family has them."""
+    """Undo `keep_own_names` for a model that is dense again: its files get the family's names.
+
+    Args:
+        model: changed in place.
+        weights: its weights that were quantized.
+    """
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(c, WeightConverter) or _splits_parts_of(c, weights) for c in mapping):
         model._weight_conversions = None
@@ -85,7 +99,11 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQConfig:
-    """The config of a checkpoint, its `layer_k` by the model's names: config.json has those of the files.
+    """The config of a checkpoint with `layer_k` by the model's names; config.json has those of the files.
+
+    Args:
+        checkpoint: headers of the files.
+        config: as config.json has it.
 
     Raises:
         ValueError: it names a layer that quantized files do not hold.
@@ -104,23 +122,24 @@ def layer_k_by_model_name(checkpoint: Checkpoint, config: SVDQConfig) -> SVDQCon
 
 
 def config_in_memory(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
-    """The config of a quantized model, its `layer_k` by the model's names.
+    """The config of a quantized model with `layer_k` by the model's names.
 
     Args:
         model: quantized.
-        config: its own, as `model.hf_quantizer` has it, with names of files.
+        config: as `model.hf_quantizer` has it, with names of files.
     """
     return config if config.layer_k is None else config.replace(layer_k=_held(model))
 
 
 def config_in_files(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
-    """The config as config.json has it: its `layer_k` says what each layer holds now, by its name in files.
+    """The config of a quantized model as config.json has it.
 
-    Inverse: `config_in_memory`.
+    `layer_k` gets each layer's number of salient weights, keyed by the layer's name in saved files (which can
+    differ from its name in the model). Inverse: `config_in_memory`.
 
     Args:
         model: quantized.
-        config: its own; one without `layer_k` is returned as it is.
+        config: its config; one without `layer_k` is returned unchanged.
     """
     if config.layer_k is None:
         return config

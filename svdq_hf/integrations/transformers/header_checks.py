@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint must hold, refused before anything is loaded; errors name the layer.
+"""Checks of a checkpoint's headers before anything is loaded; errors name the layer.
 
 A dense checkpoint that is to be quantized has a plain weight for every layer (`check_dense`, `check_source`);
 a quantized one has all parts of a layer, of the shapes and dtypes of `part_specs`, and no others
@@ -21,7 +21,11 @@ from svdq_hf.quantize.weight import check_source_dtype
 
 
 def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a dense checkpoint that lacks the weight of a layer, or has it as something else.
+    """Refuse a dense checkpoint that lacks the weight of a layer, or has it quantized.
+
+    Args:
+        checkpoint: headers of the files.
+        layers: the layers to quantize, by name.
 
     Raises:
         ValueError: no weight, one that is no plain float, or one that svdq has packed already.
@@ -44,7 +48,13 @@ def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None
 
 
 def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice: str) -> None:
-    """Refuse to quantize a head, or an embedding, that the files have under none of the names `keys`.
+    """Refuse to quantize a head, or an embedding, whose weight the files do not hold.
+
+    Args:
+        checkpoint: headers of the files.
+        name: of the head or embedding, for errors.
+        keys: tensor names that its weight may have.
+        choice: the config key that selects it, for errors.
 
     Raises:
         ValueError: no weight, or one that is no plain float.
@@ -62,9 +72,14 @@ def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice:
 def stored_layers(
     checkpoint: Checkpoint, layers: Mapping[str, nn.Module], config: SVDQConfig
 ) -> dict[str, nn.Module]:
-    """Those of `layers` that are quantized in a checkpoint.
+    """The layers that are quantized in a checkpoint.
 
-    The rest it has dense, or never had (a pooler, a new head): those are dense layers here as well.
+    The others are dense in the files, or absent (a pooler, a new head), and stay dense layers.
+
+    Args:
+        checkpoint: headers of the files.
+        layers: the layers that may be quantized, by name.
+        config: of the files, with names of the model.
 
     Raises:
         ValueError: a part is missing, there is one too many, or its shape or dtype is not that of
@@ -88,15 +103,15 @@ def stored_layers(
 def check_none_missing(
     model: PreTrainedModel, checkpoint: Checkpoint, layers: Mapping[str, nn.Module], config: SVDQConfig
 ) -> None:
-    """Refuse quantized files that lack a layer wholly: as a dense one it would be random.
+    """Refuse quantized files that lack a layer completely: as a dense layer it would be random.
 
-    A layer that such files never had is a new head, or a pooler: outside of what is quantized, or of a class
-    that is not the one that was saved, and the only one of its kind.
+    A layer may be absent if it is a new head or a pooler: outside of what is quantized, or, in a class other
+    than the saved one, the only layer of its kind.
 
     Args:
         model: with its dense modules, on the meta device.
-        checkpoint: its files.
-        layers: those of its modules that may be packed, by name.
+        checkpoint: headers of its files.
+        layers: its modules that may be packed, by name.
         config: of the files.
 
     Raises:
@@ -128,7 +143,7 @@ def _kind(name: str) -> str:
 
 
 def _others(stored: WeightName, checkpoint: Checkpoint) -> set[str]:
-    """What a checkpoint has of a weight beside what a dense one has."""
+    """The parts that a checkpoint has of a weight, beyond those of a dense layer."""
     prefix = stored.key("")
     there = {key.removeprefix(prefix) for key in checkpoint.entries if key.startswith(prefix)}
     return there - {"weight", "bias"}

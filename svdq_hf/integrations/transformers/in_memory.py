@@ -1,4 +1,7 @@
-"""A model in memory, quantized in place, and the way back: what `from_pretrained` does, without a file."""
+"""Quantization of a model in memory, in place, and the way back: what `from_pretrained` does, without files.
+
+Not here: the loop over layers (`quantize.convert`).
+"""
 
 import copy
 from collections.abc import Iterable
@@ -32,20 +35,25 @@ def quantize_model(
     config: SVDQConfig | dict[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Quantize a model that is in memory, in place; returns it.
+    """Quantize a model that is in memory, in place.
 
-    config: an SVDQConfig, or its choices as a dict; None: the defaults.
+    For a transformers model everything is set as `from_pretrained` sets it, so that
+    `save_pretrained`, `dequantize` and `Trainer` work. Other modules only have their layers replaced.
 
-    batches: for error feedback and the scores that need data ("awq", "spqr"): what the model takes, a few
-    of them, each a mapping of keyword arguments, a tuple, or one tensor. Tokens under a mask are left out.
+    Args:
+        model: a dense model.
+        config: an SVDQConfig, or its choices as a dict; None: the defaults.
+        batches: for error feedback and the scores that need data ("awq", "spqr"): a few inputs of the model,
+            each a mapping of keyword arguments, a tuple, or one tensor. Tokens hidden by a mask do not count.
 
-    For a transformers model everything else is set as `from_pretrained` sets it, so that
-    `save_pretrained`, `dequantize` and `Trainer` work. Other modules are converted and that is all.
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has
-            a NaN or an infinity; data is needed and missing, or batches cannot be made of none
-            ("synthetic"); lm_head is asked for and there is no head that can be quantized.
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: the model is quantized already, has no linear layer to quantize, or a weight has a NaN or
+            an infinity; data is needed and missing, or synthetic batches cannot be made for the model;
+            lm_head is True and there is no head that can be quantized.
     """
     with trainable_tensors():
         return _quantized(model, config, batches)
@@ -96,9 +104,18 @@ def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:
 
 @checked_arguments(model=LOAD_FIRST, dtype="such as torch.float32")
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every quantized layer by the dense one it stands for, in place; returns the model.
+    """Replace every quantized layer by the dense one that it represents, in place.
 
-    dtype: of the result; None: that of the model (of a module that is not transformers': FP32).
+    Args:
+        model: a quantized model.
+        dtype: of the result; None: the model's own (FP32 for modules that are not transformers models).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
+        ValueError: a layer is offloaded to disk.
     """
     for module in list(model.modules()):  # a PeftModel, for one, has the model inside
         if isinstance(module, PreTrainedModel) and isinstance(

@@ -1,7 +1,7 @@
-"""Quantizing inside of `torch.inference_mode()`: what is made there must train and be saved like any other.
+"""Quantization inside `torch.inference_mode()`: its tensors must train and be saved like any others.
 
-Tensors that are made in that mode are no part of autograd for ever. So quantizing leaves it for a while, and
-what a loader has made in it is copied.
+Tensors that are created in that mode are excluded from autograd for ever. So quantizing leaves the mode for a
+while, and tensors that a loader has created in it are copied.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def trainable_tensors() -> Iterator[None]:
-    """Make plain tensors in the block, without gradients, also inside of `torch.inference_mode()`."""
+    """Context manager: new tensors are normal ones, even inside `torch.inference_mode()`."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -22,7 +22,7 @@ def trainable_tensors() -> Iterator[None]:
 
 
 def make_trainable(model: nn.Module) -> None:
-    """Replace the tensors of a model that were made in inference mode by copies; what is tied stays tied."""
+    """Replace tensors of a model that were created in inference mode by copies; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     with trainable_tensors():
         for module in model.modules():

@@ -1,8 +1,9 @@
-"""Load: how one model comes out of its files, from when its modules are made to when it is filled.
+"""Load: one model being loaded from files, from the creation of its modules to the last tensor.
 
-What a quantized checkpoint (`load_packed`) and a dense one (`load_dense`) have in common. A load is made when
-transformers is about to read weights, holds what must be known until the last of them is there, and is let go
-then. Not here: transformers' hooks, which ask it (`quantizer`).
+The common part of a quantized checkpoint (`integrations.transformers.load_packed`) and a dense one
+(`integrations.transformers.load_dense`). A load is created when transformers is about to read weights, and
+holds what must be known until the last of them is there. Not here: transformers' hooks
+(`integrations.transformers.quantizer`).
 """
 
 from abc import ABC, abstractmethod
@@ -29,17 +30,17 @@ class Load(ABC):
     """One model that is being loaded: `prepare`, then for each tensor `wants`, then `finish`.
 
     Args:
-        saved: the config that the model will have, its `layer_k` by names in files.
-        files: the checkpoint's; none where a state dict is loaded.
+        saved: the config that the model will have, with `layer_k` by names in files.
+        files: paths of the checkpoint's files; none where a state dict is loaded.
     """
 
     remedy: str
-    """What to do about a layer that the files do not fill."""
+    """End of the error for a layer that the files do not fill."""
 
     def __init__(self, saved: SVDQConfig, files: Iterable[str | Path]) -> None:
         self.saved = saved
         self.config = saved
-        """With `layer_k` by the model's names."""
+        """`saved` with `layer_k` by the model's names."""
         self.files = list(files)
         self.packed: list[WeightName] = []
         """The packed weights of the model."""
@@ -54,11 +55,16 @@ class Load(ABC):
 
     @abstractmethod
     def conversions(self, conversions: list[Any]) -> list[Any]:
-        """What of the family's weight conversions is right for packed weights."""
+        """The family's weight conversions, adapted to packed weights."""
 
     @abstractmethod
     def wants(self, model: PreTrainedModel, name: str) -> bool:
-        """Whether the tensor that the files have for `name` is to be quantized."""
+        """Whether a tensor of the files is to be quantized.
+
+        Args:
+            model: the model.
+            name: of the tensor in the model.
+        """
 
     @abstractmethod
     def operation(self) -> SVDQQuantize:
@@ -66,7 +72,13 @@ class Load(ABC):
 
     @abstractmethod
     def finish(self, model: PreTrainedModel) -> SVDQConfig:
-        """Check what was loaded, quantize what is left; the config that the model is saved with.
+        """Check what was loaded, and quantize what is left.
+
+        Args:
+            model: the loaded model.
+
+        Returns:
+            The config that the model is saved with.
 
         Raises:
             ValueError: a layer was not filled, or could not be quantized; it is named.
@@ -90,7 +102,7 @@ class Load(ABC):
         return read_checkpoint(model, known, self.files), layers
 
     def note_packed(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        """Tell the packed weights of a model what the files say of them."""
+        """Record the packed weights of a model, and give its layers the facts in the headers."""
         for stored, parts, facts in packed_weights(model):
             self.packed.append(stored)
             facts.update(numbers(checkpoint.facts.get(stored.name, {})))
@@ -100,7 +112,15 @@ class Load(ABC):
 
 
 def declare(model: PreTrainedModel, config: SVDQConfig) -> SVDQConfig:
-    """Let a quantized model say how it is saved (names in files, tags); the config that it is saved with."""
+    """Prepare a quantized model for saving: names in files, tags.
+
+    Args:
+        model: changed in place.
+        config: its config.
+
+    Returns:
+        The config that it is saved with.
+    """
     if any(svdq_experts(model)):
         config = config.with_experts()
     keep_own_names(model)

@@ -1,4 +1,7 @@
-"""Checks after a quantized model was loaded: every stored part is there; and, where files held it, sound."""
+"""Checks after a quantized model was loaded: every stored part is there, and parts from files are sound.
+
+Not here: checks before loading (`integrations.transformers.header_checks`).
+"""
 
 from collections.abc import Mapping
 
@@ -13,10 +16,14 @@ from svdq_hf.quantize.selection import check_biases
 
 
 def check_filled(model: nn.Module, remedy: str) -> None:
-    """Refuse a model of which a quantized layer was not filled (a state dict has no headers to check).
+    """Refuse a model with a quantized layer that was not filled (a state dict has no headers to check).
 
-    A bias counts: transformers, which would start a dense layer's at zero, leaves that of a class which it
-    does not know as memory happens to be.
+    A bias counts: transformers would initialize a dense layer's to zero, but leaves that of a class which it
+    does not know uninitialized.
+
+    Args:
+        model: the loaded model.
+        remedy: end of the error message.
 
     Raises:
         ValueError: it names the layer and what is missing, or the bias that has a NaN.
@@ -39,12 +46,15 @@ def _check_here(name: str, layer: nn.Module, keys: list[str], remedy: str) -> No
 
 
 def _is_on_disk(parts: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are read one by one when the layer runs."""
+    """Whether tensors are offloaded: read one by one when the layer runs."""
     return any(tensor.is_meta for tensor in parts.values())
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse a model of which a quantized layer was filled with nonsense, whoever wrote its file.
+    """Refuse a model with a quantized layer whose stored values are invalid.
+
+    Args:
+        model: the loaded model.
 
     Raises:
         ValueError: see `check_parts`; it names the layer.

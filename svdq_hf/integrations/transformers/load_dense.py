@@ -1,8 +1,9 @@
-"""DenseLoad: a dense checkpoint is quantized while it is loaded, tensor by tensor.
+"""DenseLoad: a dense checkpoint, quantized while it is loaded, tensor by tensor.
 
 The linear layers and experts become packed as they come out of the file; the output head and the input
-embedding, which may be one matrix, are loaded dense and quantized at the end. Not here: what becomes of one
-tensor (`quantize_op`), a quantized checkpoint (`load_packed`).
+embedding, which may be one matrix, are loaded dense and quantized at the end. Not here: the conversion of one
+tensor (`integrations.transformers.quantize_op`), a quantized checkpoint
+(`integrations.transformers.load_packed`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,18 +44,22 @@ class DenseLoad(Load):
         self.head: Head | None = None
         self.table: Embedding | None = None
         self.partners: set[str] = set()
-        """Tensors that come out of one tensor of a file together with a weight to quantize."""
+        """Names of tensors that come out of the same tensor of a file as a weight to quantize."""
         self.failures: list[ValueError] = []
-        """Of layers that could not be quantized; an error raised on the way would be a line in a log."""
+        """Errors of layers, raised by `finish`; raised earlier, each would be a mere line in a log."""
         self.undo: Callable[[], None] = lambda: None
-        """Gives the model its own precisions back."""
+        """Undoes `load_exactly`."""
 
     @staticmethod
     def check_environment(config: SVDQConfig, device_map: Any) -> None:
-        """Refuse what cannot be quantized while it is loaded.
+        """Refuse configs and device maps with which a model cannot be quantized while it is loaded.
+
+        Args:
+            config: how it is quantized.
+            device_map: as given to `from_pretrained`.
 
         Raises:
-            ValueError: the config needs data, or modules go to disk.
+            ValueError: the config needs data, or modules are offloaded to disk.
         """
         if config.data_needs:
             raise config.no_data()
@@ -87,7 +92,7 @@ class DenseLoad(Load):
         self.undo = load_exactly(model, weights, weights.union(*dense.values()) - exact)
 
     def _ends(self) -> dict[str, str]:
-        """The choice that asks for the head, and for the embedding, by its name in the model."""
+        """The config key that selects the head, and the embedding, by the module's name."""
         pairs = ((self.head, "lm_head"), (self.table, "embeddings"))
         return {one.name: choice for one, choice in pairs if one is not None}
 
@@ -101,12 +106,12 @@ class DenseLoad(Load):
         return spend(stored_weights(model, modules, checkpoint, self.config), self.config, {})
 
     def conversions(self, conversions: list[Any]) -> list[Any]:
-        """Experts come one by one where the files have them so."""
+        """The family's conversions, with experts one by one where the files have them so."""
         plain = unconverted(conversions, self.packed)
         return [c if c in plain else without_stacking(c) for c in conversions]
 
     def wants(self, model: PreTrainedModel, name: str) -> bool:
-        """A weight to quantize, or what comes out of one tensor of the files together with one."""
+        """Whether a tensor is a weight to quantize, or comes out of the same tensor of the files as one."""
         return module_of(model, name) is not None or name in self.partners
 
     def operation(self) -> SVDQQuantize:
@@ -114,7 +119,17 @@ class DenseLoad(Load):
         return SVDQQuantize(self.config, self.failures)
 
     def finish(self, model: PreTrainedModel) -> SVDQConfig:
-        """Quantize the ends as well; the codes that were just made are not checked again."""
+        """Quantize head and embedding as well. The codes were just made, so their values are not checked.
+
+        Args:
+            model: the loaded model.
+
+        Returns:
+            The config that the model is saved with.
+
+        Raises:
+            ValueError: a layer could not be quantized or was not filled; it is named.
+        """
         self.undo()
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
@@ -127,7 +142,8 @@ class DenseLoad(Load):
     def _quantize_ends(self, model: PreTrainedModel) -> None:
         """Quantize the head and the input embedding, which are loaded dense.
 
-        Which modules share them is known only now: transformers unties what the files hold twice, unequal.
+        Which modules share them is known only now: transformers unties tensors that the files hold twice with
+        different values.
         """
         if self.head is not None:
             self.head = tied_now(model, self.head)
@@ -156,8 +172,16 @@ class DenseLoad(Load):
 def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
     """Names of expert weights that need not be forced to FP32 while loading.
 
-    Salient weights are the checkpoint's own values, so weights are loaded in FP32 as a rule. Where checkpoint
-    and model have one dtype no rounding happens, and a large FP32 copy of all experts is avoided.
+    Salient weights must be the checkpoint's own values, so weights are normally loaded in FP32. Where
+    checkpoint and model have the same dtype no rounding happens, and the large FP32 copy of all experts is
+    avoided.
+
+    Args:
+        chosen: the modules to quantize, by name.
+        checkpoint: headers of the files.
+
+    Returns:
+        Names of tensors in the model.
     """
     return {
         stored.key("weight")

@@ -1,7 +1,7 @@
-"""PackedLoad: a quantized checkpoint is loaded as it is, and refused where it contradicts its config.json.
+"""PackedLoad: a quantized checkpoint, loaded as it is, and refused where it contradicts its config.json.
 
-What the files hold decides which modules are packed. Of the output head and the input embedding config.json
-speaks too, and the two must agree. Not here: a dense checkpoint (`load_dense`).
+The files decide which modules are packed. For the output head and the input embedding config.json
+says so too, and the two must agree. Not here: a dense checkpoint (`integrations.transformers.load_dense`).
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ class PackedLoad(Load):
 
     @staticmethod
     def check_environment(config: SVDQConfig, device_map: Any) -> None:
-        """Nothing is refused: packed tensors may lie anywhere, on disk too."""
+        """Nothing is refused: packed tensors may be on any device, also offloaded to disk."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """See `Load.prepare`."""
@@ -60,26 +60,41 @@ class PackedLoad(Load):
         self.note_packed(model, checkpoint)
 
     def conversions(self, conversions: list[Any]) -> list[Any]:
-        """Packed tensors are loaded as they are, whatever the family does to dense ones."""
+        """The family's conversions without those that make experts: packed ones are loaded as they are."""
         return unconverted(conversions, self.packed)
 
     def wants(self, model: PreTrainedModel, name: str) -> bool:
-        """Nothing: it is quantized."""
+        """False: every tensor is quantized or stays dense."""
         return False
 
     def operation(self) -> SVDQQuantize:
-        """One that finds nothing to do."""
+        """A conversion that is never used."""
         return SVDQQuantize(self.config, [])
 
     def finish(self, model: PreTrainedModel) -> SVDQConfig:
-        """Check the values too: who wrote the files is not known."""
+        """Check the values as well, since the files may come from anybody.
+
+        Args:
+            model: the loaded model.
+
+        Returns:
+            The config that the model is saved with.
+
+        Raises:
+            ValueError: a layer was not filled, or its values are invalid; it is named.
+        """
         self.check(model)
         check_values(model)
         return declare(model, self.saved)
 
 
 def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig) -> Head | None:
-    """The output head of a quantized checkpoint, where it is packed.
+    """The output head of a quantized checkpoint; None where it is dense.
+
+    Args:
+        model: the model, on the meta device.
+        checkpoint: headers of the files.
+        config: of the files.
 
     Raises:
         ValueError: the config and the files disagree, or the model has no place for a packed head.
@@ -103,7 +118,13 @@ def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConf
 def stored_embedding(
     model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig, head: Head | None
 ) -> Embedding | None:
-    """The input embedding of a quantized checkpoint, where it is packed in parts of its own.
+    """The input embedding of a quantized checkpoint that is packed by itself; None where it is not.
+
+    Args:
+        model: the model, on the meta device.
+        checkpoint: headers of the files.
+        config: of the files.
+        head: the packed output head, if there is one.
 
     Raises:
         ValueError: the config says that it is dense, and the files hold it packed.

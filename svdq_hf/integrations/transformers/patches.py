@@ -1,6 +1,6 @@
-"""Every change that svdq_hf makes to transformers (5.20 to 5.24), and why.
+"""Patches of transformers (5.20 to 5.24): every change that svdq_hf makes to it, and why.
 
-Of PreTrainedModel, so for the whole process, made when the first SVDQHfQuantizer is (`apply`):
+Of PreTrainedModel, so for the whole process, made with the first SVDQHfQuantizer (`apply`):
 
 PreTrainedModel.dtype
     Why: it is the first floating parameter's; config.json is written and models are loaded by it. Where that
@@ -16,7 +16,7 @@ PreTrainedModel.num_parameters
     Why: it counts the bytes of packed weights; bitsandbytes' 4 bits alone are known to it.
     Fails when not needed: `test_transformers_counts_packed_bytes`.
 PreTrainedModel.resize_token_embeddings
-    Why: it resizes the embedding and then finds that the head is no nn.Linear. Asked before, it refuses.
+    Why: it resizes the embedding and then finds that the head is no nn.Linear. The patch refuses before that.
     Fails when not needed: `test_transformers_resizes_half_of_a_model`.
 
 Private attributes of one model:
@@ -26,21 +26,21 @@ _keep_in_fp32_modules_strict (`load_exactly`, while it loads)
     for before it is quantized. Fails: `test_transformers_rounds_a_weight_before_it_is_quantized`.
 _get_dtype_plan (`load_exactly`, while it loads)
     Why: before 5.23 a weight to quantize is loaded in the dtype of its packed bytes.
-    Fails: nothing on 5.23 and later; the tests marked `oldest` on 5.20 without it.
+    Fails: nothing on 5.23 and later; the tests with the marker "oldest" on 5.20 without it.
 _is_hf_initialized of tensors (`Load.note_packed`, `TiedEmbedding.weight`)
     Why: a family's initialisation reaches for weights by name, and would start packed ones anew
     where the loader has not marked them yet. On 5.24 no test fails without it; 5.20 is not tried without it.
-_weight_conversions (`file_names`)
+_weight_conversions (`integrations.transformers.file_names`)
     Why: saving would join the packed parts of layers that are one tensor in a family's files; and a
     dequantized model must be saved as the family's files are.
     Fails: `test_transformers_joins_packed_parts_on_save`.
 _tied_weights_keys, all_tied_weights_keys (`quantize.head`, of the model and its parts)
     Why: transformers would put the dense weight of an embedding into a packed head.
     Fails: `test_transformers_ties_what_is_packed`.
-operations of a WeightConverter (`expert_conversions`, while it loads)
+operations of a WeightConverter (`integrations.transformers.expert_conversions`, while it loads)
     Why: one dense tensor of all experts would be made before the first is quantized.
-    Fails: `tests/test_arrival.py`, `test_no_dense_stack_is_ever_made`.
-is_quantized of a model and its parts (`in_memory`, by transformers' own `_assign_is_quantized`)
+    Fails: `test_no_dense_stack_is_ever_made`.
+is_quantized of a model and its parts (`integrations.transformers.in_memory`, by `_assign_is_quantized`)
     Why: `from_pretrained` alone sets it.
 
 No upstream issue is known for any of them. Not here: PEFT (`integrations.peft.patches`).
@@ -68,11 +68,12 @@ OWN_DTYPE, OWN_SAVE, OWN_COUNT, OWN_RESIZE = (
     PreTrainedModel.num_parameters,
     PreTrainedModel.resize_token_embeddings,
 )
-"""What is changed, as transformers has it."""
+"""transformers' own versions of what is patched."""
 
 
+@functools.cache
 def apply() -> None:
-    """Change transformers' class; a second call changes nothing."""
+    """Patch transformers' class, once; what others patch afterwards stays."""
     PreTrainedModel.dtype = property(main_dtype)
     PreTrainedModel.save_pretrained = save_as_it_is
     PreTrainedModel.num_parameters = count_weights
@@ -80,9 +81,13 @@ def apply() -> None:
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating parameter that is no salient weight, if there is one.
+    """The dtype of the model's first floating parameter that is not a salient weight.
 
-    For a model that has no salient weights it is what transformers answers.
+    For a model without salient weights it is what transformers answers. A model with nothing else gets the
+    dtype of its salient weights.
+
+    Args:
+        model: a model with a floating parameter.
 
     >>> values, scale = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
     >>> main_dtype(torch.nn.ParameterDict({"salient_values": values, "weight": scale}))
@@ -130,10 +135,10 @@ def resize_dense_ends(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`resize_token_embeddings`, which refuses a packed head or embedding before it changes anything.
+    """`resize_token_embeddings` that refuses a packed head or embedding before it changes anything.
 
     Raises:
-        ValueError: one of the two is packed, and the size is another.
+        ValueError: one of the two is packed, and the size differs.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     packed = isinstance(head, SVDQLinear) or isinstance(embedding, SVDQEmbedding | TiedEmbedding)
@@ -152,15 +157,15 @@ def resize_dense_ends(
 
 
 def load_exactly(model: Any, weights: Iterable[str], exact: Iterable[str]) -> Callable[[], None]:
-    """Have tensors of a model loaded as the files have them, for as long as it is loaded.
+    """Have some tensors of a model loaded without rounding, for as long as it is loaded.
 
     Args:
         model: on the meta device.
-        weights: names of packed weights, which are loaded in the dtype asked for and not in that of bytes.
-        exact: names of tensors that are loaded in FP32, whatever dtype is asked for.
+        weights: names of packed weights: loaded in the requested dtype instead of that of packed bytes.
+        exact: names of tensors that are loaded in FP32, whatever dtype is requested.
 
     Returns:
-        What takes that back.
+        A function that undoes it.
     """
     strict, plan = model._keep_in_fp32_modules_strict, model._get_dtype_plan
     asked = [_only(key) for key in weights]

@@ -1,6 +1,7 @@
 """SVDQQuantize: the load-time conversion (transformers' `ConversionOps`) of a dense tensor to stored parts.
 
-Like `quantizer`, this file touches transformers' internals (5.20 to 5.24).
+Touches transformers' internals (5.20 to 5.24). Not here: which tensors are converted
+(`integrations.transformers.load_dense`).
 """
 
 from typing import Any
@@ -19,7 +20,12 @@ from svdq_hf.quantize.weight import quantize_stack, quantize_weight
 
 
 class SVDQQuantize(ConversionOps):  # type: ignore[misc]
-    """A dense tensor, `layer.weight` or the experts' `gate_up_proj`, becomes the stored parts of it."""
+    """Conversion of a dense tensor (`layer.weight`, or the experts' `gate_up_proj`) to its stored parts.
+
+    Args:
+        config: how the model is quantized.
+        failures: errors are appended here instead of being raised.
+    """
 
     def __init__(self, config: SVDQConfig, failures: list[ValueError]) -> None:
         self.config, self.failures = config, failures
@@ -27,10 +33,19 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantize those of `input_dict` (full name -> tensor, or list of one) that need it.
+        """Quantize those tensors that are weights of quantized layers.
 
         An error raised here would be reduced to a line in transformers' log, so it goes into `failures`, and
         `DenseLoad.finish` raises it when loading ends.
+
+        Args:
+            input_dict: by full name, a tensor `[out, in]` (experts: `[experts, out, in]`), or a list of one;
+                emptied.
+            model: the model that is being loaded.
+            **kwargs: further arguments that transformers passes.
+
+        Returns:
+            Stored parts, and unchanged tensors, by full name.
         """
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
@@ -76,7 +91,12 @@ def _leaf(key: str) -> str:
 
 
 def module_of(model: PreTrainedModel, param_name: str) -> SVDQLinear | SVDQExperts | None:
-    """The quantized layer that the dense tensor `param_name` is a weight of, if there is one."""
+    """The quantized module that a dense tensor is a weight of; None where it is not one.
+
+    Args:
+        model: the model.
+        param_name: full name of the tensor.
+    """
     path, _, leaf = param_name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, SVDQExperts):

@@ -1,7 +1,7 @@
 """SVDQHfQuantizer: the HfQuantizer that transformers calls while loading, saving and dequantizing a model.
 
-Each method answers one hook of `transformers.quantizers.base.HfQuantizer` (5.20 to 5.24). Not here: what
-loading does (`load_packed`, `load_dense`).
+Each method implements one hook of `transformers.quantizers.base.HfQuantizer` (5.20 to 5.24). Not here: what
+loading does (`integrations.transformers.load_packed`, `integrations.transformers.load_dense`).
 """
 
 import copy
@@ -35,39 +35,43 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     requires_calibration = False
 
     def __init__(self, quantization_config: SVDQConfig, **kwargs: Any) -> None:
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # not the caller's to change
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the caller may change its own
         self.kind: type[PackedLoad | DenseLoad] = PackedLoad if self.pre_quantized else DenseLoad
         self.load: Load | None = None
-        """While a model is loaded, what is known of it."""
+        """The load in progress; None between loads."""
         patches.apply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         patches.apply()  # a pickled model may be all that this process sees of us
 
-    # What transformers asks about the method.
+    # Properties of the method.
 
     def is_serializable(self) -> bool:
-        """Quantized models are saved as they are."""
+        """True: quantized models are saved as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow through quantized layers to adapters."""
+        """True: gradients flow through quantized layers to adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The salient weights train with no adapter, and `Trainer` evaluates the model as it is."""
+        """True: the salient weights train without adapters, and `Trainer` evaluates the model as it is."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """A quantized layer is one node of a graph."""
+        """True: a quantized layer is one node of a graph."""
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work, or would load silently wrong, before anything is loaded."""
+        """Refuse, before anything is loaded, arguments that cannot work or would silently load a wrong model.
+
+        Raises:
+            ValueError: see `DenseLoad.check_environment`.
+        """
         self.kind.check_environment(self.quantization_config, kwargs.get("device_map"))
 
     # Loading.
@@ -81,15 +85,23 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """The family's conversions of tensors, but for those that packed weights do without.
+        """The family's conversions of tensors, adapted to packed weights.
 
-        model: as transformers gives it since 5.21.
+        Args:
+            weight_conversions: of the family.
+            *model: the model, which transformers passes since 5.21.
         """
         conversions = super().update_weight_conversions(weight_conversions, *model)
         return conversions if self.load is None else self.load.conversions(conversions)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether the tensor that the checkpoint has for `param_name` is still dense."""
+        """Whether a tensor of the checkpoint is dense and to be quantized.
+
+        Args:
+            model: the model.
+            param_name: name of the tensor in the model.
+            **kwargs: further arguments that transformers passes.
+        """
         return self.load is not None and self.load.wants(model, param_name)
 
     def get_quantize_ops(self) -> SVDQQuantize:
@@ -111,7 +123,11 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
     # Saving and the way back.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """The plain state dict, and what quantizing measured for the file's header."""
+        """None (the plain state dict is saved), and metadata for the file's header: the measured facts.
+
+        Raises:
+            ValueError: the model is sharded by FSDP, or has quantized layers inside a PeftModel's wrappers.
+        """
         if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
             raise ValueError(
                 "the model is sharded by FSDP: gather it on all ranks, get_model_state_dict(model, "

@@ -2,7 +2,8 @@
 
 A model may have quantized parts and no config that says so (an encoder that was quantized by itself, a layer
 that somebody put in), or the config of one and no quantized layer any more. `as_it_is` lets it be saved so
-that it loads bit for bit, or refuses. Not here: how transformers is made to ask (`patches`).
+that it loads bit for bit, or refuses. Not here: how transformers is made to ask
+(`integrations.transformers.patches`).
 """
 
 from collections.abc import Iterator

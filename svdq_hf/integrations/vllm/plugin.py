@@ -1,9 +1,9 @@
-"""svdq in vLLM: its quantization config and linear method, found by the entry point `vllm.general_plugins`.
+"""vLLM plugin: svdq's quantization config and linear method, found by entry point `vllm.general_plugins`.
 
 vLLM's layers are several of the checkpoint's (q, k and v; gate and up) and a device's share of each. Every
 tensor is kept as it comes from the file until a layer's parts are complete; then its share is cut out
-(`slices`), and after loading the shares are joined. Imported by vLLM only, and written against 0.33. Not
-here: quantized output heads and experts, which are refused.
+(`format.slices`), and after loading the shares are joined. Imported by vLLM only, and written against 0.33.
+Not here: quantized output heads and experts, which are refused.
 """
 
 from functools import partial
@@ -24,13 +24,13 @@ from svdq_hf.format.slices import StoredMatrix, slice_columns, slice_rows, stack
 from svdq_hf.integrations.vllm.layers import layers_of, linear_of
 
 FusedPart = int | str | tuple[int, ...] | None
-"""Which of a fused layer's matrices a tensor is of; a tuple: several in a row; None: all, or the only one."""
+"""The fused layer's matrix that a tensor belongs to; a tuple: several in a row; None: all."""
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 
 def register() -> None:
-    """Make "svdq" known to vLLM; may be called more than once."""
+    """Register "svdq" with vLLM; may be called repeatedly."""
     register_quantization_config(QUANT_METHOD)(SVDQVllmConfig)
 
 
@@ -41,7 +41,7 @@ REMEDY = (
 
 
 class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed where mypy runs
-    """What vLLM asks of a quantization config, answered from config.json and the files' headers."""
+    """vLLM's quantization config for svdq, made from config.json and the files' headers."""
 
     def __init__(self, choices: SVDQConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SVDQVllmConfig":
-        """Of the `quantization_config` of config.json."""
+        """The config of a `quantization_config` in config.json."""
         return cls(SVDQConfig.from_dict(config))
 
     def get_name(self) -> str:
@@ -59,12 +59,12 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What activations may be."""
+        """Allowed dtypes of activations."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """That of vLLM itself: the op is plain torch there."""
+        """Least compute capability: vLLM's own, since the op is plain torch there."""
         return 70
 
     @staticmethod
@@ -75,11 +75,16 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read which layers are quantized from the files' headers: names in config.json cannot say it.
+        """Read from the files' headers which layers are quantized; config.json does not list them.
+
+        Args:
+            model_name: folder, or name on the Hub.
+            hf_config: not used.
+            revision: on the Hub.
 
         Raises:
-            ValueError: none is, or others than linear layers are. vLLM's models do not all ask for a head, an
-                embedding or experts by the names that files have, so what is there decides.
+            ValueError: no layer is quantized, or other modules than linear layers are. Headers decide, since
+                not all of vLLM's models ask for a head, an embedding or experts by their names in files.
         """
         stored = get_safetensors_params_metadata(model_name, revision=revision)
         experts = any(name.endswith("_salient_rows") for name in stored)
@@ -98,11 +103,15 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
         self.layers = hf_to_vllm_mapper.apply_list(self.layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """How vLLM computes the layer called `prefix`.
+        """The method with which vLLM computes a layer.
+
+        Args:
+            layer: vLLM's layer.
+            prefix: its name.
 
         Raises:
-            ValueError: it is quantized and no linear layer, or some of what it joins is quantized and
-                some is not.
+            ValueError: it is quantized and no linear layer, or only some of the layers that it joins are
+                quantized.
         """
         if not isinstance(layer, LinearBase):
             within = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
@@ -117,7 +126,7 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
         return SVDQLinearMethod(self.choices.scheme) if any(there.values()) else UnquantizedLinearMethod()
 
     def _joined(self, prefix: str) -> list[str]:
-        """The checkpoint's layers that `prefix` is made of."""
+        """The checkpoint's layers that a layer of vLLM joins."""
         path, _, leaf = prefix.rpartition(".")
         if prefix in self.layers or leaf not in self.packed_modules_mapping:
             return [prefix]
@@ -153,7 +162,7 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _take(
         self, layer: Any, part: str, place: nn.Parameter, loaded: Tensor, shard: FusedPart = None
     ) -> None:
-        """What vLLM calls with each tensor of the file."""
+        """Called by vLLM with each tensor of the file."""
         parts = layer.svdq_shards.setdefault(shard, {})
         parts[part] = loaded
         whole, total = layer.svdq_widths[1], len(part_specs(1, 1, self.scheme))
@@ -174,10 +183,10 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return stored if len(rows) == stored.out_features else slice_rows(stored, rows)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Join the shares, and put them where vLLM has put the layer.
+        """Join the shares, and put them on the device of the layer.
 
         Raises:
-            ValueError: a tensor never came.
+            ValueError: a tensor is missing.
         """
         places = {shard: _places(layer, shard) for shard in layer.svdq_shards}
         order = sorted(places, key=places.__getitem__)
@@ -200,12 +209,29 @@ class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.svdq_shards = {}
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias` of the device's share."""
+        """`x @ W.T + bias` of the device's share.
+
+        Args:
+            layer: vLLM's layer.
+            x: `[..., in]`.
+            bias: `[out]`, or None.
+
+        Returns:
+            `[..., out]`.
+        """
         return linear_of(layer.svdq_layers, x, bias)
 
 
 def rows_of_rank(layer: Any, shard: FusedPart, total: int) -> Tensor:
-    """Which rows of a checkpoint's matrix of `total` rows a device keeps.
+    """The rows of a checkpoint's matrix that a device keeps.
+
+    Args:
+        layer: vLLM's layer.
+        shard: which of the layer's matrices.
+        total: rows of the matrix.
+
+    Returns:
+        Their numbers, `[rows]`, int64.
 
     Raises:
         ValueError: the matrix has another height than the layer.
@@ -226,7 +252,7 @@ def rows_of_rank(layer: Any, shard: FusedPart, total: int) -> Tensor:
 
 
 def _places(layer: Any, shard: FusedPart) -> list[int]:
-    """Which of the matrices that a layer joins, in order."""
+    """Positions, among the matrices that a layer joins, of those that a tensor belongs to."""
     if shard is None:
         return list(range(len(layer.svdq_heights)))
     if isinstance(shard, str):

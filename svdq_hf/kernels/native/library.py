@@ -1,31 +1,32 @@
-"""The native library: found, loaded by ctypes, and given torch's own OpenMP to run on.
+"""Binding of the native library: found, loaded by ctypes, and given torch's own OpenMP to run on.
 
-It is built with the package where there is a C compiler (pyproject.toml) and is not linked to an OpenMP of
-its own: two runtimes in one process are two pools of threads that fight. Where it is missing, everything runs
-in plain torch. Not here: which calls it computes (`cpu`), the sums themselves (`svdq.c`).
+It is built with the package where there is a C compiler (setup.py) and is not linked to an OpenMP of its
+own: two runtimes in one process are two pools of threads that compete. Where it is missing, everything runs
+in plain torch. Not here: which calls it computes (`kernels.cpu`), the sums themselves (svdq.c).
 """
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import HALF, packed_width
+from svdq_hf.core.packing import HALF
 from svdq_hf.core.release import how_to_install
+from svdq_hf.format.parts import PARTS, StoredWeight
 
 logger = logging.getLogger(__name__)
 
 ABI: Final = 2
-"""What `svdq.c` says it is; another number is a library that was built from another source."""
+"""Version of svdq.c's interface; a library with another number was built from another source."""
 
 PLAIN, AVX2, AVX512 = range(3)
-"""Paths of the library, each better than the one before; `fast_path` is a further one, which is not exact."""
+"""Exact paths of the library, each faster than the one before; `fast_path` is a further, inexact one."""
 
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ERRORS: dict[int, tuple[type[Exception], str]] = {
@@ -37,7 +38,7 @@ _FOREIGN = 4
 
 
 class NativeLayer(ctypes.Structure):
-    """A stored weight as the library sees it: `Layer` of svdq.c."""
+    """A stored weight in the library's memory layout: `Layer` of svdq.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("out", "in", "group")),
@@ -51,7 +52,7 @@ class NativeLayer(ctypes.Structure):
 
 
 class _Exchange(ctypes.Structure):
-    """`DLPackExchangeAPI`, of which the fourth function shows a tensor without owning it."""
+    """`DLPackExchangeAPI`; its fourth function gives access to a tensor without owning it."""
 
     _fields_ = (
         ("major", ctypes.c_uint32),
@@ -63,7 +64,7 @@ class _Exchange(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library; None, and one line in the log, where it was not built or does not fit."""
+    """The loaded library; None, and one warning in the log, where it was not built or does not fit."""
     folder = Path(__file__).parent
     files = [file for suffix in EXTENSION_SUFFIXES for file in folder.glob(f"_svdq{suffix}")]
     why = "it was not built: a C compiler was missing"
@@ -118,9 +119,9 @@ def best_path() -> int:
 
 @cache
 def fast_path() -> int:
-    """The path that rounds the activations of a few tokens to 16 bits, where the processor can run it.
+    """The path that rounds the activations of a few tokens to 16 bits, if the processor can run it.
 
-    Relative to float64 it is off by some 5e-5. Elsewhere it is the best exact path.
+    Its error relative to float64 is about 5e-5. On other processors it is the best exact path.
     """
     loaded = library()
     return int(loaded.svdq_fast()) if loaded is not None else PLAIN
@@ -128,9 +129,9 @@ def fast_path() -> int:
 
 @cache
 def direct_call() -> Callable[..., int] | None:
-    """`svdq_call`, which takes tensors as they are; None where torch does not offer DLPack's C interface.
+    """`svdq_call`, which takes torch's tensors directly; None where torch lacks DLPack's C interface.
 
-    It is called with the interpreter's lock, and lets it go while it computes.
+    It is called with the interpreter's lock, and releases it while it computes.
     """
     look = _dltensor_from_py_object()
     if library() is None or look is None or not hasattr(ctypes, "pythonapi"):
@@ -147,7 +148,7 @@ def direct_call() -> Callable[..., int] | None:
 
 
 def _dltensor_from_py_object() -> int | None:
-    """Address of the function of torch that shows a tensor as a DLTensor, of DLPack 1."""
+    """Address of torch's function that shows a tensor as a DLTensor (DLPack 1); None without one."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
@@ -158,36 +159,31 @@ def _dltensor_from_py_object() -> int | None:
 
 
 def fits(group: int, in_features: int) -> bool:
-    """Whether the library decodes such groups: multiples of half a block, or a whole row."""
+    """Whether the library decodes groups of this size: multiples of half a block, or a whole row."""
     return group % HALF == 0 or group >= in_features
 
 
-def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor | None = None) -> NativeLayer:
-    """The parts, in the order of `PARTS`, as the library sees them; the caller keeps the tensors alive.
+def layer_of(stored: StoredWeight, in_features: int, group: int, bias: Tensor | None = None) -> NativeLayer:
+    """A stored weight and a bias as a C structure; the caller keeps the tensors alive.
+
+    Sizes and dtypes must have passed `kernels.contract`.
+
+    Args:
+        stored: the weight `[out, in]`.
+        in_features: its columns.
+        group: columns that share a scale.
+        bias: `[out]`, float32, or None.
 
     Raises:
-        ValueError: a part whose size, dtype or memory layout is not the format's.
+        ValueError: a part is not contiguous.
     """
+    for at, part in enumerate((*stored, bias)):
+        if part is not None and not part.is_contiguous():
+            name = (*PARTS, "bias")[at]
+            raise ValueError(f"{name} is not what the format stores: it is strided; clone() it")
     weight, scale, values, rows, columns, row_scale, column_scale, levels = stored
     out, k = weight.shape[0], values.numel()
-    scale_kind, groups = _SCALES.get(scale.dtype), scale.shape[-1]
-    right = (  # sizes rather than shapes: a pointer stays within what it points to, and it is quicker
-        _is(weight, torch.int8, out * packed_width(in_features))
-        and scale_kind is not None
-        and tuple(scale.shape) in ((1, groups), (out, groups))
-        and scale.is_contiguous()
-        and scale.is_cpu
-        and groups == -(-in_features // group)
-        and _is(values, torch.float32, k)
-        and _is(rows, torch.int32, k)
-        and _is(columns, torch.int32, k)
-        and (row_scale is None or _is(row_scale, torch.bfloat16, out))
-        and (column_scale is None or _is(column_scale, torch.bfloat16, in_features))
-        and (levels is None or _is(levels, torch.int8, 16))
-        and (bias is None or _is(bias, torch.float32, out))
-    )
-    if not right:
-        raise ValueError(f"the parts of a layer [{out}, {in_features}] are not what the format stores")
+    scale_kind, groups = _SCALES[scale.dtype], scale.shape[1]
     return NativeLayer(
         out,
         in_features,
@@ -211,7 +207,18 @@ def layer_of(stored: Sequence[Any], in_features: int, group: int, bias: Tensor |
 def multiply_direct(
     parts: tuple[Tensor | None, ...], x: Tensor, y: Tensor, in_features: int, group: int, path: int
 ) -> bool:
-    """`multiply` of nine tensors, the parts and the bias; False: not what the library takes, nothing done.
+    """`y = x W.T + bias` through the library's direct call.
+
+    Args:
+        parts: the eight stored parts of W `[out, in]`, and the bias `[out]` or None.
+        x: `[..., in]`, float32 and contiguous.
+        y: the result, `[..., out]`, float32 and contiguous; overwritten.
+        in_features: columns of the weight.
+        group: columns that share a scale.
+        path: one of the library's paths.
+
+    Returns:
+        False where the library does not support the arguments; nothing is written then.
 
     Raises:
         ValueError: see `multiply`.
@@ -227,17 +234,34 @@ def multiply_direct(
 
 
 def multiply(layer: NativeLayer, x: Tensor, y: Tensor, tokens: int, path: int) -> None:
-    """`y = x W.T + bias`: x `[tokens, in]`, y `[tokens, out]`, float32 and contiguous.
+    """`y = x W.T + bias`.
+
+    Args:
+        layer: the weight and the bias.
+        x: `[tokens, in]`, float32 and contiguous.
+        y: the result, `[tokens, out]`, float32 and contiguous; overwritten.
+        tokens: how many.
+        path: one of the library's paths.
 
     Raises:
-        ValueError: a salient position is out of range.
+        ValueError: a salient position is out of range or out of order.
     """
     call = _loaded().svdq_linear
     _raise(call(ctypes.byref(layer), x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(), path))
 
 
 def dequantize(layer: NativeLayer, rows: slice, dense: Tensor, path: int) -> None:
-    """Write the rows of W into `dense` `[rows, in]`, float32 and contiguous; it raises as `multiply` does."""
+    """Write some rows of a weight.
+
+    Args:
+        layer: the weight.
+        rows: which ones.
+        dense: the result, `[rows, in]`, float32 and contiguous; overwritten.
+        path: one of the library's paths.
+
+    Raises:
+        ValueError: see `multiply`.
+    """
     call = _loaded().svdq_dequantize
     threads = torch.get_num_threads()
     _raise(call(ctypes.byref(layer), dense.data_ptr(), rows.start, rows.stop, threads, path))
@@ -248,10 +272,6 @@ def _loaded() -> ctypes.CDLL:
     if loaded is None:
         raise RuntimeError("the native library is not here; library() says why")
     return loaded
-
-
-def _is(part: Tensor, dtype: torch.dtype, size: int) -> bool:
-    return part.dtype is dtype and part.numel() == size and part.is_contiguous() and part.is_cpu
 
 
 def _raise(code: int) -> None:

@@ -1,7 +1,5 @@
 import csv
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -146,12 +144,3 @@ def test_empty_folder_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="make some with `svdq evaluate"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_the_package_itself_needs_neither_matplotlib_nor_the_report():
-    code = (
-        "import sys, svdq_hf; print([m for m in sys.modules if m.startswith(('matplotlib', 'svdq_hf.eval'))])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]")

@@ -165,13 +165,6 @@ def test_the_order_of_imports_does_not_matter(first):
     assert done.stdout.strip() == "SVDQLoraLinear", done.stderr
 
 
-@pytest.mark.slow
-def test_importing_the_package_does_not_import_peft():
-    code = "import svdq_hf, sys; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 # Trained, saved, loaded.
 
 
