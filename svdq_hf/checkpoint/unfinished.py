@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from svdq_hf.format.files import full_disk_named
+
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
 MODEL = "model"
@@ -126,7 +128,8 @@ def work_folder(out: str | Path, *, restart: bool = False) -> Iterator[Path]:
         empty(folder)
         remove_old(folder)
         try:
-            yield model_folder(folder)
+            with full_disk_named(folder.parent):
+                yield model_folder(folder)
         finally:
             shutil.rmtree(folder)
 

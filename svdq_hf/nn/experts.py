@@ -21,7 +21,7 @@ from svdq_hf.kernels import transforms
 from svdq_hf.kernels.experts_op import expert_linear
 from svdq_hf.kernels.positions import check_positions
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
-from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes, leaf_of_a_trace, refuse_to_train
+from svdq_hf.nn.linear import FLOAT_PARTS, FLOATS_FIRST, as_computed, keeping_dtypes, leaf_of_a_trace
 
 
 class SVDQExperts(nn.Module):
@@ -67,23 +67,16 @@ class SVDQExperts(nn.Module):
         """What was measured while quantizing, by matrix and name."""
         for stored in self.stored():
             specs = stored.specs(self.scheme)
-            for part in PARTS:
+            for part in FLOATS_FIRST:
                 empty = None
                 if part in specs:
                     empty = torch.empty(specs[part].shape, dtype=specs[part].dtype, device=device)
                 self._put(stored.key(part), part, empty, trained=getattr(dense, stored.name).requires_grad)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for stored in self.stored():
-            refuse_to_train(getattr(self, stored.key("weight")))
-
     def _put(self, key: str, part: str, tensor: Tensor | None, *, trained: bool) -> None:
         if tensor is not None and part in ("weight", "salient_values"):
             trained = trained and part == "salient_values"
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=trained))
-            if part == "weight":
-                refuse_to_train(getattr(self, key))
         else:
             self.register_buffer(key, tensor)
 

@@ -24,6 +24,10 @@ from svdq_hf.kernels.positions import check_positions
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 """Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
 
+FLOATS_FIRST = tuple(sorted(PARTS, key="salient_values".__ne__))
+"""The parts in the order of a module's tensors, behind its bias: families ask for the dtype of a module's
+first parameter (Swin V2 for that of its position bias), and are not to get that of packed bytes."""
+
 
 class SVDQLinear(nn.Module):
     """`y = x @ W.T + bias`, x `[..., in]` -> y `[..., out]`, with W in a few bits except for k entries.
@@ -79,8 +83,10 @@ class SVDQLinear(nn.Module):
         self.group = self.scheme.grid.columns(in_features)
         self.facts: dict[str, float] = {}
         """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
         specs = part_specs(out_features, in_features, self.scheme)
-        for name in PARTS:
+        for name in FLOATS_FIRST:
             if name not in specs:
                 self.register_buffer(name, None)
                 continue
@@ -94,8 +100,6 @@ class SVDQLinear(nn.Module):
                 )
             else:
                 self.register_buffer(name, empty)
-        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,18 +110,6 @@ class SVDQLinear(nn.Module):
         """The stored tensors of the weight `[out, in]` by name, detached, without the bias."""
         names = part_specs(self.out_features, self.in_features, self.scheme)
         return {name: getattr(self, name).detach() for name in names}
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Also for every assignment of a parameter: packed bytes say what trains instead of them."""
-        super().register_parameter(name, param)
-        if name == "weight" and param is not None:
-            refuse_to_train(param)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        packed = self._parameters.get("weight")
-        if packed is not None:
-            refuse_to_train(packed)  # a copy of a parameter has no attributes
 
     def load_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Put stored tensors into the layer.
@@ -208,30 +200,6 @@ def _check_sizes(in_features: int, out_features: int, scheme: Scheme | None) -> 
             raise ValueError(f"{name}={size!r}: must be an int from 1 on")
     if not is_a(scheme, Scheme | None):
         raise TypeError(f"scheme={scheme!r}: must be a Scheme, such as SVDQConfig(k=256).scheme, or None")
-
-
-def refuse_to_train(packed: nn.Parameter) -> None:
-    """Let `packed.requires_grad_(True)`, which loops over a model's parameters call, say what to do instead.
-
-    Packed bytes are a parameter, since FSDP and offloading know no other tensors that belong to a layer.
-
-    Args:
-        packed: int8.
-    """
-    packed.requires_grad_ = only_frozen  # type: ignore[assignment]
-
-
-def only_frozen(requires_grad: bool = True) -> None:
-    """`requires_grad_` of packed bytes, which stay frozen.
-
-    Raises:
-        ValueError: they are to train.
-    """
-    if requires_grad:
-        raise ValueError(
-            "the packed weight of a quantized layer is bytes, which cannot train: mark_trainable(model) of "
-            "svdq_hf marks all that can; in a loop of your own take `if parameter.is_floating_point()`"
-        )
 
 
 def leaf_of_a_trace(module: nn.Module, *inputs: Any) -> Any:

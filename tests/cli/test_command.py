@@ -368,6 +368,15 @@ def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "svdq: interrupted\n"
 
 
+def test_interrupt_while_options_are_read_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdq_hf.cli.command._parse", interrupted)
+    assert svdq_hf.cli.main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "svdq: interrupted\n"
+
+
 def test_console_script_is_the_entry_point_of_the_package(monkeypatch, capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"svdq": "svdq_hf.cli:main"}
