@@ -1,7 +1,7 @@
-# The four commands of CONTRIBUTING.md; PYTHON=... chooses another interpreter.
+# The commands of CONTRIBUTING.md; PYTHON=... chooses another interpreter.
 PYTHON ?= python
 
-.PHONY: style check test-fast test
+.PHONY: style check test-fast test fuzz
 
 style:
 	$(PYTHON) -m ruff check --fix .
@@ -17,3 +17,7 @@ test-fast:
 
 test:
 	$(PYTHON) -m pytest -q -n 2
+
+fuzz:
+	SVDQ_FUZZ_SECONDS=600 SVDQ_EXAMPLES=140 $(PYTHON) -m pytest -q -s tests/scenarios/test_fuzz.py \
+		tests/kernels/test_fuzz_ops.py tests/scenarios/test_every_tensor.py

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core.packing import bits_of, packed_shape
-from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.format.parts import OPTIONAL, PARTS, StoredWeight
 
 _PARTS_AND_BIAS = (*PARTS, "bias")
+_MAY_BE_ABSENT = (*OPTIONAL, "bias")
 _CODES = (torch.int8,)
 _SCALES = (torch.float32, torch.bfloat16, torch.int8)
 _FINE_SCALES = (torch.bfloat16,)
@@ -38,9 +39,10 @@ def check_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, in_featur
 
     Raises:
         ValueError: it names x or the part that is wrong, and its size, dtype or device.
+        TypeError: x or a part that every weight has is None; it is named.
     """
-    _check_tokens("input", x, in_features)
     _check_devices("input", x, _PARTS_AND_BIAS, (*stored, bias))
+    _check_tokens("input", x, in_features)
     _check_stored(stored, in_features, group)
     if bias is not None:
         _check_part("bias", bias, (stored.out,), _FLOATS)
@@ -78,9 +80,9 @@ def check_embedding(
     Raises:
         ValueError: see `check_linear`.
     """
+    _check_devices("ids", ids, PARTS, stored)
     if ids.dtype not in _INTEGERS or dtype not in _FLOATS:
         raise ValueError(f"ids are {ids.dtype} and rows {dtype}; ids are int64 or int32, rows floating point")
-    _check_devices("ids", ids, PARTS, stored)
     _check_stored(stored, in_features, group)
 
 
@@ -182,6 +184,9 @@ def _check_matrix(what: str, x: Tensor, width: int) -> None:
 
 def _check_devices(what: str, x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Refuse a tensor on another device (offloaded, say): torch would read whatever is in memory."""
+    for name, tensor in ((what, x), *zip(names, tensors, strict=True)):
+        if tensor is None and name not in _MAY_BE_ABSENT:  # torch hands None on where its schema says Tensor
+            raise TypeError(f"{name} is None: it must be a tensor")
     device = x.device
     for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and tensor.device != device:

@@ -28,8 +28,8 @@ def collect_for(
         Statistics by the layer's name; empty where the config needs no data.
 
     Raises:
-        ValueError: data is needed and `batches` is None, or the opposite; see also `collect_inputs` and
-            `synthetic_batches`.
+        ValueError: data is needed and `batches` is None, or the opposite; the model does not run on batches
+            made without data; see also `collect_inputs` and `synthetic_batches`.
     """
     needs = config.data_needs
     if config.synthetic:
@@ -43,4 +43,12 @@ def collect_for(
         return {}
     if batches is None:
         raise config.no_data()
-    return collect_inputs(model, layers, batches, gram="input_gram" in needs)
+    try:
+        return collect_inputs(model, layers, batches, gram="input_gram" in needs)
+    except (AttributeError, TypeError) as error:
+        if not config.synthetic:
+            raise
+        raise ValueError(  # CLIP, say: its forward takes pictures too, which its signature does not tell
+            f"{type(model).__name__} does not run on token ids alone ({error}): call quantize_model(model, "
+            "config, batches) with batches of your own and error_feedback=True"
+        ) from error

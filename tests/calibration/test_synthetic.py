@@ -65,6 +65,11 @@ def test_an_encoder_and_a_decoder_both_read():
     assert len(seen) > 0
 
 
+def test_a_model_that_reads_pictures_beside_tokens_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"CLIPModel does not run on token ids alone .*with batches of your"):
+        quantize_model(tiny.clip(), SYNTHETIC)
+
+
 @pytest.mark.parametrize(
     "model", [tiny.dinov2(), nn.Sequential(nn.Linear(64, 64))], ids=["pictures", "torch"]
 )

@@ -72,6 +72,13 @@ def test_a_tensor_that_is_elsewhere_is_named(gradients, op):
         assert "cpu" in str(error.value)
 
 
+def test_a_tensor_that_is_none_is_named(op):
+    call, tensors, rest = op
+    for name in tensors.keys() - {"row_scale", "column_scale", "levels", "bias"}:
+        with pytest.raises(TypeError, match=r"\w+ is None: it must be a tensor"):
+            call(*{**tensors, name: None}.values(), *rest)
+
+
 def test_where_all_are_on_meta_it_gives_shapes(op):
     call, tensors, rest = op
     expected = call(*tensors.values(), *rest)

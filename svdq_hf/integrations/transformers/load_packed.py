@@ -16,6 +16,7 @@ from svdq_hf.integrations.transformers.header_checks import check_none_missing, 
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.load_checks import check_values
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
+from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.quantize.convert import replace_layers
 from svdq_hf.quantize.embedding import (
     Embedding,
@@ -84,8 +85,20 @@ class PackedLoad(Load):
             ValueError: a layer was not filled, or its values are invalid; it is named.
         """
         self.check(model)
+        _align(model)
         check_values(model)
         return declare(model, self.saved)
+
+
+def _align(model: nn.Module) -> None:
+    """Move tensors that do not start at a multiple of their dtype's size, which the CPU kernels refuse.
+
+    Tensors lie in memory as they do in the file, and some writers do not pad its header.
+    """
+    for _, module in (*svdq_layers(model), *svdq_experts(model)):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if not tensor.is_meta and tensor.data_ptr() % tensor.element_size():
+                tensor.data = tensor.data.clone()
 
 
 def stored_head(model: PreTrainedModel, checkpoint: Checkpoint, config: SVDQConfig) -> Head | None:

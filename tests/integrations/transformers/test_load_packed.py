@@ -111,3 +111,19 @@ def test_a_bias_that_is_no_number_is_named_on_load(way, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pooler\.dense: bias has a NaN or an infinity"):
         AutoModel.from_pretrained(tmp_path, **({"quantization_config": config} if way == "quantized" else {}))
+
+
+@pytest.mark.parametrize("build", [tiny.bert, tiny.mixtral], ids=["layers", "experts"])
+def test_a_file_whose_header_is_not_padded_loads_and_computes(build, tmp_path):
+    """Of such a file no tensor starts at a multiple of its dtype's size in memory."""
+    model = quantize_model(build(), SVDQConfig(k=8))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip(b" ")
+    header += b" " * (1 - len(header) % 2)  # an odd number of bytes
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    again = type(model).from_pretrained(tmp_path)
+    inputs = {"input_ids": tiny.tokens()}
+    assert torch.equal(tiny.outputs(again, inputs), tiny.outputs(model, inputs))
