@@ -73,7 +73,8 @@ def _quantized(
         )
     method = getattr(model, "quantization_method", None)
     if method is not None:
-        raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
+        by = getattr(method, "value", method)
+        raise ValueError(f"the model is quantized already, by {by}: load the dense one to quantize it anew")
     if is_spread(model):
         raise ValueError(
             "the model is spread over devices by its device_map: load it without one to quantize it in "
