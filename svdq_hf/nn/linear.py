@@ -1,6 +1,7 @@
 """SVDQLinear: a quantized linear layer made of plain buffers and parameters.
 
-No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one override is `_apply`:
+No override of `state_dict`, `to` or `cuda`, and no tensor subclass is needed (`PackedCodes` only has a better
+error). The one override is `_apply`:
 whatever dtype the model is cast to, scales and salient weights keep theirs. Not here: the product
 (`kernels.linear_op`).
 """
