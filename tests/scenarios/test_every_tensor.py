@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.cli.command import main
 from svdq_hf.format.parts import PARTS
+from svdq_hf.quantize import layer_inputs
 
 EXAMPLES = int(os.environ.get("SVDQ_EXAMPLES", "30"))
 LOST = 0.5
@@ -36,6 +39,7 @@ LOST = 0.5
 many = settings(
     max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
+few_tokens = partial(synthetic_batches, tokens=64)  # what is made of them is not at stake here
 pytestmark = pytest.mark.slow
 
 CHOICES = st.fixed_dictionaries(
@@ -62,7 +66,7 @@ def test_quantize_streamed(drawn: Drawn, choices: dict[str, Any]) -> None:
 @given(drawn=sources(), choices=CHOICES)
 @many
 def test_quantize_in_memory(drawn: Drawn, choices: dict[str, Any]) -> None:
-    with drawn_folder(drawn) as folder:
+    with drawn_folder(drawn) as folder, patch.object(layer_inputs, "synthetic_batches", few_tokens):
         command = ["quantize", "--error-feedback", "synthetic", *options(choices)]
         check_command(drawn, folder, command, expected(drawn))
 
