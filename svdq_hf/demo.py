@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from svdq_hf.checkpoint.folders import check_target
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.release import how_to_install
@@ -52,13 +53,11 @@ class DemoResult:
     similarity_fp32: list[float]
     similarity_svdq: list[float]
     embedding_cosine: float
-    """Mean cosine between a sentence's embedding before and after."""
     reload_equal: bool
     bits_per_weight: float
     bytes_fp32: int
     bytes_svdq: int
     load_seconds: float
-    """Loading and quantizing."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, in types that JSON has."""
@@ -92,6 +91,8 @@ def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
         TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: `out` exists and is not empty, or the embedded model is not installed.
     """
+    if out is not None:
+        check_target(out)
     source = default_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = AutoModel.from_pretrained(source)

@@ -69,7 +69,7 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
 def _device_of(model: nn.Module) -> torch.device:
     """The device on which a model computes: that of its first weight that is not offloaded to "meta".
 
-    Buffers count, since packed weights are buffers: a model may have no parameter at all.
+    Buffers count: a model may have no parameter at all.
     """
     return next((one.device for one in chain(model.parameters(), model.buffers()) if not one.is_meta), CPU)
 

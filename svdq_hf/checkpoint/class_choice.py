@@ -3,7 +3,8 @@
 Not here: what a class does with a folder's tensors (`checkpoint.accounting`).
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.models.auto import modeling_auto
 
 from svdq_hf.checkpoint.accounting import Account
+from svdq_hf.format.files import REMEDY
 
 HEADED = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "SPEECH_SEQ_2_SEQ", "CTC",
@@ -39,11 +41,41 @@ def named_class(architectures: object) -> Any:
 
 
 def built(kind: Any, config: Any) -> Any:
-    """A model on the meta device, without weights, as `from_pretrained` builds it first."""
+    """A model on the meta device, without weights, as `from_pretrained` builds it first.
+
+    Raises:
+        ValueError: the config has numbers that are no sizes, which are named; and what transformers raises.
+    """
     build = kind.from_config if kind is AutoModel else kind
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # of newer releases
-    with torch.device("meta"), safe():
-        return build(config)
+    try:
+        with torch.device("meta"), safe():
+            return build(config)
+    except Exception as error:
+        strange = [f"{key}={value}" for key, value in sizes(config.to_diff_dict()) if value < 1]
+        if not strange:
+            raise
+        name = getattr(kind, "__name__", kind)
+        raise ValueError(
+            f"{getattr(config, '_name_or_path', '')}/config.json: no {name} can be made of it "
+            f"({type(error).__name__}: {error}); {', '.join(strange)} is no size; {REMEDY}"
+        ) from error
+
+
+def sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of a config that say how large something is, those of its parts too.
+
+    >>> list(sizes({"hidden_size": 0, "pad_token_id": 0, "text_config": {"num_attention_heads": 4}}))
+    [('hidden_size', 0), ('num_attention_heads', 4)]
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from sizes(value)
+        elif type(value) is int and _SIZE.search(key):
+            yield key, value
+
+
+_SIZE = re.compile(r"(_size|_dim|_heads|_layers|_positions|_experts)$|^(num|n)_|^d_")
 
 
 def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:

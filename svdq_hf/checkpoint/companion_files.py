@@ -1,7 +1,8 @@
 """Companion files of a model's weights: tokenizers, processors, pooling, prompts, modules.
 
-The modules of a sentence-transformers model (modules.json) are copied completely, weights too. Not here: the
-model's own weights; code and pickles beside it, which are never copied; README.md (`hub.card`).
+The modules of a sentence-transformers model (modules.json) are copied completely, weights too, and code that
+a module's folder holds (nothing here runs it). Not here: the model's own weights; code beside it, and pickles
+anywhere, which are not copied; README.md (`hub.card`).
 """
 
 import json

@@ -18,6 +18,7 @@ from svdq_hf.checkpoint.folders import (
     A_SOURCE,
     SHARD_SIZE,
     check_target,
+    check_workers,
     free_bytes,
     parse_size,
 )
@@ -97,6 +98,7 @@ def estimate_checkpoint(
         ValueError: what `quantize_checkpoint` would refuse before its work starts, or in a sampled layer.
     """
     check_target(out)
+    check_workers(workers)
     size, source = parse_size(shard_size), Source.resolve(model)
     work = unfinished_folder(out)
     check_own(work)

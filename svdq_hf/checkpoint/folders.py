@@ -111,6 +111,16 @@ def put_in_place(work: Path, target: Path) -> None:
     os.rename(work, target)
 
 
+def check_workers(workers: int) -> None:
+    """Refuse a number of worker processes below 1.
+
+    Raises:
+        ValueError: it names the number.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers}: must be 1 or more")
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as "500MB".
 

@@ -25,6 +25,7 @@ from svdq_hf.checkpoint.folders import (
     SHARD_SIZE,
     check_disk,
     check_target,
+    check_workers,
     parse_size,
     put_in_place,
 )
@@ -42,7 +43,7 @@ from svdq_hf.hub.card_facts import dense_layers
 from svdq_hf.hub.readme import README, read_text
 from svdq_hf.integrations.transformers.in_memory import quantize_model
 from svdq_hf.quantize.footprint import Footprint, read_footprint
-from svdq_hf.quantize.selection import all_names, linear_layers, unmatched
+from svdq_hf.quantize.selection import all_names, kept_by_name, linear_layers, unmatched
 
 NAMES_SHOWN = 6
 
@@ -134,8 +135,7 @@ def quantize_source(
     target = Path(out).absolute()
     check_target(out)
     size = parse_size(shard_size)
-    if workers < 1:
-        raise ValueError(f"workers={workers}: must be 1 or more")
+    check_workers(workers)
     source = Source.resolve(model)
     source.check()
     found: list[Result] = []
@@ -185,7 +185,7 @@ def _result(source: Source, folder: Path) -> Result:
     return Result(written, source.bytes, folder_bytes(folder), tuple(dense) if dense is not None else None)
 
 
-def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
+def check_names(model: str | Path | Source, config: SVDQConfig) -> dict[str, list[str]]:
     """Refuse names in `modules_to_not_convert` that match no layer; the model is built without weights.
 
     Quantizing itself only warns, since a config may be meant for many models; a command line is for one.
@@ -194,11 +194,14 @@ def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
         model: a folder, the Hub's user/model, or a `Source`.
         config: the config.
 
+    Returns:
+        The layers that each name keeps dense.
+
     Raises:
         ValueError: a name matches no linear layer of the model; see also `quantize_checkpoint`.
     """
     if not config.modules_to_not_convert:
-        return
+        return {}
     source = Source.resolve(model)
     names = all_names(linear_layers(source.empty))
     unknown = unmatched(names, config)
@@ -210,8 +213,9 @@ def check_names(model: str | Path | Source, config: SVDQConfig) -> None:
         raise ValueError(
             f"{', '.join(map(repr, unknown))} matches no linear layer of {source}; there are "
             f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''} (a name matches from the start, "
-            "as a regular expression like '.*attention.*', or as an end)"
+            "as a part between dots, as an end, or as a regular expression like '.*attention.*')"
         )
+    return kept_by_name(names, config)
 
 
 def _quantized(source: Source, config: SVDQConfig) -> Any:

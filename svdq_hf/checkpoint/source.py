@@ -94,7 +94,10 @@ class Source:
         remote = isinstance(self.stored.get("auto_map"), dict)
         try:
             return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except ValueError as error:
+        except Exception as error:
+            if not isinstance(error, ValueError):  # what transformers finds in single keys, on several lines
+                told = " ".join(str(error).split())
+                raise ValueError(f"{self.folder / 'config.json'}: {told}; {REMEDY}") from error
             if not (remote and "custom code" in str(error)):
                 raise
             raise ValueError(

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from svdq_hf.format.files import full_disk_named
+
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
 MODEL = "model"
@@ -126,7 +128,8 @@ def work_folder(out: str | Path, *, restart: bool = False) -> Iterator[Path]:
         empty(folder)
         remove_old(folder)
         try:
-            yield model_folder(folder)
+            with full_disk_named(folder.parent):
+                yield model_folder(folder)
         finally:
             shutil.rmtree(folder)
 
@@ -142,8 +145,9 @@ def remove_old(folder: Path) -> None:
 
 
 def _is_ours_alone(folder: Path) -> bool:
-    """Whether a folder belongs to this user, and what it holds is a model or nothing."""
-    mine = not hasattr(os, "geteuid") or folder.stat().st_uid == os.geteuid()
+    """Whether a folder is one that `tempfile.mkdtemp` made for this user, with a model in it or nothing."""
+    found = folder.stat()
+    mine = not hasattr(os, "geteuid") or (found.st_uid, found.st_mode & 0o777) == (os.geteuid(), 0o700)
     model = model_folder(folder)
     files = list(model.iterdir()) if model.is_dir() and not model.is_symlink() else []
     weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)

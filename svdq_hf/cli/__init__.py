@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         from svdq_hf.cli.command import main as run
+
+        return run(arguments)
     except KeyboardInterrupt:
         print("svdq: interrupted", file=sys.stderr)
         return 130
-    return run(arguments)

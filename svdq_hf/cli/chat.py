@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.config.choices import CHOICES
 
 PROMPT = "> "
 LEAVE, FORGET = ("/quit", "/exit"), "/new"
 """Commands that may be typed instead of a question."""
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+"""How strangers' files are loaded: no code of theirs is run."""
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -44,6 +47,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """
     if options.json and options.prompt is None:
         raise ValueError("--json prints one answer: give --prompt as well")
+    given = [name for name in ("preset", *CHOICES) if getattr(options, name, None) is not None]
+    if given and not options.quantize:
+        raise ValueError(f"{', '.join(given)}: for quantizing; give --quantize as well, or leave it out")
     chat = _loaded(options)
     if options.prompt is None:
         _converse(chat)
@@ -142,21 +148,29 @@ def _loaded(options: argparse.Namespace) -> Chat:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from svdq_hf.checkpoint.source import check_no_adapter
     from svdq_hf.hub.client import local_folder
 
     folder = local_folder(options.folder)
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"{options.folder} is a {kind} model, which does not write text: no causal model")
+    check_no_adapter(folder)
+    config = AutoConfig.from_pretrained(folder, **SAFE)
+    kind = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)])[0]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{options.folder} is a model that does not write text, no causal language model: "
+            f"{kind or config.model_type}"
+        )
     choices = {"quantization_config": config_of(options)} if options.quantize else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{options.folder} has no tokenizer that can be loaded: save the model's own there, "
             f"tokenizer.save_pretrained({options.folder!r})"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, **choices).eval()
+    if len(tokenizer) < 2:  # transformers makes an empty one where there is none
+        raise ValueError(f"{options.folder} has no tokenizer: save the model's own there")
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **SAFE, **choices).eval()
     greedy = {"do_sample": False} if options.greedy else {}
     return Chat(model, tokenizer, {"max_new_tokens": options.max_new_tokens, **greedy})
 

@@ -12,7 +12,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect", help="what a quantized folder holds, layer by layer"
     )
-    parser.add_argument("folder")
+    parser.add_argument("folder", help="a quantized model's folder")
     return parser
 
 

@@ -10,8 +10,8 @@ from typing import Any
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
     parser: argparse.ArgumentParser = commands.add_parser("push", help="a quantized folder -> the Hub")
-    parser.add_argument("folder")
-    parser.add_argument("repo_id", metavar="user/model")
+    parser.add_argument("folder", help="a quantized model's folder, its tokenizer beside it")
+    parser.add_argument("repo_id", metavar="user/model", help="its name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--replace", action="store_true", help="give up another model that is there")
     parser.add_argument("--revision", help="branch to push to")

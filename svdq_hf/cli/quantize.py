@@ -10,6 +10,7 @@ from typing import Any
 from svdq_hf.cli.options import add_choices, add_drop, config_of
 
 MEGABYTE = 10**6
+LAYERS_SHOWN = 4
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -46,7 +47,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
     config, started = config_of(options), time.perf_counter()
     source = Source.resolve(options.model, drop=options.drop)
-    check_names(source, config)
+    kept = check_names(source, config)
+    if not options.quiet:
+        _show_kept(kept)
     if options.dry_run:
         return _estimate(source, options, config)
     work = _work(options) | {"restart": options.restart}
@@ -64,6 +67,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         if after > before:
             screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
+
+
+def _show_kept(kept: dict[str, list[str]]) -> None:
+    """Print which layers each name keeps dense: a name can match more, or fewer, than was meant."""
+    for name, layers in kept.items():
+        shown = ", ".join(layers[:LAYERS_SHOWN]) + (", ..." if len(layers) > LAYERS_SHOWN else "")
+        print(f"{name} keeps {len(layers)} layer{'s' if len(layers) > 1 else ''} dense: {shown}")
 
 
 def _estimate(source: Any, options: argparse.Namespace, config: Any) -> dict[str, object]:

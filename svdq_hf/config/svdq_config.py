@@ -67,7 +67,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
             not name have `k`.
         modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
             everything outside the base model, layers of fewer than 8 rows. A name matches from the
-            start, as a regular expression, or as a suffix.
+            start, as a part between dots, as a suffix, or as a regular expression.
         compute_dtype: dtype in which the layers compute ("float32", ...); None: the dtype of their input.
         seed: of anything random.
         damping: regularizes error feedback. `damping * mean(diag(X^T X))` is added to the diagonal of

@@ -4,9 +4,13 @@ The library does not name the file that it cannot read. Not here: the tensors' n
 (`integrations.transformers.checkpoint_headers`), and reading bytes (`checkpoint.streaming.byte_ranges`).
 """
 
+import errno
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,6 +96,8 @@ def read_index(file: Path) -> dict[str, str]:
         found = {str(tensor): str(name) for tensor, name in weights.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not an index of safetensors files ({error!r}); {REMEDY}") from error
+    if not found:
+        raise ValueError(f"{file}: its weight_map names no tensor; {REMEDY}")
     for name in found.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{file}: names {name!r}, which is no safetensors file beside it; {REMEDY}")
@@ -130,3 +136,40 @@ def write_atomically(file: Path, text: str) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def full_disk_named(folder: str | Path) -> Iterator[None]:
+    """What is written in the block goes to a folder, which the error says where its disk is full.
+
+    Args:
+        folder: that is written, or the one that it lies in.
+
+    Raises:
+        OSError: the disk is full, the quota is used up, or a file would be larger than it may be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _error_number(str(error))
+        if number not in FULL:
+            raise
+        raise OSError(
+            number,
+            f"{os.strerror(number)}: the disk of {folder} cannot take what is written; make room there, or "
+            "name a folder on another disk",
+        ) from error
+
+
+def _error_number(text: str) -> int | None:
+    """The system's error number in a message of the safetensors library.
+
+    >>> _error_number("I/O error: No space left on device (os error 28)")
+    28
+    """
+    found = re.search(r"os error (\d+)", text)
+    return None if found is None else int(found[1])
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""

@@ -135,7 +135,7 @@ def _row_of(layers: str) -> str:
 
 
 def _model_without_weights(folder: str | Path) -> nn.Module:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     name = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):

@@ -23,7 +23,7 @@ from svdq_hf.hub.readme import README
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of a model: the given one, or a download from the Hub without code and pickles.
+    """The folder of a model: the given one, or a download from the Hub: no pickles, code of modules only.
 
     Args:
         model: a folder, or the Hub's user/model.

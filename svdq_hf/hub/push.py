@@ -26,6 +26,7 @@ from torch import nn
 
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.core.arguments import checked_arguments
+from svdq_hf.format.files import full_disk_named
 from svdq_hf.hub.card import CardResult, write_card
 from svdq_hf.hub.client import explained
 from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, section_of
@@ -136,7 +137,8 @@ def push_model(
         )
     saved: Any = model
     with tempfile.TemporaryDirectory() as folder:
-        saved.save_pretrained(folder)
+        with full_disk_named(folder):
+            saved.save_pretrained(folder)
         written = _check_saved(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Registration with other libraries: what `import svdq_hf` adds to each of them once it is imported.
 
 torch gets the ops `torch.ops.svdq`, transformers the quantization method "svdq", PEFT its layer for LoRA on
-quantized layers. No library is imported for it. Not here: how imports are followed
-(`integrations.after_import`).
+quantized layers, sentence-transformers the dtype of a model whose embedding is packed. No library is imported
+for it. Not here: how imports are followed (`integrations.after_import`).
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 
 from svdq_hf.integrations.after_import import AfterImport
 from svdq_hf.integrations.peft import patches as peft
+from svdq_hf.integrations.sentence_transformers import patches as sentence_transformers
 
 QUANTIZERS = "transformers.quantizers.auto"
 """The module with the lists of methods; all of transformers that loads models imports it."""
@@ -20,6 +21,7 @@ def register() -> None:
     AfterImport(("torch",), define_ops).install()
     AfterImport((QUANTIZERS,), register_method).install()
     AfterImport(peft.WATCHED, peft.register).install()
+    AfterImport(sentence_transformers.WATCHED, sentence_transformers.register).install()
 
 
 def define_ops() -> None:

@@ -160,9 +160,6 @@ def check_ends(ends: Sequence[int], tokens: int) -> None:
         ValueError: an end is before the previous one, or beyond the tokens.
 
     >>> check_ends([0, 2, 2, 5], 5)
-
-    Raises:
-        ValueError: an end is before the one before it, or beyond the tokens.
     """
     for before, end in pairwise([0, *ends]):
         if not before <= end <= tokens:

@@ -13,11 +13,12 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 
+from svdq_hf.format.packed_codes import PackedCodes
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
 from svdq_hf.kernels.native.library import multiply_direct
 
-_PLAIN: Final = frozenset((Tensor, nn.Parameter, type(None)))
+_PLAIN: Final = frozenset((Tensor, nn.Parameter, PackedCodes, type(None)))
 _FLOAT32: Final = torch.float32
 
 

@@ -19,8 +19,9 @@ from svdq_hf.format.names import WeightName
 from svdq_hf.format.parts import PARTS, Scheme, StoredWeight
 from svdq_hf.kernels import transforms
 from svdq_hf.kernels.experts_op import expert_linear
+from svdq_hf.kernels.positions import check_positions
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of
-from svdq_hf.nn.linear import FLOAT_PARTS, as_computed, keeping_dtypes, leaf_of_a_trace
+from svdq_hf.nn.linear import FLOAT_PARTS, FLOATS_FIRST, as_computed, keeping_dtypes, leaf_of_a_trace
 
 
 class SVDQExperts(nn.Module):
@@ -66,7 +67,7 @@ class SVDQExperts(nn.Module):
         """What was measured while quantizing, by matrix and name."""
         for stored in self.stored():
             specs = stored.specs(self.scheme)
-            for part in PARTS:
+            for part in FLOATS_FIRST:
                 empty = None
                 if part in specs:
                     empty = torch.empty(specs[part].shape, dtype=specs[part].dtype, device=device)
@@ -130,11 +131,15 @@ class SVDQExperts(nn.Module):
 
         Returns:
             `[experts, out, in]`, or `[experts, in, out]` where the layout is transposed.
+
+        Raises:
+            ValueError: a salient position that was loaded is out of range or out of order.
         """
-        parts, in_features = self.stack(matrix), self.stacks[matrix][-1]
+        parts, (_, out, in_features) = self.stack(matrix), self.stacks[matrix]
         dense = torch.empty(self.dense_shape(matrix), dtype=dtype, device=parts["weight"].device)
         for expert, place in enumerate(dense):
             one = {name: part[expert] for name, part in parts.items()}
+            check_positions(one["salient_rows"], one["salient_columns"], out, in_features)
             weight = reconstruct(one, in_features, self.scheme)
             place.copy_(weight.T if self.layout.transposed else weight)
         return dense

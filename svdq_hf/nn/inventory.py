@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from svdq_hf.format.names import WeightName
+from svdq_hf.format.packed_codes import PackedCodes
 from svdq_hf.format.parts import PARTS
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
@@ -90,3 +91,17 @@ def uncounted_weights(model: nn.Module, *, without: Container[int] = ()) -> int:
         total -= sum(part.numel() for part in held if isinstance(part, nn.Parameter))
         total += 0 if id(parts["weight"]) in without else math.prod(stored.shape)
     return total
+
+
+def name_packed_codes(model: nn.Module) -> None:
+    """Let the packed codes of a model say of which layer they are, when somebody wants them to train.
+
+    Args:
+        model: any module; its packed parameters become `PackedCodes` that share their memory.
+    """
+    for stored, parts, _ in packed_weights(model):
+        if isinstance(parts["weight"], nn.Parameter) and not hasattr(parts["weight"], "full_tensor"):
+            codes = PackedCodes(parts["weight"].data)
+            codes.__dict__.update(parts["weight"].__dict__, layer=stored.name)
+            path, _, leaf = stored.key("weight").rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = codes

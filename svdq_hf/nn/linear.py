@@ -1,6 +1,7 @@
 """SVDQLinear: a quantized linear layer made of plain buffers and parameters.
 
-No tensor subclass and no override of `state_dict`, `to` or `cuda`. The one override is `_apply`:
+No override of `state_dict`, `to` or `cuda`, and no tensor subclass is needed (`PackedCodes` only has a better
+error). The one override is `_apply`:
 whatever dtype the model is cast to, scales and salient weights keep theirs. Not here: the product
 (`kernels.linear_op`).
 """
@@ -19,9 +20,14 @@ from svdq_hf.kernels import cpu_direct as direct
 from svdq_hf.kernels import transforms
 from svdq_hf.kernels.backends import Choice, choice
 from svdq_hf.kernels.linear_op import linear
+from svdq_hf.kernels.positions import check_positions
 
 FLOAT_PARTS = ("weight_scale", "salient_values", "row_scale", "column_scale")
 """Parts that may be floating point: their dtype is the format's, whatever the model is cast to."""
+
+FLOATS_FIRST = tuple(sorted(PARTS, key="salient_values".__ne__))
+"""The parts in the order of a module's tensors, behind its bias: families ask for the dtype of a module's
+first parameter (Swin V2 for that of its position bias), and are not to get that of packed bytes."""
 
 
 class SVDQLinear(nn.Module):
@@ -78,8 +84,10 @@ class SVDQLinear(nn.Module):
         self.group = self.scheme.grid.columns(in_features)
         self.facts: dict[str, float] = {}
         """What was measured while quantizing, by name (`relative_error`, `sigma_ratio`)."""
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
         specs = part_specs(out_features, in_features, self.scheme)
-        for name in PARTS:
+        for name in FLOATS_FIRST:
             if name not in specs:
                 self.register_buffer(name, None)
                 continue
@@ -93,8 +101,6 @@ class SVDQLinear(nn.Module):
                 )
             else:
                 self.register_buffer(name, empty)
-        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,7 +125,12 @@ class SVDQLinear(nn.Module):
             setattr(self, name, part)
 
     def dequantize(self) -> Tensor:
-        """The weight `[out, in]`, float32."""
+        """The weight `[out, in]`, float32.
+
+        Raises:
+            ValueError: a salient position that was loaded is out of range or out of order.
+        """
+        check_positions(self.salient_rows, self.salient_columns, self.out_features, self.in_features)
         return reconstruct(self.parts(), self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:

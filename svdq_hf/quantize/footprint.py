@@ -177,7 +177,9 @@ def read_footprint(folder: str | Path) -> Footprint:
         raise ValueError(f"{folder}: a safetensors file cannot be read: {error}") from error
     names = dict(found for name in tensors if (found := weight_of_part(name)) is not None)
     if not names:
-        raise ValueError(f"{folder}: no layer in these files is quantized by svdq")
+        raise ValueError(
+            f"{folder}: no layer in these files is quantized by svdq: `svdq quantize` makes such a folder"
+        )
     layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
     quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
     dense = [entry for name, entry in tensors.items() if name not in quantized]

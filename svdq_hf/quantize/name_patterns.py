@@ -106,11 +106,12 @@ def _parts(kind: Any, value: Any) -> list[Any]:
 
 
 class _Matching:
-    """Matching of patterns on one name; look-aheads are evaluated once per position."""
+    """Matching of patterns on one name; look-aheads and what is repeated are evaluated once per position."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.known: dict[tuple[int, int], bool] = {}
+        self.ends: dict[tuple[int, int], set[int]] = {}
 
     def sequence(self, tree: Any, starts: set[int]) -> set[int]:
         """The positions where the parts of `tree`, in sequence, can end, from any of the start positions."""
@@ -141,16 +142,23 @@ class _Matching:
     def repeated(self, least: int, most: int, tree: Any, starts: set[int]) -> set[int]:
         """`sequence` of a repeated part: until no new position is found (they never decrease)."""
         for _ in range(least):
-            before, starts = starts, self.sequence(tree, starts)
+            before, starts = starts, self.from_each(tree, starts)
             if starts == before:
                 break
         found, new = set(starts), starts
         for _ in range(most - least):
-            new = self.sequence(tree, new) - found
+            new = self.from_each(tree, new) - found
             if not new:
                 break
             found |= new
         return found
+
+    def from_each(self, tree: Any, starts: set[int]) -> set[int]:
+        """`sequence`, from each position once: repeats inside of repeats would else double with each."""
+        for at in starts:
+            if (id(tree), at) not in self.ends:
+                self.ends[id(tree), at] = self.sequence(tree, {at})
+        return set().union(*(self.ends[id(tree), at] for at in starts))
 
     def holds(self, direction: int, tree: Any, at: int) -> bool:
         """Whether a pattern matches ahead of a position, or behind it."""

@@ -1,3 +1,4 @@
+import errno
 import json
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from tiny_models import bert_config
 from transformers import BertForMaskedLM, BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
+from svdq_hf.checkpoint.export import export_dense
 from svdq_hf.checkpoint.folders import REPORT_FILE
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
+from svdq_hf.format.files import full_disk_named
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.client import local_folder
 from svdq_hf.hub.readme import metadata_of, own_text
@@ -177,3 +180,33 @@ def test_quantizing_keeps_the_file_times_of_the_source(source, tmp_path):
     time.sleep(0.01)
     quantize_checkpoint(source, tmp_path / "out", CONFIG)
     assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in source.iterdir()} == before
+
+
+@pytest.fixture
+def small_disk():
+    """No file may become larger than some kilobytes, as on a disk that is full by then."""
+    resource = pytest.importorskip("resource", reason="needs limits of a process: not on Windows")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("way", ["streamed", "in memory"])
+def test_a_full_disk_is_named(way, source, tmp_path, small_disk):
+    config = CONFIG if way == "streamed" else SVDQConfig(k=16, lm_head=True)
+    with pytest.raises(OSError, match=rf"disk of {tmp_path / 'place'} cannot take .*another disk") as caught:
+        quantize_checkpoint(source, tmp_path / "place" / "out", config)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_a_full_disk_is_named_by_export(source, tmp_path, request):
+    quantize_checkpoint(source, tmp_path / "packed", CONFIG)
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match=rf"the disk of {tmp_path} cannot take what is written"):
+        export_dense(tmp_path / "packed", tmp_path / "out")
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"), full_disk_named(tmp_path):
+        (tmp_path / "none").read_text()

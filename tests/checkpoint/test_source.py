@@ -1,6 +1,7 @@
 """A tensor that no file holds is random after loading: commands that write one say so, or refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert, bert_config, classifier, llama
 from transformers import AutoModel, BertForSequenceClassification, LlamaForCausalLM
 
-from svdq_hf import SVDQConfig
+from svdq_hf import SVDQConfig, quantize_model, read_footprint
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.export import export_dense
 from svdq_hf.checkpoint.load import load_complete
@@ -151,3 +152,41 @@ def test_counter_and_what_a_family_ignores_may_be_missing(tmp_path, monkeypatch)
         load_complete(Counting, source)
     monkeypatch.setattr(Counting, "_keys_to_ignore_on_save", ["model.table"])
     assert load_complete(Counting, source)[1] == []
+
+
+SIZES = [("hidden_size", 0), ("hidden_size", -64), ("num_attention_heads", 0), ("vocab_size", -1)]
+
+
+@pytest.mark.parametrize(("key", "value"), [*SIZES, ("hidden_size", "64"), ("intermediate_size", None)])
+def test_a_config_of_which_no_model_can_be_made_is_named_in_one_line(key, value, tmp_path):
+    quantized = quantize_model(bert(), CONFIG)
+    for model, command in ((bert(), quantize_checkpoint), (quantized, export_dense)):
+        folder = saved(model, tmp_path / command.__name__)
+        config = {**json.loads((folder / "config.json").read_text()), key: value}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=re.escape(str(folder / "config.json"))) as caught:
+            command(folder, tmp_path / "out", *([CONFIG] if command is quantize_checkpoint else []))
+        told = str(caught.value)
+        assert (f"{key}={value} is no size" if (key, value) in SIZES else key) in told
+        assert AGAIN in told
+        assert "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")  # torch's
+def test_a_layer_without_weights_is_named(tmp_path):
+    folder = saved(bert(), tmp_path / "model")
+    config = {**json.loads((folder / "config.json").read_text()), "intermediate_size": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"encoder.layer.0.output.dense: by config.json .* \[64, 0\]"):
+        AutoModel.from_pretrained(folder, quantization_config=CONFIG)
+    with pytest.raises(ValueError, match=r"encoder.layer.0.output.dense: by config.json .* \[64, 0\]"):
+        quantize_checkpoint(folder, tmp_path / "out", CONFIG)
+
+
+def test_an_index_that_names_nothing_is_named(tmp_path):
+    bert().save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    for call in (lambda folder: quantize_checkpoint(folder, tmp_path / "out", CONFIG), read_footprint):
+        with pytest.raises(ValueError, match=r"index.json: its weight_map names no tensor; download or copy"):
+            call(tmp_path / "model")

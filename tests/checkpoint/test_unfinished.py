@@ -201,12 +201,19 @@ def test_the_next_run_removes_what_a_killed_one_has_left(killed, then, source, q
 @pytest.mark.parametrize("config", [CONFIG, IN_MEMORY], ids=["streamed", "in memory"])
 def test_what_earlier_releases_have_left_is_removed_and_nothing_else(config, source, tmp_path):
     place = tmp_path / "place"
-    ours, other = place / ".out.a1b2_c3d", place / ".out.backup01"
+    ours, other, original = (place / f".out.{end}" for end in ("a1b2_c3d", "backup01", "original"))
     shutil.copytree(source, ours / "model")
+    ours.chmod(0o700)  # as tempfile makes them
     shutil.copytree(source, other / "weights")
+    shutil.copytree(source, original / "model")  # a user's own: anybody may read it
     (place / ".other.a1b2_c3d").mkdir()
     quantize_checkpoint(source, place / "out", config)
-    assert {one.name for one in place.iterdir()} == {"out", ".out.backup01", ".other.a1b2_c3d"}
+    assert {one.name for one in place.iterdir()} == {
+        "out",
+        ".out.backup01",
+        ".out.original",
+        ".other.a1b2_c3d",
+    }
 
 
 def test_work_in_one_go_does_not_throw_away_what_a_streamed_run_has_done(source, tmp_path, monkeypatch):

@@ -112,11 +112,15 @@ def test_a_dense_model_may_be_quantized_on_the_way(folder, tmp_path, capsys):
 def test_what_cannot_talk_is_refused_in_one_line(folder, tmp_path, capsys):
     assert main(["chat", str(folder), "--json"]) == 1
     assert "--prompt" in capsys.readouterr().err
+    assert main(["chat", str(folder), "--prompt", "hello", "--k", "64"]) == 1
+    assert "k: for quantizing; give --quantize" in capsys.readouterr().err
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(["chat", str(tmp_path / "adapter"), "--prompt", "hello"]) == 1
+    assert "LoRA adapter" in capsys.readouterr().err
     BertModel(bert_config()).save_pretrained(tmp_path / "bert")
-    bert = (tmp_path / "bert" / "config.json").read_text().replace('"bert"', '"vit"')
-    (tmp_path / "bert" / "config.json").write_text(bert)
     assert main(["chat", str(tmp_path / "bert"), "--prompt", "hello"]) == 1
-    assert "is a vit model, which does not write text" in capsys.readouterr().err
+    assert "does not write text, no causal language model: BertModel" in capsys.readouterr().err
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "mute")
     assert main(["chat", str(tmp_path / "mute"), "--prompt", "hello"]) == 1
     assert "has no tokenizer" in capsys.readouterr().err

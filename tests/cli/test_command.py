@@ -195,6 +195,15 @@ def test_skip_takes_one_name_and_may_be_given_again(source, tmp_path, capsys):
     assert not any("pooler" in name or "query" in name for name in names)
 
 
+def test_what_a_name_keeps_dense_is_shown(source, tmp_path, capsys):
+    assert main(["quantize", source, str(tmp_path / "out"), "--skip", "pooler", "--skip", "attention"]) == 0
+    printed = capsys.readouterr().out
+    assert "pooler keeps 1 layer dense: pooler.dense\n" in printed
+    assert re.search(
+        r"attention keeps \d+ layers dense: encoder\.layer\.0\.attention\S+, .*, \.\.\.\n", printed
+    )
+
+
 def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", source, str(out), "--skip", "pooler", "--skip", "nonsense"]) == 1
@@ -204,7 +213,7 @@ def test_skip_that_matches_nothing_is_refused_and_told_what_there_is(source, tmp
         "encoder.layer.0.attention.self.query, encoder.layer.0.attention.self.key, "
         "encoder.layer.0.attention.self.value, encoder.layer.0.attention.output.dense, "
         "encoder.layer.0.intermediate.dense, encoder.layer.0.output.dense, ... (a name matches from the "
-        "start, as a regular expression like '.*attention.*', or as an end)\n"
+        "start, as a part between dots, as an end, or as a regular expression like '.*attention.*')\n"
     )
     assert not out.exists()
 
@@ -356,6 +365,15 @@ def test_interrupt_while_importing_is_one_line(monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
         assert svdq_hf.cli.main() == 130
+    assert capsys.readouterr().err == "svdq: interrupted\n"
+
+
+def test_interrupt_while_options_are_read_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdq_hf.cli.command._parse", interrupted)
+    assert svdq_hf.cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr().err == "svdq: interrupted\n"
 
 

@@ -25,6 +25,12 @@ FLOORS = (
 OUTSIDE = {"__init__", "__main__", "adapters", "card", "demo"}
 """Flat files: the door of the package, and public paths into it."""
 MOST_FLAT_FILES, MOST_PACKAGES, MOST_FLOORS = 6, 13, 8
+MOST_PARAMETERS = 6
+SIGNATURES_OF_OTHERS = {
+    "integrations/vllm/plugin.py:create_weights": "vLLM calls it",
+    "hub/push.py:push_folder": "its keywords are those of transformers' push_to_hub",
+}
+"""Functions that may have more parameters, and why."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -93,6 +99,30 @@ def test_no_file_imports_itself_by_way_of_others():
 def test_the_import_check_can_fail():
     found = {str(file.relative_to(PACKAGE)) for file in imports_of(PACKAGE / "core" / "grid.py")}
     assert found == {"core/grid_values.py", "core/levels.py"}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of a function's parameters, without `self` and `cls`."""
+    told = function.args
+    others = [one for one in (told.vararg, told.kwarg) if one is not None]
+    every = [*told.posonlyargs, *told.args, *told.kwonlyargs, *others]
+    return [one.arg for one in every if one.arg not in ("self", "cls")]
+
+
+def test_no_function_but_constructors_has_more_than_six_parameters():
+    many = {
+        f"{file.relative_to(PACKAGE)}:{node.name}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "__init__"
+        if len(parameters(node)) > MOST_PARAMETERS
+    }
+    assert many == set(SIGNATURES_OF_OTHERS)
+
+
+def test_every_kind_of_parameter_is_counted():
+    (function,) = ast.parse("def f(self, a, /, b, *c, d, e=1, **f): pass").body
+    assert sorted(parameters(function)) == ["a", "b", "c", "d", "e", "f"]
 
 
 @pytest.mark.parametrize("package", [file.parent for file in FILES if file.name == "__init__.py"], ids=str)

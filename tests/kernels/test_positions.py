@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from svdq_hf import dequantize_model
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import embedding_op, experts_op, positions  # noqa: F401  # define torch.ops.svdq
 from svdq_hf.nn.linear import SVDQLinear
@@ -139,3 +141,15 @@ def test_order_within_a_few_rows_makes_no_difference_to_the_native_library(split
         assert "out of order" in str(error)  # noqa: PT017  # where there is no such library
     else:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_the_dense_weight_of_a_layer_is_refused_too(kind, split):
+    _, parts, scheme = split(OUT, IN, 40)
+    layer = SVDQLinear(IN, OUT, scheme, bias=False)
+    layer.load_parts(parts)
+    layer.load_state_dict(with_wrong(parts, kind))
+    with pytest.raises(ValueError, match="a salient position is out of"):
+        layer.dequantize()
+    with pytest.raises(ValueError, match="a salient position is out of"):
+        dequantize_model(nn.Sequential(layer))

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
@@ -359,3 +360,20 @@ def test_a_part_that_is_elsewhere_is_an_error_and_not_memory_as_it_is():
     model[0].salient_values = nn.Parameter(model[0].salient_values.to("meta"))
     with pytest.raises(ValueError, match="the salient_values on meta"), torch.no_grad():
         model(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_parameter_says_the_dtype(dtype):
+    layer = SVDQLinear(64, 8, dtype=dtype)
+    assert next(layer.parameters()).dtype == dtype
+    assert next(SVDQLinear(64, 8, bias=False).parameters()).is_floating_point()
+    assert next(SVDQLinear(64, 8, SVDQConfig(k=0).scheme, bias=False).parameters()).is_floating_point()
+
+
+def test_a_family_that_asks_its_first_parameter_for_a_dtype_keeps_its_table(tmp_path):
+    sizes = {"image_size": 32, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    dense = transformers.Swinv2Model(transformers.Swinv2Config(**sizes))
+    dense.save_pretrained(tmp_path)
+    model = transformers.Swinv2Model.from_pretrained(tmp_path, quantization_config=SVDQConfig(k=4))
+    table = "encoder.layers.0.blocks.0.attention.self.relative_coords_table"
+    assert torch.equal(model.get_buffer(table), dense.get_buffer(table))

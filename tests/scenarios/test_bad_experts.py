@@ -1,5 +1,6 @@
 """Whatever is wrong with stored experts, or the file they are made from, ends in an error that says so."""
 
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from damaged import Saved
 from safetensors.torch import save_file
 
 from svdq_hf import SVDQConfig, quantize_model, read_footprint
+from svdq_hf.checkpoint import quantize_checkpoint
 from svdq_hf.config import checks as validation
 from svdq_hf.format.versions import EXPERTS_VERSION, FORMAT_VERSION
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
@@ -151,11 +153,24 @@ def test_a_state_dict_without_a_part_is_refused(stored):
 
 
 @pytest.mark.parametrize("piece", ["gate_proj", "up_proj", "down_proj"])
-def test_an_expert_that_is_missing_is_an_error(piece, dense, caplog):
-    del dense.tensors[f"model.layers.1.mlp.experts.2.{piece}.weight"]
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        dense.load(quantization_config=CONFIG)
-    assert "model.layers.1.mlp.experts" in str(error.value) + caplog.text
+def test_an_expert_that_is_missing_is_an_error(piece, dense):
+    name = f"model.layers.1.mlp.experts.2.{piece}.weight"
+    del dense.tensors[name]
+    dense.refused(f"{name} is missing", "download or copy the model again", quantization_config=CONFIG)
+
+
+@pytest.mark.parametrize("piece", ["gate_proj", "down_proj"])
+@pytest.mark.parametrize("way", ["short", "transposed"])
+def test_an_expert_of_another_shape_than_the_others_is_told(way, piece, dense, tmp_path):
+    name = f"model.layers.1.mlp.experts.2.{piece}.weight"
+    usual = list(dense.tensors[name].shape)
+    odd = dense.tensors[name].T if way == "transposed" else dense.tensors[name][:-1]
+    dense.tensors[name] = odd.contiguous()
+    told = f"{name} is {list(odd.shape)}, and this tensor of other experts {usual}"
+    dense.refused(told, "download or copy the model again", quantization_config=CONFIG)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        quantize_checkpoint(dense.write(), tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_last_expert_is_told_with_both_shapes(dense):

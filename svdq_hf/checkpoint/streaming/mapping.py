@@ -50,6 +50,12 @@ class _Mapping:
         place = self.whole(weight.key("weight"))
         return Unit((place,), {}, weight, transposed=self.layers[weight.name].transposed)
 
+    def layer_of_bias(self, name: str) -> str:
+        """The quantized layer, or experts, of which a tensor is a bias; empty: of none."""
+        layer, _, own = name.rpartition(".")
+        packed = layer in self.layers or layer in self.experts
+        return layer if packed and own.endswith("bias") else ""
+
     def whole(self, name: str) -> Place:
         """Where the one tensor of the files is that becomes `name` in the model."""
         entries = self.checkpoint.entries
@@ -104,7 +110,7 @@ def make_units(model: PreTrainedModel, checkpoint: Checkpoint, places: Mapping[s
         place = mapping.whole(name)
         if spec.shape != place.shape:
             raise Unstreamable(f"{name} is {list(spec.shape)}, and {list(place.shape)} in the files")
-        units[name] = Unit((place,), {stored: spec})
+        units[name] = Unit((place,), {stored: spec}, bias_of=mapping.layer_of_bias(name))
     return list(units.values())
 
 

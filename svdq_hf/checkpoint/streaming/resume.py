@@ -28,7 +28,7 @@ from svdq_hf.checkpoint.streaming.shard import (
 )
 from svdq_hf.checkpoint.streaming.workers import make_shards, progress_bar
 from svdq_hf.checkpoint.unfinished import PLAN_FILE, check_own, empty, locked, model_folder, remove_old
-from svdq_hf.format.files import write_atomically
+from svdq_hf.format.files import full_disk_named, write_atomically
 
 MADE_BY = ("svdq_hf", "torch")
 """Packages that might make other bytes in another version."""
@@ -64,14 +64,23 @@ def stream(
         if state.is_main_process:
             _prepare(plan, folder, restart)
         state.wait_for_everyone()
-        with _kept(folder):
+        with full_disk_named(folder.parent), _kept(folder):
             _make(plan, folder, workers, state)
             state.wait_for_everyone()
             if state.is_main_process:
                 _put_together(plan, folder)
-                finish(model_folder(folder))
-                shutil.rmtree(folder)
+                _finished(finish, folder)
     state.wait_for_everyone()
+
+
+def _finished(finish: Callable[[Path], None], folder: Path) -> None:
+    """Hand the whole model on; what is found wrong in it then would be found again, so it does not stay."""
+    try:
+        finish(model_folder(folder))
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 @contextmanager

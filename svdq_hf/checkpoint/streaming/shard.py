@@ -99,7 +99,10 @@ def _copied(unit: Unit, source: _Input) -> Iterator[tuple[str, Tensor]]:
     """The bytes of a tensor that stays dense, cast where the dtypes differ."""
     ((name, spec),), (place,) = unit.outputs.items(), unit.places
     for data in source.pieces(place):
-        yield name, as_bytes(data.view(DTYPES[place.dtype]).to(spec.dtype))
+        piece = data.view(DTYPES[place.dtype]).to(spec.dtype)
+        if unit.bias_of and not torch.isfinite(piece).all():
+            raise ValueError(f"{unit.bias_of}: {name} has a NaN or an infinity: the checkpoint is damaged")
+        yield name, as_bytes(piece)
 
 
 def _stored(unit: Unit, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -41,6 +41,7 @@ class Unit:
         parts: names of the weight's parts.
         transposed: whether the dense model has the weight as `[in, out]`.
         turned: whether the files have it transposed compared with the dense model.
+        bias_of: of a copy that is the bias of a quantized layer, the layer's name: its values are checked.
     """
 
     places: tuple[Place, ...]
@@ -49,6 +50,7 @@ class Unit:
     parts: tuple[str, ...] = ()
     transposed: bool = False
     turned: bool = False
+    bias_of: str = ""
 
     @property
     def size(self) -> int:

@@ -122,7 +122,7 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the dense weight, which a quantized "
                 f"layer does not have: must be one of {STARTS}; init_adapters_from_error(model, dense) of "
-                "svdq_hf.integrations.peft.adapters starts from what quantizing lost"
+                "svdq_hf.adapters starts from what quantizing lost"
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Patches of PEFT (0.18 to 0.22): every change that svdq_hf makes to it, and why.
+"""Patches of PEFT (0.21 to 0.22): every change that svdq_hf makes to it, and why.
 
 Functions are wrapped, for the whole process: now if PEFT is imported already, otherwise when it is
 imported. The user calls nothing, and PEFT is not imported for it. For other layers they work as before.

@@ -6,6 +6,7 @@ a quantized one has all parts of a layer, of the shapes and dtypes of `part_spec
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svdq_hf.config import SVDQConfig
+from svdq_hf.format.files import REMEDY as SOURCE_REMEDY
 from svdq_hf.format.names import WeightName
-from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint
+from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint, HeaderEntry
+from svdq_hf.integrations.transformers.expert_conversions import is_merge
 from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.selection import convertible, weights_of
 from svdq_hf.quantize.weight import check_source_dtype
@@ -33,6 +36,11 @@ def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None
     for layer, module in layers.items():
         for stored in weights_of(layer, module):
             entry = checkpoint.entries.get(stored.key("weight"))
+            if 0 in stored.shape:
+                raise ValueError(
+                    f"{stored.name}: by config.json this layer is {list(stored.shape)}, without weights; "
+                    f"{SOURCE_REMEDY}"
+                )
             if entry is None:
                 raise ValueError(
                     f"{stored.name}: the checkpoint has no weights for this layer, and random ones cannot be "
@@ -45,6 +53,43 @@ def check_dense(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> None
                     "has lost its quantization_config; put that back"
                 )
             check_source_dtype(stored.name, entry.dtype)
+            _check_experts(stored, checkpoint)
+
+
+def _check_experts(stored: WeightName, checkpoint: Checkpoint) -> None:
+    """Refuse a stack of experts of which the files lack one, or have one of another shape than the rest."""
+    sources = [
+        entry
+        for entry in checkpoint.sources.get(stored.key("weight"), [])
+        if entry.conversion is not None and is_merge(entry.conversion)
+    ]
+    for pattern in dict.fromkeys(entry.pattern for entry in sources):
+        group = [entry for entry in sources if entry.pattern == pattern]
+        usual = Counter(entry.shape for entry in group).most_common(1)[0][0]
+        for entry in group:
+            if entry.shape != usual:
+                raise ValueError(
+                    f"{entry.name} is {list(entry.shape)}, and this tensor of other experts {list(usual)}; "
+                    f"{SOURCE_REMEDY}"
+                )
+        if len(group) != stored.shape[0]:
+            raise ValueError(
+                f"{_missing_expert(group, stored.shape[0])} is missing: {stored.name} would be "
+                f"{[len(group), *stored.shape[1:]]}, and is {list(stored.shape)}; {SOURCE_REMEDY}"
+            )
+
+
+def _missing_expert(group: list[HeaderEntry], experts: int) -> str:
+    """The name of the first expert's tensor that is not there.
+
+    Args:
+        group: one tensor each of the experts that are there.
+        experts: how many there are.
+    """
+    before, _, after = re.split(r"(?<=experts\.)(\d+)(?=\.)", group[0].name)
+    there = {entry.name for entry in group}
+    names = (f"{before}{number}{after}" for number in range(experts))
+    return next((name for name in names if name not in there), group[-1].name)
 
 
 def check_source(checkpoint: Checkpoint, name: str, keys: Iterable[str], choice: str) -> None:

@@ -20,6 +20,7 @@ from svdq_hf.integrations.transformers import patches
 from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
 from svdq_hf.integrations.transformers.load import declare
 from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
+from svdq_hf.nn.inventory import name_packed_codes
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
@@ -72,7 +73,8 @@ def _quantized(
         )
     method = getattr(model, "quantization_method", None)
     if method is not None:
-        raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}")
+        by = getattr(method, "value", method)
+        raise ValueError(f"the model is quantized already, by {by}: load the dense one to quantize it anew")
     if is_spread(model):
         raise ValueError(
             "the model is spread over devices by its device_map: load it without one to quantize it in "
@@ -88,6 +90,7 @@ def _quantized(
         quantize_embedding(model, table, config)
     if isinstance(model, PreTrainedModel):
         _mark_quantized(model, SVDQHfQuantizer(config, pre_quantized=False))
+    name_packed_codes(model)
     patches.apply()  # a part of a model: the whole may be saved
     return model
 

@@ -23,7 +23,7 @@ from svdq_hf.integrations.transformers.load import Load
 from svdq_hf.integrations.transformers.load_dense import DenseLoad
 from svdq_hf.integrations.transformers.load_packed import PackedLoad
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
-from svdq_hf.nn.inventory import layer_facts, packed_weights, svdq_layers
+from svdq_hf.nn.inventory import layer_facts, name_packed_codes, packed_weights, svdq_layers
 from svdq_hf.quantize.convert import refuse_offloaded, restore_layers
 from svdq_hf.quantize.head import restore_head
 
@@ -118,6 +118,7 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         load, self.load = self.load, None
         if load is not None:
             self.quantization_config = model.config.quantization_config = load.finish(model)
+            name_packed_codes(model)
         return model
 
     # Saving and the way back.

@@ -1,6 +1,6 @@
 """Binding of the native library: found, loaded by ctypes, and given torch's own OpenMP to run on.
 
-It is built with the package where there is a C compiler (setup.py) and is not linked to an OpenMP of its
+It is built with the package where there is a C compiler (pyproject.toml), not linked to an OpenMP of its
 own: two runtimes in one process are two pools of threads that compete. Where it is missing, everything runs
 in plain torch. Not here: which calls it computes (`kernels.cpu`), the sums themselves (svdq.c).
 """

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import dinov2, llama
+from streamed import edit_tensors
+from tiny_models import classifier, dinov2, llama
 
+import svdq_hf.checkpoint.source
 import svdq_hf.checkpoint.streaming.resume
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
@@ -244,3 +246,33 @@ def test_out_folder_that_is_not_empty_is_refused(dry, source, tmp_path, capsys):
     (tmp_path / "out" / "mine").touch()
     assert main(["quantize", str(source), str(tmp_path / "out"), *dry]) == 1
     assert "is there already and not empty" in capsys.readouterr().err
+
+
+def test_a_bias_that_is_no_number_is_named_before_anything_is_written(tmp_path):
+    classifier().save_pretrained(tmp_path / "dense")
+    name = "bert.encoder.layer.0.attention.self.query.bias"
+    edit_tensors(tmp_path / "dense", lambda tensors: tensors[name].fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"attention\.self\.query: .*bias has a NaN or an infinity"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "out", SVDQConfig(k=4))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_number_of_workers_that_is_none_is_named(workers, extra, tmp_path, capsys):
+    classifier().save_pretrained(tmp_path / "dense")
+    asked = ["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--workers", str(workers)]
+    assert main([*asked, *extra]) == 1
+    assert f"workers={workers}: must be 1 or more" in capsys.readouterr().err
+
+
+def test_what_is_found_wrong_at_the_end_does_not_stay(tmp_path, monkeypatch):
+    classifier().save_pretrained(tmp_path / "dense")
+
+    def lost(source, work):
+        raise ValueError("a tensor is lost")
+
+    monkeypatch.setattr(svdq_hf.checkpoint.source.Source, "check_written", lost)
+    with pytest.raises(ValueError, match="a tensor is lost"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "out", SVDQConfig(k=4))
+    assert [one.name for one in tmp_path.iterdir()] == ["dense"]
