@@ -19,7 +19,8 @@ from svdq_hf.format.parts import OPTIONAL, PARTS, StoredWeight
 _PARTS_AND_BIAS = (*PARTS, "bias")
 _MAY_BE_ABSENT = (*OPTIONAL, "bias")
 _CODES = (torch.int8,)
-_SCALES = (torch.float32, torch.bfloat16, torch.int8)
+_SCALES = (torch.float32, torch.bfloat16)
+_SCALES_OF_8_BITS = (torch.int8,)  # those beside a row_scale; kernels multiply no other by it
 _FINE_SCALES = (torch.bfloat16,)
 _VALUES = (torch.float32, torch.bfloat16, torch.float16)  # FSDP's mixed precision casts them
 _POSITIONS = (torch.int32,)
@@ -215,7 +216,8 @@ def _check_stored(stored: StoredWeight, in_features: int, group: int, *, stacked
     _check_part("weight", weight, (*stack, out, *packed_shape(in_features, bits)), _CODES)
     scales = scale.shape[-2] if scale.ndim > 1 else 0
     rows_of_scale = 1 if scales == 1 else out
-    _check_part("weight_scale", scale, (*stack, rows_of_scale, -(-in_features // group)), _SCALES)
+    kinds = _SCALES if row_scale is None else _SCALES_OF_8_BITS
+    _check_part("weight_scale", scale, (*stack, rows_of_scale, -(-in_features // group)), kinds)
     entries = (*stack, values.shape[-1] if values.ndim else 0)
     _check_part("salient_values", values, entries, _VALUES)
     _check_part("salient_rows", rows, entries, _POSITIONS)

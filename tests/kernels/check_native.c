@@ -139,6 +139,10 @@ static int64_t called(const Layer *l, const float *x, const float *expected, int
         failed |= svdq_call(parts, &each[9], &each[10], l->in, l->group, 1, cpu) != FOREIGN;
         each[i] = kept;
     }
+    if (l->row_scale) { /* scales of 8 bits are nothing without their rows' */
+        parts[5] = &none;
+        failed |= svdq_call(parts, &each[9], &each[10], l->in, l->group, 1, cpu) != FOREIGN;
+    }
     return failed;
 }
 
@@ -204,7 +208,8 @@ static int check(int64_t out, int64_t in, int64_t group, int64_t kind, int64_t k
     for (int64_t i = 0; i < tokens * in; i++) x[i] = number();
     Layer layer = {out,       in,           group,  codes,  scale, kind,    scale_rows, groups,
                    row_scale, column_scale, levels, values, rows,  columns, k,          bias};
-    if (!parts) layer.row_scale = layer.column_scale = NULL, layer.levels = NULL, layer.bias = NULL;
+    if (kind != SCALE_INT8) layer.row_scale = NULL; /* as the format has it */
+    if (!parts) layer.column_scale = NULL, layer.levels = NULL, layer.bias = NULL;
     int64_t failed = svdq_dequantize(&layer, dense, 0, out, threads, cpu) ||
                      svdq_linear(&layer, x, y, tokens, threads, cpu) || in_parts(&layer, dense, threads, cpu);
     for (int64_t t = 0; t < tokens && !failed; t++)

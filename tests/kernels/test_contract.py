@@ -79,6 +79,14 @@ def test_a_tensor_that_is_none_is_named(op):
             call(*{**tensors, name: None}.values(), *rest)
 
 
+def test_scales_have_8_bits_where_rows_have_one_and_only_there(op):
+    call, tensors, rest = op
+    scale = tensors.get("weight_scale")
+    for changes in () if scale is None else ({"weight_scale": scale.float()}, {"row_scale": None}):
+        with pytest.raises(ValueError, match=r"weight_scale is .* not what the format stores"):
+            call(*{**tensors, **changes}.values(), *rest)
+
+
 def test_where_all_are_on_meta_it_gives_shapes(op):
     call, tensors, rest = op
     expected = call(*tensors.values(), *rest)

@@ -1006,6 +1006,7 @@ static int layer_of(void *parts, Layer *layer) {
            look_at(parts, 3, INTEGER, 32, layer->k, (const void **)&layer->rows) == 1 &&
            look_at(parts, 4, INTEGER, 32, layer->k, (const void **)&layer->columns) == 1 &&
            look_at(parts, 5, BFLOAT, 16, layer->out, (const void **)&layer->row_scale) >= 0 &&
+           (layer->row_scale != NULL) == (layer->scale_kind == SCALE_INT8) &&
            look_at(parts, 6, BFLOAT, 16, layer->in, (const void **)&layer->column_scale) >= 0 &&
            look_at(parts, 7, INTEGER, 8, 16, (const void **)&layer->levels) >= 0 &&
            look_at(parts, 8, FLOAT, 32, layer->out, (const void **)&layer->bias) >= 0;
