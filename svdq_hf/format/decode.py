@@ -51,9 +51,9 @@ def take_rows(parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     for name in ("weight", "row_scale", "weight_scale"):
         if name in parts and parts[name].shape[0] == parts["weight"].shape[0]:  # not a scale for all
             found[name] = parts[name].index_select(0, rows)  # which refuses a row below 0
-    wanted = rows.to(parts["salient_rows"].dtype)
-    starts = torch.searchsorted(parts["salient_rows"], wanted)
-    counts = torch.searchsorted(parts["salient_rows"], wanted, right=True) - starts
+    wanted, stored = rows.to(parts["salient_rows"].dtype), parts["salient_rows"].contiguous()
+    starts = torch.searchsorted(stored, wanted)
+    counts = torch.searchsorted(stored, wanted, right=True) - starts
     before = counts.cumsum(0) - counts
     entries = torch.arange(int(counts.sum()), device=rows.device) + (starts - before).repeat_interleave(
         counts

@@ -407,3 +407,10 @@ def test_a_part_of_another_scheme_is_refused(split):
 def test_weight_without_dimensions_is_refused():
     with pytest.raises(ValueError, match="weight is \\[\\]"):
         check_parts({"weight": torch.tensor(1, dtype=torch.int8)}, 4, Scheme())
+
+
+def test_rows_are_taken_of_parts_that_are_not_contiguous(split):
+    _, parts, scheme = split(5, 70, 4)
+    spread = {**parts, "salient_rows": torch.stack([parts["salient_rows"]] * 2, 1)[:, 0]}
+    rows = torch.tensor([4, 0, 4])
+    assert torch.equal(reconstruct(take_rows(spread, rows), 70, scheme), reconstruct(parts, 70, scheme)[rows])
