@@ -19,7 +19,7 @@ class NormalizedWeight:
     """A weight `[out, in]` to be rounded on a grid.
 
     Args:
-        dense: the weight, `[out, in]`, float32; never changed here.
+        dense: the weight, `[out, in]`, of any float dtype; never changed here.
         grid: the grid it is rounded on.
         input_gram: `X^T X` `[in, in]` of the layer's inputs, for error feedback; None: none.
         extra_damping: share of the Gram matrix's mean diagonal that is added to it.
@@ -38,7 +38,7 @@ class NormalizedWeight:
     @cached_property
     def column_scale(self) -> Tensor | None:
         """The scale of each column, `[in]`, bfloat16; None where the grid has none."""
-        return column_scale(self.dense) if self.grid.column_scale else None
+        return column_scale(self.dense.float()) if self.grid.column_scale else None
 
     @property
     def normalized(self) -> Tensor:
@@ -46,7 +46,8 @@ class NormalizedWeight:
 
         Computed anew at each access: to keep it would cost a second dense copy.
         """
-        return self.dense if self.column_scale is None else self.dense / self.column_scale.float()
+        dense = self.dense.float()
+        return dense if self.column_scale is None else dense / self.column_scale.float()
 
     def without(self, rows: Tensor, columns: Tensor) -> Tensor:
         """A copy of `normalized` with zeros at some positions.
@@ -58,7 +59,8 @@ class NormalizedWeight:
         Returns:
             `[out, in]`, float32.
         """
-        rest = self.dense.clone() if self.column_scale is None else self.normalized
+        rest = self.normalized
+        rest = rest.clone() if rest.data_ptr() == self.dense.data_ptr() else rest
         rest[rows.long(), columns.long()] = 0
         return rest
 

@@ -51,23 +51,25 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     """Least squared error over the scale's size and sign.
 
     For levels q the best scale is `s = <w, q> / <q, q>`, and the error that remains is `|w|^2 - s <w, q>`.
-    So each candidate is judged by its levels, with the scale that suits them best: one reduction less.
+    So each candidate is judged by its levels, with the scale that suits them best: one reduction less. Sums
+    are float64: what candidates differ by is a small part of them, and float32 would choose by its rounding.
     """
     top, bottom = grid.table[-1], grid.table[0]
     beyond = 0.5 if grid.levels == "linear" else 0.0  # what rounds to the outermost level still
     deviation = unit.square().mean(-1, keepdim=True).sqrt()
     lowest = (LEAST_CLIP[grid.bits] * deviation).clamp(1e-6, 0.85)
-    best_gain = torch.zeros_like(deviation)
     best = torch.zeros_like(deviation)
+    best_gain = best.double()
     scaled, product = torch.empty_like(unit), torch.empty_like(unit)
 
     def judge(inverse_scale: Tensor) -> None:
         nonlocal best, best_gain
         level = nearest(torch.mul(unit, inverse_scale, out=scaled), grid.levels, grid.bits)
-        along = torch.mul(unit, level, out=product).sum(-1, keepdim=True)
-        square = torch.mul(level, level, out=product).sum(-1, keepdim=True).clamp_(min=1)
-        gain = along.square() / square
-        best = torch.where(gain > best_gain, along / square, best)
+        along = torch.mul(unit, level, out=product).sum(-1, keepdim=True, dtype=torch.float64)
+        square = torch.mul(level, level, out=product).sum(-1, keepdim=True, dtype=torch.float64)
+        fitted = along / square.clamp_(min=1)
+        gain = along * fitted
+        best = torch.where(gain > best_gain, fitted.float(), best)
         best_gain = torch.maximum(gain, best_gain)
 
     sizes = SIZES[grid.levels]

@@ -30,15 +30,39 @@ def encode(weight: NormalizedWeight, rows: Tensor, columns: Tensor) -> dict[str,
     Returns:
         The stored parts by name; shapes and dtypes are those of `part_specs`.
     """
-    grid, found = weight.grid, _rounded(weight, rows, columns)
+    found = _rounded(weight, rows, columns)
+    packed = pack(found.codes, weight.grid.bits)
+    return stored_parts(weight, (rows, columns), packed, found.scale, found.row_scale)
+
+
+def stored_parts(
+    weight: NormalizedWeight,
+    positions: tuple[Tensor, Tensor],
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+) -> dict[str, Tensor]:
+    """The parts of a weight whose codes and scales are known, by name.
+
+    Args:
+        weight: the weight `[out, in]`, and the grid it is rounded on.
+        positions: rows and columns of the salient entries, `[k]` each, int32, sorted.
+        packed: codes, `[out, *packed_shape]`, int8.
+        scale: of `Grid.scale_shape` and `Grid.scale_dtype`.
+        row_scale: `[out]`, bfloat16; None where the grid has none.
+
+    Returns:
+        The stored parts by name; shapes and dtypes are those of `part_specs`.
+    """
+    grid, (rows, columns) = weight.grid, positions
     optional: dict[str, Tensor | None] = {"column_scale": weight.column_scale, "levels": None}
     if grid.levels != "linear":
         optional["levels"] = torch.tensor(grid.table, dtype=torch.int8, device=weight.dense.device)
-    optional["row_scale"] = found.row_scale
+    optional["row_scale"] = row_scale
     return {
-        "weight": pack(found.codes, grid.bits),
-        "weight_scale": found.scale,
-        "salient_values": weight.dense[rows.long(), columns.long()],
+        "weight": packed,
+        "weight_scale": scale,
+        "salient_values": weight.dense[rows.long(), columns.long()].float(),
         "salient_rows": rows,
         "salient_columns": columns,
         **{name: part for name, part in optional.items() if part is not None},
@@ -89,7 +113,7 @@ def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) 
     """`|weight - reconstructed| / |weight|` in the Frobenius norm; 0 for a weight of zeros.
 
     Args:
-        weight: `[out, in]`, float32.
+        weight: `[out, in]`, of any float dtype.
         parts: its stored parts, by name.
         scheme: how they are stored.
 
@@ -101,6 +125,7 @@ def relative_error(weight: Tensor, parts: Mapping[str, Tensor], scheme: Scheme) 
     error = total = 0.0
     top = max(-float(weight.min()), float(weight.max())) or 1.0  # in its units no square overflows
     for rows, block in dense_blocks(parts, weight.shape[1], scheme.grid.columns(weight.shape[1])):
-        error += float(((weight[rows] - block) / top).double().square().sum())
-        total += float((weight[rows] / top).double().square().sum())
+        here = weight[rows].float()
+        error += float(((here - block) / top).double().square().sum())
+        total += float((here / top).double().square().sum())
     return float((error / total) ** 0.5) if total else 0.0

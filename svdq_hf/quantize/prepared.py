@@ -4,8 +4,10 @@ Whoever scores or rounds a weight does it through this. Not here: checks, and na
 (`quantize.weight`).
 """
 
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdq_hf.calibration.inputs import InputStatistics
@@ -14,6 +16,7 @@ from svdq_hf.core import saliency
 from svdq_hf.core.normalized import NormalizedWeight
 from svdq_hf.core.saliency import Scored
 from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.quantize.encoding import FLOATS, column_scale, largest
 
 
 class Prepared(NormalizedWeight):
@@ -27,10 +30,20 @@ class Prepared(NormalizedWeight):
 
     def __init__(self, weight: Tensor, config: SVDQConfig, inputs: InputStatistics | None = None) -> None:
         gram = inputs.gram if inputs is not None and config.error_feedback else None
-        dense = weight.float().contiguous()
+        dense = (weight if weight.dtype in FLOATS else weight.float()).contiguous()
         super().__init__(dense, config.scheme.grid, gram, config.extra_damping if gram is not None else 0.0)
         self.config = config
         self.inputs = inputs
+
+    @cached_property
+    def top(self) -> float:
+        """The largest size of a weight."""
+        return largest(self.dense)
+
+    @cached_property
+    def column_scale(self) -> Tensor | None:
+        """The scale of each column, `[in]`, bfloat16; None where the grid has none."""
+        return column_scale(self.dense, self.top) if self.grid.column_scale else None
 
     @property
     def seen(self) -> Tensor:
@@ -39,7 +52,7 @@ class Prepared(NormalizedWeight):
         Data-free scores get the weight divided by its column scale: the matrix that is really rounded. Scores
         from data (awq, spqr) get the weight itself: they weigh each column by the size of its input already.
         """
-        return self.dense if saliency.data_needs(self.config.saliency) else self.normalized
+        return self.dense.float() if saliency.data_needs(self.config.saliency) else self.normalized
 
     @property
     def known(self) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def choose(prepared: Prepared, scored: Scored | None = None) -> tuple[Tensor, Te
     """
     k = salient_count(prepared.config.k, *prepared.dense.shape)
     if k == 0:
-        nowhere = prepared.dense.new_empty(0).int()
+        nowhere = prepared.dense.new_empty(0, dtype=torch.int32)
         return nowhere, nowhere, {}
     scores, facts = scored or score(prepared)
     return *top_positions(scores, k), facts

@@ -16,8 +16,8 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored
 from svdq_hf.core.topk import top_positions
 from svdq_hf.format.checks import check_range
-from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
+from svdq_hf.quantize.encoding import encoded, largest
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
 from svdq_hf.quantize.prepared import Prepared, choose, score
 
@@ -119,13 +119,12 @@ def errors_at(
 
 def _encoded(prepared: Prepared, rows: Tensor, columns: Tensor) -> tuple[dict[str, Tensor], float]:
     """The stored parts, and the relative error."""
-    parts = encode(prepared, rows, columns)
+    parts, error = encoded(prepared, prepared.top, rows, columns)
     try:
         check_range(parts)  # or it would be refused when it is loaded
-    except ValueError as error:
-        top = float(prepared.dense.abs().max())
-        raise ValueError(f"{error}: its largest weight is {top:.3g}; {_KEEP_DENSE}") from error
-    return parts, relative_error(prepared.dense, parts, prepared.config.scheme)
+    except ValueError as why:
+        raise ValueError(f"{why}: its largest weight is {prepared.top:.3g}; {_KEEP_DENSE}") from why
+    return parts, error
 
 
 @contextmanager
@@ -174,12 +173,11 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight is a slice of a sharded model's; quantize it before it is sharded")
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device, without data; load the model first")
-    low, high = map(float, weight.detach().aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
+    top = largest(weight.detach())
+    if not math.isfinite(top):
         raise ValueError(
             f"could not quantize {name}: weight has a NaN or an infinity: the checkpoint is damaged"
         )
-    top = max(-low, high)
     if top and not SMALLEST_TOP <= top <= LARGEST_TOP:
         raise ValueError(
             f"could not quantize {name}: its largest weight is {top:.3g}, and scales of 16 bits hold those "

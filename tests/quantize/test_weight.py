@@ -6,7 +6,7 @@ from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics
-from svdq_hf.core import normalized
+from svdq_hf.quantize import prepared
 from svdq_hf.quantize.expert_stream import LazyStack
 from svdq_hf.quantize.prepared import Prepared
 from svdq_hf.quantize.weight import errors_at, quantize_stack, quantize_weight, score_weight
@@ -35,8 +35,8 @@ def test_scores_known_already_give_the_same_parts_and_facts(saliency, choices):
 @pytest.mark.parametrize("feedback", [False, True])
 def test_the_column_scale_is_found_once(feedback, monkeypatch):
     found = []
-    real = normalized.column_scale
-    monkeypatch.setattr(normalized, "column_scale", lambda weight: found.append(1) or real(weight))
+    real = prepared.column_scale
+    monkeypatch.setattr(prepared, "column_scale", lambda *given: found.append(1) or real(*given))
     config = SVDQConfig(k=9, error_feedback=feedback)
     quantize_weight(torch.randn(40, 70), config, "layer", inputs(70))
     assert len(found) == 1
@@ -54,9 +54,9 @@ def test_errors_are_those_of_rounding_without_feedback():
 def test_a_float32_weight_is_prepared_without_a_copy_and_stays_as_it_is():
     weight = torch.randn(40, 70)
     before = weight.clone()
-    prepared = Prepared(weight, CONFIG)
-    assert prepared.dense.data_ptr() == weight.data_ptr()
-    assert prepared.normalized is not prepared.normalized  # none is kept
+    found = Prepared(weight, CONFIG)
+    assert found.dense.data_ptr() == weight.data_ptr()
+    assert found.normalized is not found.normalized  # none is kept
     quantize_weight(weight, CONFIG, "layer", inputs(70))
     assert torch.equal(weight, before)
 

@@ -29,9 +29,10 @@ from svdq_hf.checkpoint.streaming.shard import (
 from svdq_hf.checkpoint.streaming.workers import make_shards, progress_bar
 from svdq_hf.checkpoint.unfinished import PLAN_FILE, check_own, empty, locked, model_folder, remove_old
 from svdq_hf.format.files import full_disk_named, write_atomically
+from svdq_hf.quantize.encoding import made_by
 
 MADE_BY = ("svdq_hf", "torch")
-"""Packages that might make other bytes in another version."""
+"""Packages that might make other bytes in another version; so might torch without the native library."""
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _plan_facts(plan: StreamPlan) -> dict[str, dict[str, Any]]:
         "input": {Path(file).name: _file_facts(file) for file in plan.files},
         "config": json.loads(json.dumps(plan.config.to_dict())),
         "shard size": {shard.file: shard.size for shard in plan.shards},
-        "release": {package: version(package) for package in MADE_BY},
+        "release": {package: version(package) for package in MADE_BY} | {"native library": made_by()},
     }
 
 

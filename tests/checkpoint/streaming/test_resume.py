@@ -208,6 +208,13 @@ def test_another_release_of_torch_is_refused(source, tmp_path, monkeypatch):
         quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
 
 
+def test_a_run_begun_by_plain_torch_does_not_go_on_natively(source, tmp_path, monkeypatch):
+    cut_off(source, tmp_path / "out")
+    monkeypatch.setattr(svdq_hf.checkpoint.streaming.resume, "made_by", lambda: "neither")
+    with pytest.raises(ValueError, match=r"another release \(native library\): .* --restart"):
+        quantize_checkpoint(source, tmp_path / "out", CONFIG, shard_size=SIZE)
+
+
 def test_two_runs_for_one_folder_are_kept_apart(source, tmp_path):
     cut_off(source, tmp_path / "out")
     with open(unfinished_folder(tmp_path / "out") / "lock", "w") as lock:
