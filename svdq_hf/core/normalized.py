@@ -49,6 +49,15 @@ class NormalizedWeight:
         dense = self.dense.float()
         return dense if self.column_scale is None else dense / self.column_scale.float()
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of `normalized`, `[rows, in]`, float32.
+
+        Args:
+            rows: which ones.
+        """
+        dense = self.dense[rows].float()
+        return dense if self.column_scale is None else dense / self.column_scale.float()
+
     def without(self, rows: Tensor, columns: Tensor) -> Tensor:
         """A copy of `normalized` with zeros at some positions.
 

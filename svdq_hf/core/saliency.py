@@ -113,8 +113,7 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
         ValueError: no such score; it needs data that `inputs` lacks; it changed the weight; or what it
             returned is not one number for each weight.
     """
-    if any(need not in inputs for need in score_needs(name)):
-        raise no_data(f"saliency {name!r}", data_needs(name))
+    check_inputs(name, inputs)
     function = _SCORES[name]
     before = _fingerprint(weight, function)
     result = function(weight, **{need: inputs[need] for need in _needs(function)})
@@ -125,6 +124,26 @@ def score(name: str, weight: Tensor, inputs: Mapping[str, Any]) -> Scored:
     if shape != tuple(weight.shape):
         raise ValueError(f"saliency {name!r} returned {shape} for a weight {tuple(weight.shape)}")
     return Scored(scored.scores.to(weight.device, torch.float32), scored.facts)
+
+
+def check_inputs(name: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse to score without what a score needs.
+
+    Args:
+        name: of a registered score.
+        inputs: values for `NEEDS`, by name.
+
+    Raises:
+        ValueError: no such score, or `inputs` lacks what it declares.
+    """
+    if any(need not in inputs for need in score_needs(name)):
+        raise no_data(f"saliency {name!r}", data_needs(name))
+
+
+def built_in(name: str) -> ScoreFunction | None:
+    """The function of a score of this file; None where a user has registered another under its name."""
+    function = _SCORES[name]
+    return function if function.__module__ == __name__ else None
 
 
 def _fingerprint(weight: Tensor, function: ScoreFunction) -> tuple[int, int]:

@@ -6,6 +6,7 @@ leading *values* well and the leading *space* badly when sigma_r+1 is close to s
 that decides which weights are salient. Keeping every power step's block in one basis repairs that.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,15 +44,18 @@ class Principal:
         return (self.u * self.s) @ self.v.T
 
 
-def principal(weight: Tensor, rank: int, *, method: Method = "krylov", seed: int = 0) -> Principal:
+def principal(
+    weight: Tensor, rank: int, *, method: Method = "krylov", seed: int = 0, column_scale: Tensor | None = None
+) -> Principal:
     """The leading singular triplets of a weight.
 
     Args:
-        weight: `[out, in]`, of any float dtype.
+        weight: `[out, in]`, of any float dtype; a large one is read in blocks.
         rank: number of triplets; at most min(out, in) are returned.
         method: "exact" is the float64 eigenproblem of the smaller Gram matrix. "krylov" costs a fixed number
             of products with the matrix, and becomes "exact" where its basis would span half of the space.
         seed: of the random start of "krylov".
+        column_scale: `[in]`; the triplets are those of the weight divided by it. None: of the weight itself.
 
     Returns:
         The triplets, float32.
@@ -67,57 +71,126 @@ def principal(weight: Tensor, rank: int, *, method: Method = "krylov", seed: int
     """
     if min(weight.shape) == 0:
         raise ValueError(f"weight {tuple(weight.shape)} is empty: it has no singular values")
-    smaller = min(weight.shape)
-    rank = min(rank, smaller)
+    matrix = _Matrix(weight, column_scale)
+    rank = min(rank, matrix.smaller)
     block = max(BLOCK_COLUMNS, rank + 8)
-    basis_columns = block * (STEPS + 1)
-    # Neither the Gram matrix of 1e30 nor that of 1e-30 is a float32; ordinary weights need no copy.
-    low, high = (float(end) for end in weight.aminmax())
-    top = max(-low, high)
-    scale = 1.0 if 1e-6 < top < 1e6 or top == 0 else top
-    matrix = weight.float() if scale == 1.0 else weight.float() / scale
-    flipped = matrix.shape[0] < matrix.shape[1]
-    if flipped:
-        matrix = matrix.T  # from here on [larger, smaller]
-    if method == "exact" or 2 * basis_columns >= smaller:
-        left, values, right = _exact(matrix, rank)
+    if method == "exact" or 2 * block * (STEPS + 1) >= matrix.smaller:
+        left, values, right = _ritz(matrix.blocks, matrix.larger, rank)
     else:
-        basis = _krylov_basis(matrix, block, seed)
-        left, values, inner = _exact(matrix @ basis, rank)  # Rayleigh-Ritz on the whole basis
+        basis, images = _krylov(matrix, block, seed)
+        left, values, inner = _ritz(images, matrix.larger, rank)
         right = basis @ inner
-    if flipped:
+    if matrix.flipped:
         left, right = right, left
-    last, following = float(values[rank - 1]), float(values[rank]) if rank < smaller else 0.0
+    last, following = float(values[rank - 1]), float(values[rank]) if rank < matrix.smaller else 0.0
     ratio = following / last if last > 0 else 1.0
-    return Principal(left, values[:rank] * scale, right, ratio)
+    return Principal(left, values[:rank] * matrix.unit, right, ratio)
 
 
-def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading triplets of `[m, n]`, m >= n: u `[m, rank]`, all sigma `[n]` falling, v `[n, rank]`."""
-    wide = matrix.double()
-    eigenvalues, eigenvectors = torch.linalg.eigh(wide.T @ wide)
+Rows = Callable[[], Iterator[tuple[slice, Tensor]]]
+"""Blocks of rows of a matrix, anew at each call: which rows, and the block `[rows, n]`, float32."""
+
+BLOCK_WEIGHTS = 1 << 20
+"""Weights in a block: four megabytes of float32, which both products with it find in cache."""
+
+
+MOST_COPIED = 1 << 23
+"""Weights of a matrix that is made float32 as a whole, once for all readings: 32 megabytes."""
+
+
+class _Matrix:
+    """A weight, divided by its columns' scales, on its side: `[larger, smaller]`, in blocks of rows.
+
+    In units in which the Gram matrix of 1e30 and that of 1e-30 are float32; ordinary weights are in units of
+    1. The scales multiply vectors, not the weight.
+    """
+
+    def __init__(self, weight: Tensor, column_scale: Tensor | None) -> None:
+        low, high = (float(end) for end in weight.aminmax())
+        top = max(-low, high)
+        self.unit = 1.0 if 1e-6 < top < 1e6 or top == 0 else top
+        self.flipped = weight.shape[0] < weight.shape[1]
+        dense = weight.float() if weight.numel() <= MOST_COPIED else weight
+        self.weight = dense.T if self.flipped else dense
+        self.larger, self.smaller = self.weight.shape
+        columns = torch.full((weight.shape[1],), 1 / self.unit, dtype=torch.float32, device=weight.device)
+        self.columns = columns if column_scale is None else columns / column_scale.float()
+
+    def dense(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the weight itself, `[rows, smaller]`, float32."""
+        step = max(1, BLOCK_WEIGHTS // self.smaller) if self.weight.is_cpu else self.larger
+        for start in range(0, self.larger, step):
+            rows = slice(start, min(start + step, self.larger))
+            yield rows, self.weight[rows].float()
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the matrix, `[rows, smaller]`."""
+        for rows, dense in self.dense():
+            yield rows, dense * (self.columns[rows].unsqueeze(1) if self.flipped else self.columns)
+
+    def images(self, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks `[n, rows]` of the products of the matrix with some vectors `[n, smaller]`."""
+        scaled = vectors if self.flipped else vectors * self.columns
+        for rows, dense in self.dense():
+            image = scaled @ dense.T
+            yield rows, image.mul_(self.columns[rows]) if self.flipped else image
+
+    def gram_times(self, vectors: Tensor, images: Tensor | None) -> Tensor:
+        """`vectors @ M.T @ M`, `[n, smaller]`, in one reading of the matrix M; its images `[n, larger]` are kept."""
+        scaled = vectors if self.flipped else vectors * self.columns
+        total = torch.zeros_like(vectors)
+        for rows, dense in self.dense():
+            image = scaled @ dense.T
+            if images is not None:
+                images[:, rows] = image * self.columns[rows] if self.flipped else image
+            total.addmm_(image.mul_(self.columns[rows].square()) if self.flipped else image, dense)
+        return total if self.flipped else total.mul_(self.columns)
+
+
+def _ritz(rows: Rows, larger: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading triplets of `[larger, n]`: u `[larger, rank]`, all sigma `[n]` falling, v `[n, rank]`."""
+    gram: Tensor | float = 0.0
+    for _, block in rows():
+        wide = block.double()
+        gram = gram + wide.T @ wide
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     values = eigenvalues.flip(0).clamp_(min=0).sqrt_()
     right = eigenvectors.flip(1)[:, :rank]
     floor = float(values[0]) * torch.finfo(torch.float64).eps or 1.0  # a sigma of 0 has left vector 0
-    left = (wide @ right) / values[:rank].clamp(min=floor)
-    return left.float(), values.float(), right.float()
+    left = torch.empty(larger, rank, dtype=torch.float32, device=right.device)
+    for part, block in rows():
+        left[part] = ((block.double() @ right) / values[:rank].clamp(min=floor)).float()
+    return left, values.float(), right.float()
 
 
-def _krylov_basis(matrix: Tensor, block: int, seed: int) -> Tensor:
-    """Orthonormal basis `[n, block * (STEPS + 1)]` of the Krylov space of `matrix.T @ matrix`."""
+def _krylov(matrix: _Matrix, block: int, seed: int) -> tuple[Tensor, Rows]:
+    """Orthonormal basis `[smaller, n]` of the Krylov space of `M.T @ M`, and what M makes of it, `[larger, n]`.
+
+    The images come with the steps that make the basis; only of a very tall matrix they are made anew.
+    """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
-    columns = matrix.shape[1]
-    start = torch.randn(columns, block, generator=generator, dtype=torch.float32, device="cpu")
-    start = start.to(matrix.device)
-    basis = torch.empty(columns, block * (STEPS + 1), dtype=torch.float32, device=matrix.device)
-    basis[:, :block] = torch.linalg.qr(start).Q
-    for step in range(1, STEPS + 1):
-        done, end = basis[:, : step * block], (step + 1) * block
-        following = matrix.T @ (matrix @ done[:, -block:])
+    start = torch.randn(matrix.smaller, block, generator=generator, dtype=torch.float32, device="cpu")
+    device = matrix.weight.device
+    basis = torch.empty(block * (STEPS + 1), matrix.smaller, dtype=torch.float32, device=device)
+    basis[:block] = torch.linalg.qr(start.to(device)).Q.T
+    tall = matrix.larger * basis.shape[0] > MOST_IMAGES
+    images = None if tall else torch.empty(basis.shape[0], matrix.larger, dtype=torch.float32, device=device)
+    for done in range(block, block * (STEPS + 1), block):
+        known, latest = basis[:done], slice(done - block, done)
+        following = matrix.gram_times(basis[latest], None if images is None else images[latest])
         for _ in range(2):  # once leaves float32 rounding in the basis; twice is enough
-            following -= done @ (done.T @ following)
-            following = torch.linalg.qr(following).Q
-        basis[:, end - block : end] = following
+            following -= (following @ known.T) @ known
+            following = torch.linalg.qr(following.T).Q.T
+        basis[done : done + block] = following
     # Of a matrix of low rank the space is soon exhausted, and what follows is noise, not orthogonal.
-    orthonormal: Tensor = torch.linalg.qr(basis).Q
-    return orthonormal
+    orthonormal, rest = torch.linalg.qr(basis.T)
+    if images is None or float(rest.diagonal().abs().min()) < 0.5:
+        return orthonormal, lambda: ((rows, image.T) for rows, image in matrix.images(orthonormal.T))
+    for rows, image in matrix.images(basis[-block:]):
+        images[-block:, rows] = image
+    turned, found = torch.linalg.inv(rest.double()).float(), images
+    return orthonormal, lambda: iter([(slice(0, matrix.larger), found.T @ turned)])
+
+
+MOST_IMAGES = 1 << 23
+"""Numbers in the images that are kept: 32 megabytes."""

@@ -15,7 +15,8 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core import saliency
 from svdq_hf.core.normalized import NormalizedWeight
 from svdq_hf.core.saliency import Scored
-from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.core.score_blocks import score_blocks
+from svdq_hf.core.topk import salient_count, top_of_blocks, top_positions
 from svdq_hf.quantize.encoding import FLOATS, column_scale, largest
 
 
@@ -78,7 +79,14 @@ def score(prepared: Prepared) -> Scored:
     Raises:
         ValueError: see `saliency.score`.
     """
-    return saliency.score(prepared.config.saliency, prepared.seen, prepared.known)
+    name, (out, in_features) = prepared.config.saliency, prepared.dense.shape
+    blocks = score_blocks(name, prepared, prepared.known)
+    if blocks is None:
+        return saliency.score(name, prepared.seen, prepared.known)
+    scores = prepared.dense.new_empty(out, in_features, dtype=torch.float32)
+    for rows, block in blocks.of(out, in_features):
+        scores[rows] = block
+    return Scored(scores, blocks.facts)
 
 
 def choose(prepared: Prepared, scored: Scored | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -86,7 +94,8 @@ def choose(prepared: Prepared, scored: Scored | None = None) -> tuple[Tensor, Te
 
     Args:
         prepared: a weight `[out, in]`; k is its config's.
-        scored: the result of `score`, where it is known already.
+        scored: the result of `score`, where it is known already. Otherwise scores are computed block by
+            block, where their function can do that, and not kept.
 
     Returns:
         Rows `[k]` and columns `[k]`, int32, sorted by row, then by column; and the score's facts.
@@ -94,9 +103,13 @@ def choose(prepared: Prepared, scored: Scored | None = None) -> tuple[Tensor, Te
     Raises:
         ValueError: see `score`.
     """
-    k = salient_count(prepared.config.k, *prepared.dense.shape)
+    out, in_features = prepared.dense.shape
+    k = salient_count(prepared.config.k, out, in_features)
     if k == 0:
         nowhere = prepared.dense.new_empty(0, dtype=torch.int32)
         return nowhere, nowhere, {}
+    blocks = None if scored else score_blocks(prepared.config.saliency, prepared, prepared.known)
+    if blocks is not None:
+        return *top_of_blocks(blocks.of(out, in_features), in_features, k), blocks.facts
     scores, facts = scored or score(prepared)
     return *top_positions(scores, k), facts
