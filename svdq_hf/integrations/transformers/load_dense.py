@@ -84,7 +84,8 @@ class DenseLoad(Load):
             for name, choice in self._ends().items():
                 check_source(checkpoint, name, dense[name], choice)
         self.config = self._planned(model, checkpoint, chosen)
-        exact = loaded_exactly(chosen, checkpoint)
+        ends = {one.name: one.module for one in (self.head, self.table) if one is not None}
+        exact = loaded_exactly({**chosen, **ends}, dense, checkpoint)
         replace_layers(model, chosen, self.config)
         self.note_packed(model, checkpoint)
         weights = {stored.key("weight") for stored in self.packed}
@@ -169,24 +170,32 @@ class DenseLoad(Load):
                 reader.dtype = model.config.dtype
 
 
-def loaded_exactly(chosen: Mapping[str, nn.Module], checkpoint: Checkpoint) -> set[str]:
-    """Names of expert weights that need not be forced to FP32 while loading.
+def loaded_exactly(
+    chosen: Mapping[str, nn.Module], dense: Mapping[str, list[str]], checkpoint: Checkpoint
+) -> set[str]:
+    """Names of weights that need not be forced to FP32 while loading.
 
     Salient weights must be the checkpoint's own values, so weights are normally loaded in FP32. Where
-    checkpoint and model have the same dtype no rounding happens, and the large FP32 copy of all experts is
-    avoided.
+    checkpoint and model have the same dtype no rounding happens, and an FP32 copy of a head or of all experts
+    is avoided.
 
     Args:
         chosen: the modules to quantize, by name.
+        dense: for each of them that may be tied, names in the checkpoint under which its weight may be.
         checkpoint: headers of the files.
 
     Returns:
         Names of tensors in the model.
     """
-    return {
-        stored.key("weight")
-        for name, module in chosen.items()
-        for stored in stacks_of(name, module)
-        if (entry := checkpoint.entries.get(stored.key("weight"))) is not None
-        and entry.dtype == getattr(module, stored.name.rpartition(".")[2]).dtype
-    }
+    exact: set[str] = set()
+    for name, module in chosen.items():
+        if layout_of(module) is None:
+            weights = {f"{name}.weight": (dense.get(name, [f"{name}.weight"]), module.weight.dtype)}
+        else:
+            found = (stored.key("weight") for stored in stacks_of(name, module))
+            weights = {key: ([key], getattr(module, key.rpartition(".")[2]).dtype) for key in found}
+        for names, dtype in weights.values():
+            entries = [checkpoint.entries[one] for one in names if one in checkpoint.entries]
+            if entries and all(entry.dtype == dtype for entry in entries):
+                exact.update(names)
+    return exact
