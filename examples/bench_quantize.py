@@ -1,6 +1,8 @@
 """What quantizing costs and keeps: the table "Measured" of the README.
 
     python examples/bench_quantize.py            # about five minutes, Markdown on standard output
+    python examples/bench_quantize.py --speed 4096 4096          # seconds per billion weights, one thread
+    python examples/bench_quantize.py --loading FOLDER bfloat16  # time and peak of loading, with the head
 
 Each figure is taken in a process of its own. Answers are checked before anything is timed. The 200
 sentences are the first 50 of four columns of GLUE's dev sets, found in $SVDQ_DATA or ../shared/data.
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig, footprint, read_footprint
@@ -28,6 +30,8 @@ from svdq_hf.config.choices import VERSION_1
 from svdq_hf.core.svd import principal
 from svdq_hf.core.topk import top_positions
 from svdq_hf.demo import default_model, embed
+from svdq_hf.quantize.encoding import made_by
+from svdq_hf.quantize.weight import quantize_weight
 
 DATA = Path(os.environ.get("SVDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SENTENCES = {
@@ -202,6 +206,47 @@ def anonymous() -> int:
     raise OSError("this system does not tell anonymous memory: /proc/self/status has no RssAnon")
 
 
+def speed(out: str, in_features: str) -> None:
+    """Quantizing one random matrix on one thread, in seconds of the processor per billion weights."""
+    torch.set_num_threads(1)
+    weight = torch.randn(int(out), int(in_features), generator=torch.Generator().manual_seed(0)) * 0.02
+    configs = {
+        "SVDQConfig()": SVDQConfig(), "best()": SVDQConfig.best(), "k=0": SVDQConfig(k=0),
+        "paper()": SVDQConfig.paper(), "bits=8": SVDQConfig(bits=8),
+    }  # fmt: skip
+    for name, config in configs.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            times, dense = [], weight.to(dtype)
+            for _ in range(3):
+                started = time.process_time()
+                quantize_weight(dense, config, "layer")
+                times.append(time.process_time() - started)
+            row(f"{out} x {in_features}, {str(dtype)[6:]}, {name}, by {made_by()}",
+                f"{min(times) / weight.numel() * 1e9:.1f} s per billion weights", "")  # fmt: skip
+
+
+def loading(folder: str, dtype: str) -> None:
+    """Loading a model with its head quantized: time, and the peak above what the process held before."""
+    highest, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], anonymous())
+
+    principal(torch.randn(512, 512), 8)  # thread pools and libraries come up before the count
+    watcher, start, started = threading.Thread(target=watch), anonymous(), time.process_time()
+    watcher.start()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=SVDQConfig(lm_head=True), dtype=getattr(torch, dtype)
+    )
+    spent = time.process_time() - started
+    done.set()
+    watcher.join()
+    above, packed = (highest[0] - start) / 1e6, footprint(model).quantized_bytes / 1e6
+    row(f"loading {Path(folder).name} in {dtype}, with lm_head=True", f"{spent:.1f} s of the processor; peak "
+        f"{above:.0f} MB above the interpreter, packed {packed:.0f} MB", "")  # fmt: skip
+
+
 def row(what: str, value: str, asked: str) -> None:
     print(f"| {what} | {value} | {asked} |", flush=True)
 
@@ -217,6 +262,6 @@ if __name__ == "__main__":
     logging.disable_progress_bar()
     parts = {
         "--choice": choice, "--load": load, "--sentences": sentences, "--memory": memory,
-        "--write-llama": write_llama, "--peak": peak,
+        "--write-llama": write_llama, "--peak": peak, "--speed": speed, "--loading": loading,
     }  # fmt: skip
     parts[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
