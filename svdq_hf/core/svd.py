@@ -188,8 +188,12 @@ def _krylov(matrix: _Matrix, block: int, seed: int) -> tuple[Tensor, Rows]:
         return orthonormal, lambda: ((rows, image.T) for rows, image in matrix.images(orthonormal.T))
     for rows, image in matrix.images(basis[-block:]):
         images[-block:, rows] = image
-    turned, found = torch.linalg.inv(rest.double()).float(), images
-    return orthonormal, lambda: iter([(slice(0, matrix.larger), found.T @ turned)])
+    turned, parts = torch.linalg.inv(rest.double()).float(), images.split(BLOCK_WEIGHTS // basis.shape[0], 1)
+    starts = range(0, matrix.larger, parts[0].shape[1])
+    return orthonormal, lambda: (
+        (slice(start, start + part.shape[1]), part.T @ turned)
+        for start, part in zip(starts, parts, strict=True)
+    )
 
 
 MOST_IMAGES = 1 << 23
