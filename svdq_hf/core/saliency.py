@@ -249,20 +249,18 @@ def _random(weight: Tensor, *, seed: int) -> Tensor:
 def _relative(weight: Tensor, *, group: int) -> Tensor:
     """abs(w) over the root mean square of its group, computed without the group's outliers."""
     out, in_features = weight.shape
-    size = torch.nn.functional.pad(weight.abs(), (0, -in_features % group)).view(out, -1, group)
+    missing = -in_features % group
+    size = torch.nn.functional.pad(weight.abs(), (0, missing)).view(out, -1, group)
     real = torch.ones(in_features, dtype=torch.float32, device=weight.device)
-    real = torch.nn.functional.pad(real, (0, -in_features % group)).view(1, -1, group)
-    typical = _root_mean_square(size, real)
-    inliers = real * (size <= OUTLIER * typical)
-    typical = _root_mean_square(size, inliers)
-    return (size / typical.clamp(min=torch.finfo(torch.float32).tiny)).view(out, -1)[:, :in_features]
-
-
-def _root_mean_square(size: Tensor, weights: Tensor) -> Tensor:
-    """Root mean square of `[out, groups, group]` over the last dimension, where `weights` is 1."""
-    top = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    total = (weights * (size / top).square()).sum(-1, keepdim=True)
-    return top * (total / weights.sum(-1, keepdim=True).clamp(min=1)).sqrt()
+    real = torch.nn.functional.pad(real, (0, missing)).view(1, -1, group)
+    top = size.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    square = (size / top).square_()  # padding is zero, so it adds nothing
+    typical = top * (square.sum(-1, keepdim=True) / real.sum(-1, keepdim=True)).sqrt_()
+    inliers = (size <= OUTLIER * typical).float()
+    inliers = inliers.mul_(real) if missing else inliers
+    count = inliers.sum(-1, keepdim=True).clamp_(min=1)
+    typical = top * (square.mul_(inliers).sum(-1, keepdim=True) / count).sqrt_()
+    return (size / typical.clamp_(min=torch.finfo(torch.float32).tiny)).view(out, -1)[:, :in_features]
 
 
 @register_saliency("awq")
