@@ -71,7 +71,9 @@ def top_of_blocks(blocks: Iterable[tuple[slice, Tensor]], in_features: int, k: i
     Raises:
         ValueError: a score is NaN.
     """
-    least, values, places = -math.inf, torch.empty(0), torch.empty(0, dtype=torch.int64)
+    cpu = torch.device("cpu")  # and not a context's
+    least, values = -math.inf, torch.empty(0, dtype=torch.float32, device=cpu)
+    places = torch.empty(0, dtype=torch.int64, device=cpu)
     for rows, scores in blocks:
         flat = scores.reshape(-1)
         least = _least_of(flat, k) if least == -math.inf else least
