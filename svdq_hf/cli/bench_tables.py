@@ -28,7 +28,8 @@ def show_bench(result: BenchResult) -> None:
     size, weights = result.stored_bytes / MEGABYTE, result.parameters / 1e6
     screen.print(plain(f"{result.model}: {result.kind}"))
     threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
-    screen.print(f"{weights:.0f} M weights, {size:.0f} MB on disk; {threads}, {_times(result.rounds)}")
+    told = f"{weights:.0f} M weights, {size:.0f} MB on disk; {threads}, {_times(result.rounds)}"
+    screen.print(plain(told))
     for table in (_speeds(result), _memory(result), _shares(result)):
         screen.print(table)
     for line in (*kernel_lines(result.paths), *_missing(result), verdict(result)):
