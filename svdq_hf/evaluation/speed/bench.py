@@ -175,7 +175,7 @@ def run_bench(request: BenchRequest, say: Say = lambda text: None) -> BenchResul
         paths = own.ask("paths", tokens=lengths)["paths"]
         rounds = running.rounds(request.seconds)
     return BenchResult(
-        model=str(source), kind=first["kind"], parameters=first["parameters"], stored_bytes=source.bytes,
+        model=str(source), kind=first["kind"], parameters=running.parameters, stored_bytes=source.bytes,
         threads=first["threads"], figures=running.figures, variants=running.measured, shares=shares,
         paths=paths, missing=running.missing, rounds=rounds,
     )  # fmt: skip
@@ -195,6 +195,11 @@ class _Running:
     def figures(self) -> list[str]:
         writes = any(one["writes"] for one in self.loaded.values())
         return [*([DECODE] if writes else []), *map(str, self.request.tokens)]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model: the most that a variant tells, as other methods count packed ones."""
+        return max((int(one["parameters"]) for one in self.loaded.values()), default=0)
 
     def start(self, variant: Variant) -> None:
         """Load a variant in a process of its own; where that fails and others may do, note why."""
@@ -219,8 +224,7 @@ class _Running:
 
     def _too_large(self, variant: Variant) -> str | None:
         """Why a variant does not fit into the memory that is free; None: it may."""
-        parameters = next((one["parameters"] for one in self.loaded.values()), 0)
-        needed, free = variant.weight_bytes * parameters, free_memory()
+        needed, free = variant.weight_bytes * self.parameters, free_memory()
         if free is None or needed <= free:
             return None
         return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
