@@ -42,7 +42,7 @@ def _hint(message: str, options: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
+def add_choices(parser: argparse.ArgumentParser, command: str, *, several_presets: bool = False) -> None:
     """Add options for the choices of SVDQConfig that a command takes.
 
     An option that is not given is absent from the result, so that the config's defaults hold.
@@ -50,11 +50,15 @@ def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
     Args:
         parser: the command's parser.
         command: its name.
+        several_presets: whether `--preset` may be given again, for another config.
     """
     group = parser.add_argument_group("choices")
     presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
     told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
-    group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+    again, text = ("append", "; again for one more") if several_presets else ("store", "")
+    group.add_argument(
+        "--preset", choices=presets, action=again, help=f"start from a preset{text}; {told}"
+    )
     for name, row in CHOICES.items():
         if row.option is not None and command in row.option.commands:
             group.add_argument(

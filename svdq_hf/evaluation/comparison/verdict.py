@@ -1,0 +1,153 @@
+"""Verdict on one model of a comparison: a sentence, and what to try next.
+
+The words for a KL rest on the quality page: NF4 costs Gemma 3 270M 0.28, `SVDQConfig()` 0.11, 8 bits about
+0.001. Not here: the figures (`evaluation.comparison.result`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from svdq_hf.evaluation.comparison.result import ComparedModel, Quality
+from svdq_hf.evaluation.comparison.statistics import Estimate
+
+LEVELS = (
+    (0.002, "hardly to be told from the original"),
+    (0.02, "very close to the original"),
+    (0.15, "close to the original"),
+    (0.5, "noticeably different from the original"),
+    (float("inf"), "far from the original"),
+)
+"""Words for a mean KL in nats below each bound."""
+COSINES = ((0.001, 0), (0.005, 1), (0.03, 2), (0.1, 3), (float("inf"), 4))
+"""The same words, for 1 minus a mean cosine below each bound."""
+MOSTLY_DENSE = 0.5
+FEW_BITS = 5.0
+
+
+def verdict(model: ComparedModel, counted: str) -> str:
+    """One sentence on a model, beside the reference.
+
+    Args:
+        model: not the reference.
+        counted: what was scored: "tokens", "answers", ...
+    """
+    quality = model.quality
+    facts = ", ".join([*_loss(quality), *_distance(quality), *_agreement(quality, counted)])
+    return f"{model.name} {facts}: {closeness(quality)}."
+
+
+def closeness(quality: Quality) -> str:
+    """How near a model is to the original, in words."""
+    if is_identical(quality):
+        return "the same answers"
+    if quality.cosine is not None:
+        return LEVELS[next(at for bound, at in COSINES if 1 - quality.cosine.value < bound)][1]
+    if quality.kl is None:
+        return "see the change of the loss"
+    known = quality.kl.value
+    return next((words for bound, words in LEVELS if known < bound), LEVELS[-1][1])
+
+
+def is_identical(quality: Quality) -> bool:
+    """Whether nothing at all has changed."""
+    if quality.cosine is not None:
+        return quality.cosine.value > 1 - 1e-9
+    if quality.kl is not None:
+        return quality.kl.value == 0
+    return quality.change is not None and quality.change[:] == (0, 0, 0)
+
+
+def _loss(quality: Quality) -> Iterator[str]:
+    if quality.change is not None:
+        low, high = signed(quality.change.low), signed(quality.change.high)
+        yield f"changes the loss by {signed(quality.change.value)} nats ({low} to {high})"
+
+
+def _distance(quality: Quality) -> Iterator[str]:
+    if quality.kl is not None:
+        yield f"{'is at ' if quality.change is None else ''}KL {figure(quality.kl.value)}"
+    if quality.cosine is not None:
+        yield f"keeps a cosine of {quality.cosine.value:.4f}"
+
+
+def _agreement(quality: Quality, counted: str) -> Iterator[str]:
+    if quality.flips is not None and counted == "answers":
+        changed, lost, gained = quality.flips.changed, quality.flips.lost, quality.flips.gained
+        yield f"{changed} answers changed ({lost} right to wrong, {gained} wrong to right)"
+    elif quality.same is not None:
+        what = {"answers": "labels", "sentences": "nearest sentences", "frames": "top answers"}
+        yield f"{share(quality.same)} of {what.get(counted, 'top tokens')} stay"
+
+
+def signed(value: float) -> str:
+    """A change of loss.
+
+    >>> signed(0.04812), signed(-0.0004)
+    ('+0.048', '-0.0004')
+    """
+    return f"{value:+.3f}" if abs(value) >= 0.0095 or value == 0 else f"{value:+.2g}"
+
+
+def figure(value: float) -> str:
+    """A number of any size, three digits.
+
+    >>> figure(0.10432), figure(0.0), figure(0.0000123)
+    ('0.104', '0', '1.23e-05')
+    """
+    return f"{value:.3g}"
+
+
+def share(value: Estimate) -> str:
+    """A share in per cent; only all is 100.
+
+    >>> share(Estimate(0.9996, 0, 1)), share(Estimate(1.0, 1, 1)), share(Estimate(0.96, 0, 1))
+    ('99.96 %', '100 %', '96.0 %')
+    """
+    percent = 100 * value.value
+    return "100 %" if percent == 100 else f"{percent:.1f} %" if percent < 99.9 else f"{percent:.2f} %"
+
+
+def advice(model: ComparedModel) -> list[str]:
+    """What to try next, at most two hints.
+
+    Args:
+        model: not the reference.
+    """
+    if is_identical(model.quality) or model.quantization is None:
+        return []
+    if model.quantization.get("quant_method") != "svdq":
+        return []
+    return [*_nearer_or_smaller(model), *_mostly_dense(model)][:2]
+
+
+def _nearer_or_smaller(model: ComparedModel) -> Iterator[str]:
+    word = closeness(model.quality)
+    close = word in {words for _, words in LEVELS[:2]}
+    bits = model.quantization.get("bits", 4) if model.quantization else 4
+    preset = _preset(model.quantization or {})
+    if close and (model.bits or 0) > FEW_BITS:
+        yield "smaller: --preset best (4 bits)"
+    elif close and preset != "small":
+        yield "smaller: --preset small"
+    elif not close and preset not in ("best", "paper") and bits == 4:
+        yield "nearer: --preset best"
+    elif not close and preset == "paper":
+        yield "paper() is only for comparisons: --preset best"
+    elif not close and bits < 8:
+        yield "nearer: --bits 8; or SVDQConfig.calibrated() with texts of yours"
+
+
+def _preset(quantization: dict[str, Any]) -> str | None:
+    from svdq_hf.config.presets import PRESETS
+
+    fitting = [name for name, preset in PRESETS.items() if preset.changes.items() <= quantization.items()]
+    return max(fitting, key=lambda name: len(PRESETS[name].changes), default=None)
+
+
+def _mostly_dense(model: ComparedModel) -> Iterator[str]:
+    if model.dense_share is not None and model.dense_share > MOSTLY_DENSE:
+        known = model.quantization or {}
+        options = [name for name in ("lm_head", "embeddings") if not known.get(name)]
+        told = " or ".join(f"--{name.replace('_', '-')}" for name in options)
+        if told:
+            yield f"{model.dense_share:.0%} of its file is not quantized: {told} shrinks it"
