@@ -56,9 +56,7 @@ def add_choices(parser: argparse.ArgumentParser, command: str, *, several_preset
     presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
     told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
     again, text = ("append", "; again for one more") if several_presets else ("store", "")
-    group.add_argument(
-        "--preset", choices=presets, action=again, help=f"start from a preset{text}; {told}"
-    )
+    group.add_argument("--preset", choices=presets, action=again, help=f"start from a preset{text}; {told}")
     for name, row in CHOICES.items():
         if row.option is not None and command in row.option.commands:
             group.add_argument(

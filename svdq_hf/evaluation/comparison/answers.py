@@ -109,7 +109,8 @@ class Reference:
 
     def known(self, place: int) -> Tensor:
         """The reference's answer to one input, `[positions, classes]`, as it was kept."""
-        return load_file(self._file(place))["value"]
+        value: Tensor = load_file(self._file(place))["value"]
+        return value
 
     def _file(self, place: int) -> Path:
         return self.folder / f"{place}.safetensors"
@@ -148,7 +149,7 @@ def _scored(one: Answers) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     losses = [
         F.cross_entropy(part.float(), wanted, reduction="none")
-        for part, wanted in zip(one.logits.split(BLOCK), one.wanted.split(BLOCK), strict=True)
+        for part, wanted in zip(torch.split(one.logits, BLOCK), torch.split(one.wanted, BLOCK), strict=True)
     ]
     return torch.cat(losses).double(), one.logits.argmax(-1) == one.wanted
 
@@ -167,10 +168,10 @@ def joined(parts: list[Observed]) -> Observed:
         return None if values[0] is None else torch.cat(values)
 
     names = [one.name for one in fields(Observed) if one.name not in ("block", "metrics")]
-    return Observed(torch.cat([part.block for part in parts]), **{name: column(name) for name in names})
+    columns: dict[str, Any] = {name: column(name) for name in names}
+    return Observed(torch.cat([part.block for part in parts]), **columns)
 
 
-@torch.no_grad()
 def run_over(model: Any, inputs: Iterable[Any], answer: Callable[[Any, Any], Answers]) -> Iterator[Answers]:
     """The answers of a model, one input at a time.
 

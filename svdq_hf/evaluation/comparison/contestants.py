@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from svdq_hf.config.choices import CHOICES
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.format.files import weight_files
 
-Model = str | Path | PreTrainedModel
+Model: TypeAlias = str | Path | nn.Module
 """What can be compared: a folder, a name on the Hub, or a model in memory."""
 
 
@@ -136,7 +136,9 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
             f"first: svdq compare ORIGINAL {first.where}"
         )
     if first.quantization is not None and any(isinstance(other, SVDQConfig) for other in others):
-        raise ValueError(f"{first.where}: quantized already; quantize the original: svdq compare ORIGINAL ...")
+        raise ValueError(
+            f"{first.where}: quantized already; quantize the original: svdq compare ORIGINAL ..."
+        )
     found = [first, *map(entrant, others)]
     _check_once(found)
     return _told_apart(found)

@@ -26,7 +26,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     Returns:
         `[positions, classes]`, float16.
     """
-    return torch.cat([_halved(F.log_softmax(part.float(), -1)) for part in logits.split(POSITIONS)])
+    return torch.cat([_halved(F.log_softmax(part.float(), -1)) for part in torch.split(logits, POSITIONS)])
 
 
 def divergences(reference: Tensor, logits: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def divergences_and_agreement(reference: Tensor, logits: Tensor) -> tuple[Tensor
 
 
 def _compared(reference: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for known, part in zip(reference.split(POSITIONS), logits.split(POSITIONS), strict=True):
+    for known, part in zip(torch.split(reference, POSITIONS), torch.split(logits, POSITIONS), strict=True):
         found = _halved(F.log_softmax(part.float(), -1))
         log_p, log_q = (F.log_softmax(one.float(), -1) for one in (known, found))  # which sum to 1 again
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)

@@ -60,7 +60,7 @@ class MaskedWindows:
     counted = "masked tokens"
 
     def __init__(self, ids: Tensor, context: int, tokenizer: Any, reference: Reference) -> None:
-        parts = [masked_window(part, tokenizer) for part in ids.split(context) if part.numel() > EVERY]
+        parts = [masked_window(part, tokenizer) for part in torch.split(ids, context) if part.numel() > EVERY]
         self.windows = [part for part in parts if part.place.numel()]
         self.reference = reference
         self.about = f"every {EVERY}th of {ids.numel()} tokens masked, context {context}"

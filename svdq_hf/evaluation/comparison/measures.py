@@ -5,8 +5,9 @@ Not here: the kinds (`evaluation.comparison.kinds`), the measures themselves (`e
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _speech(given: Measuring) -> Measure:
     listen, (clips, about) = _listener(given), _clips(given)
     found, left = [], given.choices.get("tokens") or request.TOKENS_SPOKEN
     for clip in clips:
-        found.append(heard(clip(), given.tokenizer, listen, given.model.config))
+        found.append(heard(clip, given.tokenizer, listen, given.model.config))
         left -= found[-1].wanted.numel()
         if left <= 0:
             break
@@ -189,7 +190,7 @@ def _speech(given: Measuring) -> Measure:
 
 def _frames(given: Measuring) -> Measure:
     listen, (clips, about) = _listener(given), _clips(given)
-    return HeardFrames([features(clip(), listen) for clip in clips[:FEW]], about, given.reference)
+    return HeardFrames([features(clip, listen) for clip in islice(clips, FEW)], about, given.reference)
 
 
 def _listener(given: Measuring) -> Any:
@@ -197,16 +198,15 @@ def _listener(given: Measuring) -> Any:
     return AutoFeatureExtractor.from_pretrained(where, trust_remote_code=False)
 
 
-def _clips(given: Measuring) -> tuple[list[Callable[[], Clip]], str]:
-    """Makers of the clips, and what they are."""
+def _clips(given: Measuring) -> tuple[Iterator[Clip], str]:
+    """The clips, each made when it is needed, and what they are."""
     data = given.choices.get("data")
     if data is not None:
-        found = sound.recordings(Path(data))
-        return [lambda clip=clip: clip for clip in found], Path(data).name
+        return iter(sound.recordings(Path(data))), Path(data).name
     texts = sound.clips(read_text(given.file))
-    if sound.can_read_aloud():
-        return [lambda text=text: Clip(sound.spoken(text), text) for text in texts], f"{given.told} spoken"
-    return [lambda n=n, t=text: Clip(sound.tones(n), t) for n, text in enumerate(texts)], TONES
+    if not sound.can_read_aloud():
+        return (Clip(sound.tones(number), text) for number, text in enumerate(texts)), TONES
+    return (Clip(sound.spoken(text), text) for text in texts), f"{given.told} spoken"
 
 
 _MAKERS: dict[str, Callable[[Measuring], Measure]] = {

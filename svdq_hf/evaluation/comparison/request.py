@@ -51,11 +51,13 @@ def check(choices: Choices) -> None:
         ValueError: a number too small, a file that is not there, or choices that exclude one another.
     """
     for name, value, least in (("tokens", choices.get("tokens"), 2), ("context", choices.get("context"), 4)):
-        require(value is None or value >= least, name, value, f"a whole number from {least} on")  # type: ignore[operator]
+        require(value is None or value >= least, name, value, f"a whole number from {least} on")
     text, task, speech = choices.get("text"), choices.get("task"), choices.get("speech", False)
     named = [f"--{name}" for name, value in (("text", text), ("task", task), ("speech", speech)) if value]
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)}: models are compared on one thing at a time; give one of them")
+        raise ValueError(
+            f"{' and '.join(named)}: models are compared on one thing at a time; give one of them"
+        )
     if text is not None and not Path(text).is_file():
         raise ValueError(f"--text {text}: no such file; leave it out for a text that comes along")
     if task is not None:

@@ -89,7 +89,7 @@ class Run:
             for one, size, found in zip(self.contestants, sizes, seen, strict=True)
         ]
         judged = [
-            replace(one, verdict=verdict(one, measure.counted), advice=advice(one)) for one in models[1:]
+            replace(one, verdict=verdict(one, measure.counted), advice=advice(one, measure.counted)) for one in models[1:]
         ]
         about, n = measure.about, seen[0].n
         return ComparisonResult(about, measure.counted, n, models[0], judged, 0.0, tuple(self.notes))
@@ -118,9 +118,7 @@ class Run:
         folder = place / "reference"
         folder.mkdir()
         home = None if first.source is None else first.source.folder
-        measure = measure_of(
-            Measuring(first.empty(), home, tokenizer, self.choices, Reference(folder)), kind
-        )
+        measure = measure_of(Measuring(first.empty(), home, tokenizer, self.choices, Reference(folder)), kind)
         for other in self.contestants[1:]:
             if other.is_there and (found := other.tokenizer()) is not None:
                 check_tokenizer(found, tokenizer, other.where, first.where)

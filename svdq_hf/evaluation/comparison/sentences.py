@@ -21,7 +21,7 @@ LONGEST = 256
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of a text that have at least four words, each once.
+    r"""The sentences of a text that have at least four words, each once.
 
     >>> sentences_of("One two three four. Yes!\\n\\nOne two three four.  And so it goes on?")
     ['One two three four.', 'And so it goes on?']

@@ -1,4 +1,4 @@
-"""Sound for speech models: a text read aloud by espeak-ng, recordings of the user's, or tones from arithmetic.
+"""Sound for speech models: a text read aloud by espeak-ng, recordings of the user's, or tones by arithmetic.
 
 Not here: what a model makes of it (`evaluation.comparison.speech`).
 """
@@ -113,7 +113,7 @@ def tones(voice: int, seconds: float = 10.0) -> Tensor:
     time = torch.arange(round(seconds * RATE), dtype=torch.float64) / RATE
     bend = 0.1 * torch.sin(2 * math.pi * 0.4 * (1 + voice) * time / len(VOICES))
     phase = 2 * math.pi * torch.cumsum(pitch * (1 + bend), 0) / RATE
-    voiced = sum(torch.sin(number * phase) / number for number in range(1, 13))
+    voiced = torch.stack([torch.sin(number * phase) / number for number in range(1, 13)]).sum(0)
     loudness = torch.sin(math.pi * syllables * time) ** 2
     return (0.3 * loudness * voiced).float()
 

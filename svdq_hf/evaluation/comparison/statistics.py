@@ -61,4 +61,6 @@ def estimate(values: Tensor, block: Tensor) -> Estimate:
 def _draws(blocks: int) -> list[Tensor]:
     """The numbers of the blocks in each draw, `[draws, blocks]` at a time; the same at every call."""
     generator = torch.Generator().manual_seed(SEED)
-    return [torch.randint(blocks, (AT_ONCE, blocks), generator=generator) for _ in range(RESAMPLES // AT_ONCE)]
+    return [
+        torch.randint(blocks, (AT_ONCE, blocks), generator=generator) for _ in range(RESAMPLES // AT_ONCE)
+    ]

@@ -4,9 +4,10 @@ The words for a KL rest on the quality page: NF4 costs Gemma 3 270M 0.28, `SVDQC
 0.001. Not here: the figures (`evaluation.comparison.result`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from svdq_hf.config.presets import PRESETS
 from svdq_hf.evaluation.comparison.result import ComparedModel, Quality
 from svdq_hf.evaluation.comparison.statistics import Estimate
 
@@ -107,47 +108,44 @@ def share(value: Estimate) -> str:
     return "100 %" if percent == 100 else f"{percent:.1f} %" if percent < 99.9 else f"{percent:.2f} %"
 
 
-def advice(model: ComparedModel) -> list[str]:
+def advice(model: ComparedModel, counted: str) -> list[str]:
     """What to try next, at most two hints.
 
     Args:
         model: not the reference.
+        counted: what was scored: "tokens", "answers", ...
     """
-    if is_identical(model.quality) or model.quantization is None:
+    known = model.quantization or {}
+    if is_identical(model.quality) or known.get("quant_method") != "svdq":
         return []
-    if model.quantization.get("quant_method") != "svdq":
-        return []
-    return [*_nearer_or_smaller(model), *_mostly_dense(model)][:2]
+    close = closeness(model.quality) in {words for _, words in LEVELS[:2]}
+    hints = _smaller(known) if close else _nearer(known)
+    return [*hints, *_mostly_dense(model, counted)]
 
 
-def _nearer_or_smaller(model: ComparedModel) -> Iterator[str]:
-    word = closeness(model.quality)
-    close = word in {words for _, words in LEVELS[:2]}
-    bits = model.quantization.get("bits", 4) if model.quantization else 4
-    preset = _preset(model.quantization or {})
-    if close and (model.bits or 0) > FEW_BITS:
-        yield "smaller: --preset best (4 bits)"
-    elif close and preset != "small":
+def _smaller(known: Mapping[str, Any]) -> Iterator[str]:
+    if known.get("bits", 4) > FEW_BITS:
+        yield "smaller: --preset best, of 4 bits"
+    elif _preset(known) != "small":
         yield "smaller: --preset small"
-    elif not close and preset not in ("best", "paper") and bits == 4:
-        yield "nearer: --preset best"
-    elif not close and preset == "paper":
-        yield "paper() is only for comparisons: --preset best"
-    elif not close and bits < 8:
-        yield "nearer: --bits 8; or SVDQConfig.calibrated() with texts of yours"
 
 
-def _preset(quantization: dict[str, Any]) -> str | None:
-    from svdq_hf.config.presets import PRESETS
+def _nearer(known: Mapping[str, Any]) -> Iterator[str]:
+    if _preset(known) == "paper":
+        yield "nearer: --preset best; the preset paper is only for comparisons with the paper"
+    elif known.get("bits", 4) < FEW_BITS:
+        best = "" if _preset(known) == "best" else "--preset best; "
+        yield f"nearer: {best}--bits 8; with texts of yours, SVDQConfig.calibrated()"
 
-    fitting = [name for name, preset in PRESETS.items() if preset.changes.items() <= quantization.items()]
+
+def _preset(known: Mapping[str, Any]) -> str | None:
+    """The preset that a quantization_config has all choices of."""
+    fitting = [name for name, preset in PRESETS.items() if preset.changes.items() <= known.items()]
     return max(fitting, key=lambda name: len(PRESETS[name].changes), default=None)
 
 
-def _mostly_dense(model: ComparedModel) -> Iterator[str]:
-    if model.dense_share is not None and model.dense_share > MOSTLY_DENSE:
-        known = model.quantization or {}
-        options = [name for name in ("lm_head", "embeddings") if not known.get(name)]
-        told = " or ".join(f"--{name.replace('_', '-')}" for name in options)
-        if told:
-            yield f"{model.dense_share:.0%} of its file is not quantized: {told} shrinks it"
+def _mostly_dense(model: ComparedModel, counted: str) -> Iterator[str]:
+    option = "lm_head" if counted == "tokens" else "embeddings"
+    share = model.dense_share or 0
+    if share > MOSTLY_DENSE and not (model.quantization or {}).get(option):
+        yield f"{share:.0%} of the file is not quantized: --{option.replace('_', '-')} shrinks it"

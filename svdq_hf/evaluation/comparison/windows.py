@@ -45,7 +45,7 @@ def windows_of(ids: Tensor, context: int, first: int | None = None) -> list[Tens
     [[[1, 5, 6, 7]], [[1, 8, 9]]]
     """
     lead = ids.new_tensor([] if first is None else [first])
-    parts = ids.split(context - lead.numel())
+    parts = torch.split(ids, context - lead.numel())
     return [torch.cat([lead, part])[None] for part in parts if part.numel() > 1]
 
 
