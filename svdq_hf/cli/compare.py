@@ -96,13 +96,15 @@ def show(result: "ComparisonResult") -> None:
     screen = console()
     for table in tables([model.name for model in result.models], rows(result), screen.width):
         screen.print(table)
-    print(f"{result.n} {result.counted}: {result.measured_on}; in {result.seconds:.0f} s")
+    print(f"{result.n} {result.counted} of {result.measured_on}; in {result.seconds:.0f} s")
     for model in result.others:
         print(model.verdict)
         for hint in model.advice:
             print(f"  {hint}")
-    for note in result.notes:
+    for note in [*result.notes, *(f"{file}: says so now" for file in result.cards)]:
         print(note)
+    if result.page is not None:
+        print(f"read {result.page}")
 
 
 def tables(names: list[str], rows: "list[Row]", width: int) -> "list[Table]":

@@ -29,7 +29,7 @@ class TaskExamples:
     def __init__(self, task: str, tokenizer: Any, data: str | Path | None, reference: Reference) -> None:
         self.task, self.tokenizer, self.reference = task, tokenizer, reference
         self.encoded = tokenize(task, load_split(task, "dev", data), tokenizer)
-        self.about = f"{task}, {len(self.encoded)} examples"
+        self.about = task
 
     def __call__(self, model: Any) -> Observed:
         """Loss, KL, answers and the task's metrics of a model.

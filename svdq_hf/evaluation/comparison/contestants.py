@@ -55,9 +55,10 @@ class Contestant:
 
     @property
     def given_folder(self) -> str | None:
-        """The folder that a user gave; None: it is in memory, or was made on the way."""
-        is_given = self.source is not None and self.config is None and self.model is None
-        return str(self.source) if is_given else None
+        """The folder that a user gave; None: it is in memory, on the Hub, or was made on the way."""
+        if self.source is None or self.source.name or self.config is not None or self.model is not None:
+            return None
+        return str(self.source.folder)
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -40,8 +40,8 @@ def kind_of(model: Any, where: str | Path) -> str:
     if name in _classes("", "MODEL_MAPPING_NAMES") and model.main_input_name == "input_ids":
         return EMBEDDINGS
     raise ValueError(
-        f"{where}: a {name} reads or answers what svdq compare has no measure for (it knows models that write, "
-        "fill masks, label or embed texts, and speech models); compare its outputs in Python"
+        f"{where}: a {name} reads or answers what svdq compare has no measure for (it knows models that "
+        "write, fill masks, label or embed texts, and speech models); compare its outputs in Python"
     )
 
 

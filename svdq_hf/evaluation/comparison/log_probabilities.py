@@ -1,4 +1,4 @@
-"""Log-probabilities of a model's answers: stored in half precision, and the KL divergence between two of them.
+"""Log-probabilities of a model's answers, stored in half precision, and the KL divergence between two.
 
 Both sides of a divergence are rounded to half precision, so that a model is at exactly 0 from itself. What
 that leaves in a divergence is about 1e-6: at -5 half precision has steps of 2**-8, and a KL goes with the

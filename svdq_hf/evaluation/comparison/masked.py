@@ -63,7 +63,7 @@ class MaskedWindows:
         parts = [masked_window(part, tokenizer) for part in torch.split(ids, context) if part.numel() > EVERY]
         self.windows = [part for part in parts if part.place.numel()]
         self.reference = reference
-        self.about = f"every {EVERY}th of {ids.numel()} tokens masked, context {context}"
+        self.about = f"context {context}"
 
     def __call__(self, model: Any) -> Observed:
         """Loss, KL and top tokens of a model."""

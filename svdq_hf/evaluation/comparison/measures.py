@@ -101,7 +101,7 @@ def measure_of(given: Measuring, kind: str) -> Measure:
         return _task(given, task)
     made = _MAKERS[kind](given)
     if kind not in OF_SPEECH:
-        made.about = f"{given.told}: {made.about}"
+        made.about = f"{given.told}, {made.about}"
     return made
 
 
@@ -162,9 +162,8 @@ def _labels(given: Measuring) -> Measure:
 
 
 def _embeddings(given: Measuring) -> Measure:
-    texts = sentences_of(read_text(given.file))
     first = given.folder is not None and takes_first_token(given.folder)
-    return SentenceEmbeddings(texts[: len(given.sentences())], given.tokenizer, first, given.reference)
+    return SentenceEmbeddings(given.sentences(), first, given.reference)
 
 
 def takes_first_token(folder: Path) -> bool:

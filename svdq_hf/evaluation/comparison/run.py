@@ -18,6 +18,7 @@ from svdq_hf.checkpoint.source import Source
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.evaluation.comparison.answers import Measure, Observed, Reference
+from svdq_hf.evaluation.comparison.cards import check_cards, write_cards
 from svdq_hf.evaluation.comparison.contestants import Contestant, Model, entrants
 from svdq_hf.evaluation.comparison.kinds import kind_of
 from svdq_hf.evaluation.comparison.measures import Measuring, check_tokenizer, measure_of
@@ -62,6 +63,10 @@ class Run:
         self, contestants: Sequence[Contestant], choices: Choices, tell: Callable[[str], None] = logger.info
     ) -> None:
         check(choices)
+        if choices.get("card"):
+            check_cards(contestants)
+        if choices.get("out") is not None:
+            check_page()
         self.contestants, self.choices, self.tell = list(contestants), choices, tell
         self.notes: list[str] = []
 
@@ -70,29 +75,31 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="svdq-compare-") as place:
             started = time.perf_counter()
             found = self._compared(Path(place))
-            return replace(found, seconds=time.perf_counter() - started)
+        return self._written(replace(found, seconds=time.perf_counter() - started))
+
+    def _written(self, found: ComparisonResult) -> ComparisonResult:
+        """The result, told in cards and on a page where that was asked for."""
+        out = self.choices.get("out")
+        if self.choices.get("card"):
+            found = replace(found, cards=write_cards(found))
+        if out is not None:
+            from svdq_hf.evaluation.comparison.page import PAGE, write_page
+
+            found = replace(found, page=str(Path(out) / PAGE))
+            write_page(found, out)
+        return found
 
     def _compared(self, place: Path) -> ComparisonResult:
-        kind = self._kind()
-        measure = self._measure(kind, place)
+        measure = self._measure(self._kind(), place)
         seen = self._observed(measure, place)
-        sizes = [size_of(one) for one in self.contestants]
-        models = [
-            ComparedModel(
-                one.name,
-                one.given_folder,
-                one.quantization,
-                *size,
-                quality=quality_of(found, seen[0]),
-                speed=self._speed(one),
-            )
-            for one, size, found in zip(self.contestants, sizes, seen, strict=True)
-        ]
-        judged = [
-            replace(one, verdict=verdict(one, measure.counted), advice=advice(one, measure.counted)) for one in models[1:]
-        ]
-        about, n = measure.about, seen[0].n
-        return ComparisonResult(about, measure.counted, n, models[0], judged, 0.0, tuple(self.notes))
+        found = [self._model(one, of, seen[0]) for one, of in zip(self.contestants, seen, strict=True)]
+        judged = [_judged(one, measure.counted) for one in found[1:]]
+        about = measure.about, measure.counted, seen[0].n
+        return ComparisonResult(*about, found[0], judged, 0.0, tuple(self.notes))
+
+    def _model(self, one: Contestant, found: Observed, reference: Observed) -> ComparedModel:
+        size, quality, speed = size_of(one), quality_of(found, reference), self._speed(one)
+        return ComparedModel(one.name, one.given_folder, one.quantization, *size, quality, speed)
 
     def _kind(self) -> str:
         kinds = {one.name: kind_of(one.empty(), one.where) for one in self.contestants if one.is_there}
@@ -160,3 +167,16 @@ class Run:
 
         self.tell(f"{one.name}: speed and memory, in a process of its own")
         return measure_speed(one.source.folder)
+
+
+def check_page() -> None:
+    """Refuse a page where the library for its pictures is not installed, before the work.
+
+    Raises:
+        ImportError: matplotlib is missing; with the remedy.
+    """
+    import svdq_hf.evaluation.comparison.pictures  # noqa: F401  (which says how it is installed)
+
+
+def _judged(model: ComparedModel, counted: str) -> ComparedModel:
+    return replace(model, verdict=verdict(model, counted), advice=advice(model, counted))

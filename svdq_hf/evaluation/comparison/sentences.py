@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdq_hf.demo import embed
 from svdq_hf.evaluation.comparison.answers import Answers, Observed, Reference, check_same_size, run_over
 
 WORDS = 4
@@ -61,12 +60,12 @@ class SentenceLabels:
         reference: keeps the first model's answers.
     """
 
-    counted = "answers"
+    counted = "labels"
 
     def __init__(self, inputs: list[dict[str, Tensor]], reference: Reference) -> None:
         self.inputs = inputs
         self.reference = reference
-        self.about = f"{len(inputs)} sentences, which nobody has labelled"
+        self.about = f"{len(inputs)} sentences"
 
     def __call__(self, model: Any) -> Observed:
         """KL and labels of a model.
@@ -88,18 +87,16 @@ class SentenceEmbeddings:
     """Sentences that an encoder gives a vector, as their similarity is computed.
 
     Args:
-        sentences: the texts.
-        tokenizer: of the models.
+        inputs: as `encoded` returns them.
         first: whether a sentence's vector is that of its first token; else it is the mean over its tokens.
         reference: keeps the first model's vectors.
     """
 
     counted = "sentences"
 
-    def __init__(self, sentences: list[str], tokenizer: Any, first: bool, reference: Reference) -> None:
-        self.sentences, self.tokenizer, self.first = sentences, tokenizer, first
-        self.reference = reference
-        self.about = f"{len(sentences)} sentences, {'first token' if first else 'mean over tokens'}"
+    def __init__(self, inputs: list[dict[str, Tensor]], first: bool, reference: Reference) -> None:
+        self.inputs, self.first, self.reference = inputs, first, reference
+        self.about = "vectors of the first token" if first else "mean vectors"
 
     @torch.no_grad()
     def __call__(self, model: Any) -> Observed:
@@ -108,7 +105,8 @@ class SentenceEmbeddings:
         Raises:
             ValueError: a NaN, or vectors of another length than the reference's.
         """
-        vectors = torch.cat([self._embedded(model, text) for text in self.sentences]).float()
+        states = [model(**one).last_hidden_state[0].float() for one in self.inputs]
+        vectors = torch.stack([state[0] if self.first else state.mean(0) for state in states])
         if torch.isnan(vectors).any():
             raise ValueError("its embeddings have a NaN; is it damaged, or in too narrow a dtype?")
         if not self.reference.complete:
@@ -117,13 +115,6 @@ class SentenceEmbeddings:
         known = self.reference.known(0)
         check_same_size(known, vectors)
         return beside(known, vectors)
-
-    def _embedded(self, model: Any, text: str) -> Tensor:
-        if not self.first:
-            return embed(model, self.tokenizer, [text])
-        inputs = self.tokenizer(text, truncation=True, return_tensors="pt")
-        state: Tensor = model(**inputs).last_hidden_state
-        return state[:, 0]
 
 
 def beside(known: Tensor, vectors: Tensor) -> Observed:

@@ -99,7 +99,8 @@ def resampled(sound: Tensor, rate: int, wanted: int) -> Tensor:
     """
     samples = round(sound.numel() * wanted / rate)
     spectrum = torch.fft.rfft(sound)[: samples // 2 + 1]
-    return torch.fft.irfft(spectrum, samples) * (samples / sound.numel())
+    slower: Tensor = torch.fft.irfft(spectrum, samples) * (samples / sound.numel())
+    return slower
 
 
 def tones(voice: int, seconds: float = 10.0) -> Tensor:
@@ -115,7 +116,8 @@ def tones(voice: int, seconds: float = 10.0) -> Tensor:
     phase = 2 * math.pi * torch.cumsum(pitch * (1 + bend), 0) / RATE
     voiced = torch.stack([torch.sin(number * phase) / number for number in range(1, 13)]).sum(0)
     loudness = torch.sin(math.pi * syllables * time) ** 2
-    return (0.3 * loudness * voiced).float()
+    sound: Tensor = (0.3 * loudness * voiced).float()
+    return sound
 
 
 def recordings(folder: Path) -> list[Clip]:

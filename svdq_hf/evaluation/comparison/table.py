@@ -12,6 +12,7 @@ from svdq_hf.evaluation.comparison.statistics import Estimate
 from svdq_hf.evaluation.comparison.verdict import figure, share, signed
 
 ABSENT = "-"
+ANSWERS = "answers"
 
 
 class Row(NamedTuple):
@@ -79,32 +80,41 @@ def _rate(value: float) -> str:
 
 
 def _qualities(result: ComparisonResult) -> Iterator[tuple[str, Text]]:
-    yield "change of loss", lambda model: _value(model.quality.change, signed)
-    yield "  95 %", lambda model: _ends(model.quality.change, signed)
-    yield "mean KL", lambda model: _value(model.quality.kl, figure)
-    yield "  95 %", lambda model: _ends(model.quality.kl, figure)
-    yield "mean cosine", lambda model: _value(model.quality.cosine, lambda value: f"{value:.4f}")
-    yield "  95 %", lambda model: _ends(model.quality.cosine, lambda value: f"{value:.4f}")
-    yield "similarity off by", lambda model: _value(model.quality.similarity, figure)
+    yield from _estimate("change of loss", "change", signed)
+    yield from _estimate("mean KL", "kl", figure)
+    yield from _estimate("mean cosine", "cosine", lambda value: f"{value:.4f}")
+    yield "similarity off by", _part("similarity", "value", figure)
     yield same_title(result.counted), lambda model: _share(model.quality.same)
-    if result.counted == "answers":
+    if result.counted == ANSWERS:
         yield "answers changed", lambda model: _flip(model, "changed")
         yield "  right to wrong", lambda model: _flip(model, "lost")
         yield "  wrong to right", lambda model: _flip(model, "gained")
 
 
+def _estimate(title: str, name: str, shown: Callable[[float], str]) -> Iterator[tuple[str, Text]]:
+    """An estimate in three rows: narrow columns have no room for both ends in one."""
+    yield title, _part(name, "value", shown)
+    yield "  95 %: from", _part(name, "low", shown)
+    yield "  to", _part(name, "high", shown)
+
+
+def _part(name: str, part: str, shown: Callable[[float], str]) -> Text:
+    def text(model: ComparedModel) -> str | None:
+        one = getattr(model.quality, name)
+        return None if one is None else shown(getattr(one, part))
+
+    return text
+
+
 def same_title(counted: str) -> str:
     """Title of the row that says how often the likeliest answer stays."""
-    titles = {"answers": "same label", "sentences": "same nearest", "frames": "same top answer"}
+    titles = {
+        ANSWERS: "same answer",
+        "labels": "same label",
+        "sentences": "same nearest",
+        "frames": "same top answer",
+    }
     return titles.get(counted, "same top token")
-
-
-def _value(one: Estimate | None, shown: Callable[[float], str]) -> str | None:
-    return None if one is None else shown(one.value)
-
-
-def _ends(one: Estimate | None, shown: Callable[[float], str]) -> str | None:
-    return None if one is None else f"{shown(one.low)}..{shown(one.high)}"
 
 
 def _share(one: Estimate | None) -> str | None:

@@ -76,7 +76,7 @@ def _agreement(quality: Quality, counted: str) -> Iterator[str]:
         changed, lost, gained = quality.flips.changed, quality.flips.lost, quality.flips.gained
         yield f"{changed} answers changed ({lost} right to wrong, {gained} wrong to right)"
     elif quality.same is not None:
-        what = {"answers": "labels", "sentences": "nearest sentences", "frames": "top answers"}
+        what = {"labels": "labels", "sentences": "nearest sentences", "frames": "top answers"}
         yield f"{share(quality.same)} of {what.get(counted, 'top tokens')} stay"
 
 
@@ -148,4 +148,4 @@ def _mostly_dense(model: ComparedModel, counted: str) -> Iterator[str]:
     option = "lm_head" if counted == "tokens" else "embeddings"
     share = model.dense_share or 0
     if share > MOSTLY_DENSE and not (model.quantization or {}).get(option):
-        yield f"{share:.0%} of the file is not quantized: --{option.replace('_', '-')} shrinks it"
+        yield f"{100 * share:.0f} % of the file is not quantized: --{option.replace('_', '-')} shrinks it"

@@ -64,7 +64,7 @@ class CausalWindows:
     def __init__(self, ids: Tensor, context: int, first: int | None, reference: Reference) -> None:
         self.windows = windows_of(ids, context, first)
         self.reference = reference
-        self.about = f"{ids.numel()} tokens, context {context}"
+        self.about = f"context {context}"
 
     def __call__(self, model: Any) -> Observed:
         """Loss, KL and top tokens of a model."""
@@ -89,7 +89,7 @@ class HalvedWindows:
     def __init__(self, ids: Tensor, context: int, reference: Reference) -> None:
         self.windows = windows_of(ids, context)
         self.reference = reference
-        self.about = f"the second half of each {context} tokens of {ids.numel()}, given the first"
+        self.about = f"the second half of each {context}"
 
     def __call__(self, model: Any) -> Observed:
         """Loss, KL and top tokens of a model."""
