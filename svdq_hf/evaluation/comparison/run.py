@@ -93,7 +93,7 @@ class Run:
         measure = self._measure(self._kind(), place)
         seen = self._observed(measure, place)
         found = [self._model(one, of, seen[0]) for one, of in zip(self.contestants, seen, strict=True)]
-        judged = [_judged(one, measure.counted) for one in found[1:]]
+        judged = [_judged(one, found[0], measure.counted) for one in found[1:]]
         about = measure.about, measure.counted, seen[0].n
         return ComparisonResult(*about, found[0], judged, 0.0, tuple(self.notes))
 
@@ -178,5 +178,5 @@ def check_page() -> None:
     import svdq_hf.evaluation.comparison.pictures  # noqa: F401  (which says how it is installed)
 
 
-def _judged(model: ComparedModel, counted: str) -> ComparedModel:
-    return replace(model, verdict=verdict(model, counted), advice=advice(model, counted))
+def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:
+    return replace(model, verdict=verdict(model, reference, counted), advice=advice(model, counted))

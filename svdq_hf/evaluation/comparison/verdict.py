@@ -1,4 +1,4 @@
-"""Verdict on one model of a comparison: a sentence, and what to try next.
+"""Verdict on one model of a comparison: what it loses and saves, and what to try next.
 
 The words for a KL rest on the quality page: NF4 costs Gemma 3 270M 0.28, `SVDQConfig()` 0.11, 8 bits about
 0.001. Not here: the figures (`evaluation.comparison.result`).
@@ -25,16 +25,28 @@ MOSTLY_DENSE = 0.5
 FEW_BITS = 5.0
 
 
-def verdict(model: ComparedModel, counted: str) -> str:
-    """One sentence on a model, beside the reference.
+def verdict(model: ComparedModel, reference: ComparedModel, counted: str) -> str:
+    """One or two sentences on a model: what it loses, and what it saves.
 
     Args:
         model: not the reference.
+        reference: the first model.
         counted: what was scored: "tokens", "answers", ...
     """
     quality = model.quality
     facts = ", ".join([*_loss(quality), *_distance(quality), *_agreement(quality, counted)])
-    return f"{model.name} {facts}: {closeness(quality)}."
+    saved = ", ".join(_saved(model, reference))
+    return f"{model.name} {facts}: {closeness(quality)}." + (f" It takes {saved}." if saved else "")
+
+
+def _saved(model: ComparedModel, reference: ComparedModel) -> Iterator[str]:
+    """Size, memory and speed beside the reference's."""
+    if model.bytes and reference.bytes:
+        yield f"{model.bytes / reference.bytes:.2f} of the disk"
+    for name, words in (("run_peak_bytes", "of the memory"), ("decode_tokens_per_second", "")):
+        ours, theirs = (getattr(one.speed, name, None) for one in (model, reference))
+        if ours and theirs:
+            yield f"{ours / theirs:.2f} {words}" if words else f"writes {ours / theirs:.2f} times as fast"
 
 
 def closeness(quality: Quality) -> str:
