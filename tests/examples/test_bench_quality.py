@@ -9,7 +9,6 @@ import pytest
 import tiny_models as tiny
 import torch
 from places import EXAMPLES
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, footprint, quantize_model
@@ -108,20 +107,6 @@ def test_calibration_is_not_what_is_scored(text):
     assert not scored & held
     with pytest.raises(ValueError, match="80 tokens, fewer than 41 to score and 40 to hold"):
         tasks.TextTask(text, Letters(), context=16, tokens=41, held=40)
-
-
-def test_divergence_is_the_kl_of_the_reference():
-    reference, other = torch.randn(2, 200, 50).unbind()
-    found = tasks.divergence_sum(tasks.log_probabilities(reference), other)
-    log_p, log_q = (F.log_softmax(logits.double(), -1) for logits in (reference, other))
-    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    assert found == pytest.approx(expected, rel=1e-3)
-
-
-def test_text_of_json_lines(tmp_path):
-    file = tmp_path / "c4.jsonl"
-    file.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert tasks.read_text(file) == "one\n\ntwo"
 
 
 def test_glue_task(tmp_path):

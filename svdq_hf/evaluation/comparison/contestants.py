@@ -19,8 +19,7 @@ from svdq_hf.checkpoint.load import load_complete
 from svdq_hf.checkpoint.quantize import quantize_source
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.config import SVDQConfig
-from svdq_hf.config.choices import CHOICES
-from svdq_hf.config.presets import PRESETS
+from svdq_hf.evaluation.comparison.labels import label
 from svdq_hf.format.files import weight_files
 
 Model: TypeAlias = str | Path | nn.Module
@@ -168,25 +167,6 @@ def entrant(model: Model | SVDQConfig) -> Contestant:
     source = Source.resolve(model, packed=True)
     _ = source.stored, weight_files(source.folder)  # which say what is missing
     return Contestant(source.folder.resolve().name if source.name is None else source.name, source)
-
-
-def label(config: SVDQConfig) -> str:
-    """A short name of a config: its preset, and the choices beside it.
-
-    >>> label(SVDQConfig()), label(SVDQConfig.best(bits=8)), label(SVDQConfig(lm_head=True))
-    ('svdq', 'svdq-best bits=8', 'svdq lm_head')
-    """
-    default = SVDQConfig()
-    changed = {
-        name: getattr(config, name)
-        for name in CHOICES
-        if getattr(config, name) != getattr(default, name) and name != "layer_k"
-    }
-    fitting = [name for name, preset in PRESETS.items() if preset.changes.items() <= changed.items()]
-    preset = max(fitting, key=lambda name: len(PRESETS[name].changes), default=None)
-    rest = {key: value for key, value in changed.items() if not preset or key not in PRESETS[preset].changes}
-    words = [key if value is True else f"{key}={value}" for key, value in rest.items()]
-    return " ".join([f"svdq-{preset}" if preset else "svdq", *words])
 
 
 def _check_once(found: Sequence[Contestant]) -> None:

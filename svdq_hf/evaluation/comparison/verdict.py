@@ -4,10 +4,11 @@ The words for a KL rest on the quality page: NF4 costs Gemma 3 270M 0.28, `SVDQC
 0.001. Not here: the figures (`evaluation.comparison.result`).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from svdq_hf.config.presets import PRESETS
+from svdq_hf.config import SVDQConfig
+from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.evaluation.comparison.labels import preset_of
 from svdq_hf.evaluation.comparison.result import ComparedModel, Quality
 from svdq_hf.evaluation.comparison.statistics import Estimate
 
@@ -128,36 +129,31 @@ def advice(model: ComparedModel, counted: str) -> list[str]:
         counted: what was scored: "tokens", "answers", ...
     """
     known = model.quantization or {}
-    if is_identical(model.quality) or known.get("quant_method") != "svdq":
+    if is_identical(model.quality) or known.get("quant_method") != QUANT_METHOD:
         return []
+    config = SVDQConfig.from_dict(known)
     close = closeness(model.quality) in {words for _, words in LEVELS[:2]}
-    hints = _smaller(known) if close else _nearer(known)
-    return [*hints, *_mostly_dense(model, counted)]
+    return [*(_smaller(config) if close else _nearer(config)), *_mostly_dense(model, config, counted)]
 
 
-def _smaller(known: Mapping[str, Any]) -> Iterator[str]:
-    if known.get("bits", 4) > FEW_BITS:
+def _smaller(config: SVDQConfig) -> Iterator[str]:
+    if config.bits > FEW_BITS:
         yield "smaller: --preset best, of 4 bits"
-    elif _preset(known) != "small":
+    elif preset_of(config) != "small":
         yield "smaller: --preset small"
 
 
-def _nearer(known: Mapping[str, Any]) -> Iterator[str]:
-    if _preset(known) == "paper":
+def _nearer(config: SVDQConfig) -> Iterator[str]:
+    preset = preset_of(config)
+    if preset == "paper":
         yield "nearer: --preset best; the preset paper is only for comparisons with the paper"
-    elif known.get("bits", 4) < FEW_BITS:
-        best = "" if _preset(known) == "best" else "--preset best; "
+    elif config.bits < FEW_BITS:
+        best = "" if preset == "best" else "--preset best; "
         yield f"nearer: {best}--bits 8; with texts of yours, SVDQConfig.calibrated()"
 
 
-def _preset(known: Mapping[str, Any]) -> str | None:
-    """The preset that a quantization_config has all choices of."""
-    fitting = [name for name, preset in PRESETS.items() if preset.changes.items() <= known.items()]
-    return max(fitting, key=lambda name: len(PRESETS[name].changes), default=None)
-
-
-def _mostly_dense(model: ComparedModel, counted: str) -> Iterator[str]:
+def _mostly_dense(model: ComparedModel, config: SVDQConfig, counted: str) -> Iterator[str]:
     option = "lm_head" if counted == "tokens" else "embeddings"
-    share = model.dense_share or 0
-    if share > MOSTLY_DENSE and not (model.quantization or {}).get(option):
-        yield f"{100 * share:.0f} % of the file is not quantized: --{option.replace('_', '-')} shrinks it"
+    dense = model.dense_share or 0
+    if dense > MOSTLY_DENSE and not getattr(config, option):
+        yield f"{100 * dense:.0f} % of the file is not quantized: --{option.replace('_', '-')} shrinks it"
