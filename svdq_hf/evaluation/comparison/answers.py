@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdq_hf.evaluation.comparison.log_probabilities import divergences_and_agreement, log_probabilities
+from svdq_hf.format.files import full_disk_named
 
 BLOCK = 64
 """Positions of a text that are resampled together, since neighbours are alike: 4096 tokens are 64 blocks."""
@@ -105,7 +106,8 @@ class Reference:
 
     def keep(self, place: int, value: Tensor) -> None:
         """Write what is to be known of the reference's answer to one input, `[positions, classes]`."""
-        save_file({"value": value.contiguous()}, self._file(place))
+        with full_disk_named(self.folder):
+            save_file({"value": value.contiguous()}, self._file(place))
 
     def known(self, place: int) -> Tensor:
         """The reference's answer to one input, `[positions, classes]`, as it was kept."""

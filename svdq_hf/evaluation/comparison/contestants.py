@@ -45,7 +45,7 @@ class Contestant:
     @property
     def where(self) -> str:
         """Its folder or name, for messages."""
-        return self.name if self.source is None else str(self.source)
+        return self.name if self.source is None or self.config is not None else str(self.source)
 
     @property
     def is_there(self) -> bool:

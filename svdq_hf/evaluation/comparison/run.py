@@ -37,7 +37,8 @@ def compare(reference: Model, *others: Model | SVDQConfig, **choices: Unpack[Cho
     Args:
         reference: the model that the others are to be like: a folder, a name on the Hub, or a model.
         *others: the same; or configs, to quantize the reference with on the way. None: `SVDQConfig()`.
-        **choices: see `Choices` in `evaluation.comparison.request`.
+        **choices: text, task, data, speech, tokens, context, speed, card, out: as `svdq compare` has them;
+            `Choices` of `evaluation.comparison.request` explains them.
 
     Returns:
         The figures with intervals, a verdict on each model, and what to try next.
@@ -166,7 +167,11 @@ class Run:
         from svdq_hf.evaluation.speed.measure import measure_speed
 
         self.tell(f"{one.name}: speed and memory, in a process of its own")
-        return measure_speed(one.source.folder)
+        try:
+            return measure_speed(one.source.folder)
+        except ValueError as error:  # the quality is known already, and not to be lost
+            self.notes.append(f"Speed and memory of {one.name} were not measured: {error}")
+            return None
 
 
 def check_page() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import letters
 import pytest
@@ -32,11 +34,12 @@ def text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_beside_itself_has_changed_nothing(kind, place, tmp_path):
+def test_the_same_model_has_changed_nothing_and_what_svdq_makes_is_near(kind, place, tmp_path):
     twin = shutil.copytree(place / kind, tmp_path / "twin")
-    result = compare(place / kind, twin, **QUICKLY)
-    (found,) = result.others
-    quality = found.quality
+    result = compare(place / kind, twin, SVDQConfig(k=4), **QUICKLY)
+    json.dumps(result.to_dict())
+    same, made = result.others
+    quality = same.quality
     assert quality.same == (1, 1, 1)
     if quality.cosine is None:
         assert quality.kl == (0, 0, 0)
@@ -44,23 +47,16 @@ def test_a_model_beside_itself_has_changed_nothing(kind, place, tmp_path):
         assert quality.similarity == (0, 0, 0)
         assert quality.cosine.low == pytest.approx(1, abs=1e-12)
     assert quality.change in (None, (0, 0, 0))
-    assert "the same answers" in found.verdict
-    assert found.advice == []
+    assert "the same answers" in same.verdict
+    assert same.advice == []
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_svdq_makes_of_it_is_near_and_smaller(kind, place):
-    result = compare(place / kind, SVDQConfig(k=4), **QUICKLY)
-    (found,) = result.others
-    assert found.name == "svdq k=4"
-    assert 0 < found.bytes < result.reference.bytes
-    assert 4 < found.bits < 9
-    quality = found.quality
-    distance = quality.kl or quality.similarity
+    assert made.name == "svdq k=4"
+    assert 0 < made.bytes < result.reference.bytes
+    assert 4 < made.bits < 9
+    distance = made.quality.kl or made.quality.similarity
     assert 0 < distance.low <= distance.value <= distance.high
-    assert quality.same.value > 0.3
-    assert (quality.loss is None) == (kind in ("labels", "token labels", "embeddings"))
-    json.dumps(result.to_dict())
+    assert made.quality.same.value > 0.3
+    assert (made.quality.loss is None) == (kind in ("labels", "token labels", "embeddings"))
 
 
 def test_figures_are_those_of_the_two_models(place, text):
@@ -84,23 +80,16 @@ def test_figures_are_those_of_the_two_models(place, text):
     assert found.quality.change.value == pytest.approx(found.quality.loss - result.reference.quality.loss)
 
 
-def test_a_saved_folder_is_what_is_made_on_the_way(place, tmp_path, text):
-    model = AutoModelForCausalLM.from_pretrained(place / "causal")
-    quantize_model(model, SVDQConfig()).save_pretrained(tmp_path / "mine")
-    result = compare(place / "causal", tmp_path / "mine", SVDQConfig(), text=text, **QUICKLY)
-    saved, made = result.others
-    assert saved.quality == made.quality
-    assert saved.folder == str(tmp_path / "mine")
-    assert made.folder is None
-
-
-def test_models_in_memory_are_compared_and_quantized(place, text):
+def test_folders_and_models_in_memory_are_compared_alike(place, tmp_path, text):
     model = AutoModelForCausalLM.from_pretrained(place / "causal")
     other = quantize_model(AutoModelForCausalLM.from_pretrained(place / "causal"), SVDQConfig())
-    result = compare(model, other, SVDQConfig(), text=text, **QUICKLY)
-    held, made = result.others
-    assert (held.bytes, made.bytes is None) == (None, False)
+    other.save_pretrained(tmp_path / "mine")
+    result = compare(model, other, tmp_path / "mine", SVDQConfig(), text=text, **QUICKLY)
+    held, saved, made = result.others
+    assert saved.quality == made.quality
     assert held.quality.kl.value == pytest.approx(made.quality.kl.value, rel=1e-3)
+    assert (held.bytes, saved.bytes) == (None, made.bytes)
+    assert (held.folder, saved.folder, made.folder) == (None, str(tmp_path / "mine"), None)
 
 
 def test_a_quantized_reference_is_allowed_beside_others_and_noted(place, tmp_path, text):
@@ -189,7 +178,29 @@ def test_models_that_answer_other_things_are_refused(place, tmp_path):
         compare(tmp_path / "pictures", SVDQConfig(), **QUICKLY)
 
 
+def test_only_pages_and_tasks_need_the_extra():
+    """The libraries of the extra `evaluate` are missing, and the rest is imported all the same."""
+    missing = "import sys; sys.modules.update(dict.fromkeys(['datasets', 'matplotlib', 'sklearn', 'scipy']))"
+    home = "svdq_hf.evaluation.comparison"
+    page = f"try:\n    {home}.run.check_page()\nexcept ImportError as error:\n    print(error)"
+    code = f"{missing}\nimport {home}.run\n{page}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the pictures need matplotlib: pip install -e '.[evaluate]'" in done.stdout
+
+
 def test_a_reference_without_a_tokenizer_is_refused(tmp_path):
     KINDS["causal"][0](tiny.llama_config()).save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match="mute: has no tokenizer that can be loaded; save the model's own"):
         compare(tmp_path / "mute", SVDQConfig())
+
+
+def test_a_speed_that_cannot_be_measured_is_a_note(place, text, monkeypatch):
+    from svdq_hf.evaluation.speed import measure
+
+    def fails(folder):
+        raise ValueError("it stops")
+
+    monkeypatch.setattr(measure, "measure_speed", fails)
+    result = compare(place / "causal", SVDQConfig(k=4), text=text, tokens=60, context=32)
+    assert result.others[0].speed is None
+    assert "Speed and memory of causal were not measured: it stops" in result.notes
