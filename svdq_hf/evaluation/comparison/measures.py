@@ -80,7 +80,7 @@ class Measuring:
         return context_of(self.model, asked) if asked else min(request.CONTEXT, longest or request.CONTEXT)
 
     def sentences(self) -> list[dict[str, Tensor]]:
-        """The text's sentences as inputs."""
+        """The text's sentences as inputs: token ids and masks, each `[1, tokens]`, int64."""
         longest = min(LONGEST, longest_context(self.model) or LONGEST)
         return encoded(sentences_of(read_text(self.file)), self.tokenizer, self.limit, longest)
 
@@ -109,6 +109,8 @@ def _check_fits(given: Measuring, kind: str) -> None:
     name = type(given.model).__name__
     if given.choices.get("task") is not None and kind != "labels":
         raise ValueError(f"--task: for classifiers of texts, and {name} is none; leave it out")
+    if given.choices.get("data") is not None and not given.choices.get("task") and kind not in OF_SPEECH:
+        raise ValueError(f"--data: goes with --task, or with a speech model; {name} is none; leave it out")
     if given.choices.get("speech") and kind not in OF_SPEECH:
         raise ValueError(f"--speech: {name} is no speech model; leave it out")
     if given.choices.get("text") is not None and kind in OF_SPEECH and not sound.can_read_aloud():

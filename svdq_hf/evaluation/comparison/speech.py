@@ -55,7 +55,7 @@ def _nothing(tokenizer: Any) -> tuple[int | None, ...]:
 
 
 def features(clip: Clip, listen: Any) -> dict[str, Tensor]:
-    """What a feature extractor makes of a clip."""
+    """What a feature extractor makes of a clip, mostly `input_features` `[1, mel, frames]`."""
     return dict(listen(clip.sound.numpy(), sampling_rate=RATE, return_tensors="pt"))
 
 

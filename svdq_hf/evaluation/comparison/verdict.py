@@ -105,10 +105,10 @@ def signed(value: float) -> str:
 def figure(value: float) -> str:
     """A number of any size, three digits.
 
-    >>> figure(0.10432), figure(0.0), figure(0.0000123)
-    ('0.104', '0', '1.23e-05')
+    >>> figure(0.1), figure(0.0), figure(0.0000123), figure(100.0)
+    ('0.100', '0', '1.23e-05', '100')
     """
-    return f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".") if value else "0"
 
 
 def share(value: Estimate) -> str:

@@ -83,6 +83,9 @@ def test_the_figures_are_beside_it(page, result):
 
 
 def test_what_was_not_measured_has_no_picture(result, tmp_path):
-    bare = ComparedModel("x", None, None, None, None, None, Quality(cosine=Estimate(0.9, 0.8, 1.0)))
-    few = ComparisonResult("a text", "sentences", 9, bare, [bare], 1.0)
+    one, two = (
+        ComparedModel(name, None, None, None, None, None, Quality(cosine=Estimate(0.9, 0.8, 1.0)))
+        for name in ("one", "two")
+    )
+    few = ComparisonResult("a text", "sentences", 9, one, [two], 1.0)
     assert Structure(write_page(few, tmp_path).read_text()).counts["svg"] == 1

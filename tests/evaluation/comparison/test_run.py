@@ -10,7 +10,15 @@ import pytest
 import tiny_models as tiny
 import torch
 from letters import KINDS, QUICK
-from transformers import AutoModelForCausalLM, ViTConfig, ViTModel, WhisperFeatureExtractor
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    WhisperFeatureExtractor,
+)
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.evaluation import compare
@@ -130,11 +138,24 @@ def test_a_speech_model_hears_tones_or_recordings(tmp_path, monkeypatch):
         compare(folder, SVDQConfig(), text=__file__)
 
 
+def test_the_language_part_of_a_vision_text_model_is_compared(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    pictures = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = LlavaConfig(pictures, tiny.llama_config(), image_token_index=95)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    letters.tokenizer().save_pretrained(tmp_path / "llava")
+    result = compare(tmp_path / "llava", SVDQConfig(k=4), **QUICKLY)
+    assert result.counted == "tokens"
+    assert result.others[0].quality.kl.value > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "choices", "message"),
     [
         ("causal", {"task": "rte"}, "--task: for classifiers of texts, and LlamaForCausalLM is none"),
         ("causal", {"speech": True}, "--speech: LlamaForCausalLM is no speech model"),
+        ("causal", {"data": "somewhere"}, "--data: goes with --task, or with a speech model"),
         ("causal", {"text": "nowhere.txt"}, "--text nowhere.txt: no such file; leave it out"),
         ("causal", {"tokens": 1}, "tokens=1: must be a whole number from 2 on"),
         ("causal", {"context": 999}, "context 999: must be from 2 to 40"),
