@@ -19,6 +19,7 @@ from svdq_hf.checkpoint.load import load_complete
 from svdq_hf.checkpoint.quantize import quantize_source
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.config import SVDQConfig
+from svdq_hf.config.presets import PRESETS
 from svdq_hf.evaluation.comparison.labels import label
 from svdq_hf.format.files import weight_files
 
@@ -163,6 +164,10 @@ def entrant(model: Model | SVDQConfig) -> Contestant:
         raise TypeError(
             f"compare takes folders, names on the Hub, transformers models and SVDQConfigs, no "
             f"{type(model).__name__}"
+        )
+    if str(model) in PRESETS and not Path(model).exists():
+        raise ValueError(
+            f"{model}: no such folder; made on the way: --preset {model} (in Python SVDQConfig.{model}())"
         )
     source = Source.resolve(model, packed=True)
     _ = source.stored, weight_files(source.folder)  # which say what is missing

@@ -112,7 +112,9 @@ class Run:
                     "different things, and cannot be compared"
                 )
         if self.contestants[0].quantization is not None:
-            self.notes.append(f"The reference, {first}, is quantized itself.")
+            self.notes.append(
+                f"The reference, {first}, is quantized itself; what that costs is told beside the original."
+            )
         return kinds[first]
 
     def _measure(self, kind: str, place: Path) -> Measure:

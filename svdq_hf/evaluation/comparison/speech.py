@@ -46,7 +46,8 @@ def heard(clip: Clip, tokenizer: Any, listen: Any, config: Any) -> Heard:
     start = known or [config.decoder_start_token_id]
     text = tokenizer(" " + clip.text, add_special_tokens=False)["input_ids"]
     longest = getattr(config, "max_target_positions", None) or len(start) + len(text)
-    ids = torch.tensor([*start, *text, tokenizer.eos_token_id])[: longest + 1]
+    end = config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ids = torch.tensor([*start, *text, end])[: longest + 1]
     return Heard(features(clip, listen), ids[None, :-1], len(start), ids[len(start) :])
 
 

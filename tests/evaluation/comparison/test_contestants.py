@@ -71,6 +71,7 @@ def test_sizes_in_memory_are_those_of_the_folder(place):
         (["small", SVDQConfig()], "quantized already; quantize the original: svdq compare ORIGINAL"),
         (["model", SVDQConfig(), SVDQConfig()], "svdq: asked for twice"),
         (["nothing"], "no config.json is there"),
+        (["model", "best"], "best: no such folder; made on the way: --preset best"),
         (["./nowhere"], "no such folder"),
     ],
 )
