@@ -9,7 +9,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -69,7 +69,7 @@ class Run:
         if choices.get("out") is not None:
             check_page()
         self.contestants, self.choices, self.tell = list(contestants), choices, tell
-        self.notes: list[str] = []
+        self.notes = list(_notes(self.contestants[0]))
 
     def result(self) -> ComparisonResult:
         """Run it; temporary folders are gone afterwards."""
@@ -111,10 +111,6 @@ class Run:
                     f"{name} is a model of another kind ({kind}) than {first} ({kinds[first]}): they answer "
                     "different things, and cannot be compared"
                 )
-        if self.contestants[0].quantization is not None:
-            self.notes.append(
-                f"The reference, {first}, is quantized itself; what that costs is told beside the original."
-            )
         return kinds[first]
 
     def _measure(self, kind: str, place: Path) -> Measure:
@@ -183,6 +179,11 @@ def check_page() -> None:
         ImportError: matplotlib is missing; with the remedy.
     """
     import svdq_hf.evaluation.comparison.pictures  # noqa: F401  (which says how it is installed)
+
+
+def _notes(first: Contestant) -> Iterator[str]:
+    if first.quantization is not None:
+        yield f"The reference, {first.name}, is quantized itself; give the original first to see what that costs."
 
 
 def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:

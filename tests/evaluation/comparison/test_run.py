@@ -200,6 +200,7 @@ def test_models_that_answer_other_things_are_refused(place, tmp_path):
         compare(tmp_path / "pictures", SVDQConfig(), **QUICKLY)
 
 
+@pytest.mark.slow
 def test_only_pages_and_tasks_need_the_extra():
     """The libraries of the extra `evaluate` are missing, and the rest is imported all the same."""
     missing = "import sys; sys.modules.update(dict.fromkeys(['datasets', 'matplotlib', 'sklearn', 'scipy']))"
