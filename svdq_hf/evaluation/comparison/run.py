@@ -183,7 +183,7 @@ def check_page() -> None:
 
 def _notes(first: Contestant) -> Iterator[str]:
     if first.quantization is not None:
-        yield f"The reference, {first.name}, is quantized itself; give the original first to see what that costs."
+        yield f"The reference, {first.name}, is quantized itself; give the original first, to see its cost."
 
 
 def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:
