@@ -30,6 +30,8 @@ from svdq_hf.evaluation.comparison.speech import HeardFrames, SpokenClips, featu
 from svdq_hf.evaluation.comparison.windows import OWN_TEXT, CausalWindows, HalvedWindows, read_text
 from svdq_hf.evaluation.tasks.perplexity import context_of, longest_context, token_ids
 
+LETTERS = 40
+"""Of a text are looked at for each token that is scored; no tokenizer has tokens so long in the mean."""
 HALVES = 256
 """Most tokens of a window for an encoder with a decoder."""
 FEW = 6
@@ -72,7 +74,8 @@ class Measuring:
 
     def ids(self) -> Tensor:
         """The start of the text, `[tokens]`, int64."""
-        return token_ids(read_text(self.file), self.tokenizer, self.limit)
+        start = read_text(self.file)[: LETTERS * self.limit]  # a book need not be cut into tokens whole
+        return token_ids(start, self.tokenizer, self.limit)
 
     def context(self) -> int:
         """Tokens that a model sees at once."""
