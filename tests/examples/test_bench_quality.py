@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.demo import default_model
+from svdq_hf.evaluation.comparison.answers import Reference
+from svdq_hf.evaluation.comparison.windows import CausalWindows
 
 sys.path.insert(0, str(EXAMPLES))
 import bench_quality as bq  # examples are no package
@@ -98,6 +100,19 @@ def test_text_scores_each_token_once(text, first, n, monkeypatch):
         assert found["n"] == n
         assert found["loss"] == pytest.approx(total / n, rel=1e-5)
         assert abs(task(model)["kl"]) < KL_FLOOR
+
+
+def test_figures_are_those_of_svdq_compare(task, tmp_path):
+    ids = torch.cat([window[0, 1:] for window in task.windows])
+    measure = CausalWindows(ids, 16, Letters.bos_token_id, Reference(tmp_path))
+    dense, other = tiny.FAMILIES["llama-untied"].loud_model(), tiny.llama()
+    with torch.no_grad():
+        theirs = [task(model) for model in (dense, other)]
+    ours = [measure(model) for model in (dense, other)]
+    for one, two in zip(theirs, ours, strict=True):
+        assert two.n == one["n"]
+        assert float(two.loss.mean()) == pytest.approx(one["loss"], rel=1e-6)
+        assert float(two.kl.mean()) == pytest.approx(one["kl"], rel=1e-9)
 
 
 def test_calibration_is_not_what_is_scored(text):
