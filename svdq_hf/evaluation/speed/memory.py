@@ -52,6 +52,20 @@ def memory_now() -> Memory:
     return Memory(_resident_elsewhere(), None)
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that a new process could use; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import psutil  # type: ignore[import-untyped]  # has stubs in a package of their own
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
 class Peak:
     """The most memory used within `watched`, which fills it."""
 
@@ -107,7 +121,7 @@ def _status() -> dict[str, int]:
 def _resident_elsewhere() -> int | None:
     """Resident bytes where there is no /proc: now, or the peak so far; None: not told."""
     try:
-        import psutil  # type: ignore[import-untyped]  # has stubs in a package of their own
+        import psutil
     except ImportError:
         return _peak_so_far()
     return int(psutil.Process().memory_info().rss)

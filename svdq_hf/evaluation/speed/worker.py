@@ -16,10 +16,14 @@ from typing import Any, TextIO
 import torch
 import transformers
 
-import svdq_hf  # noqa: F401  # registers the method
 from svdq_hf.checkpoint.source import Source
+from svdq_hf.config import SVDQConfig
+from svdq_hf.evaluation.speed.kernel_paths import kernel_paths
 from svdq_hf.evaluation.speed.memory import Memory, memory_now, watched
+from svdq_hf.evaluation.speed.peers import PEERS
+from svdq_hf.evaluation.speed.shares import shared
 from svdq_hf.evaluation.speed.workload import Workload
+from svdq_hf.nn.inventory import number_of_weights
 
 THREADS_COME_UP = 256
 """Rows of a product that starts the threads of torch, whose stacks are not the model's memory."""
@@ -33,21 +37,35 @@ class Worker:
         self.before = Memory(None, None)
         self.inputs: dict[int, Any] = {}
 
-    def load(self, folder: str, dtype: str | None = None, **choices: Any) -> dict[str, Any]:
+    def load(
+        self,
+        folder: str,
+        dtype: str | None = None,
+        quantize: dict[str, Any] | None = None,
+        peer: str | None = None,
+        dequantize: bool = False,
+    ) -> dict[str, Any]:
         """Load a model, watched.
 
         Args:
             folder: of the model, dense or quantized.
             dtype: of what is dense, such as "bfloat16"; None: as stored.
-            **choices: further arguments of `from_pretrained`.
+            quantize: keywords of an SVDQConfig that quantizes it on the way.
+            peer: a word of `PEERS` that does.
+            dequantize: whether a quantized model is made dense after it was loaded.
 
         Returns:
-            `seconds`, and `resident` and `anonymous`, the peaks above the interpreter's own memory.
+            `seconds`, and `resident` and `anonymous`, the peaks above the interpreter's own memory; the
+            name of its `kind`, its `parameters`, whether it `writes`, and its `threads`.
         """
         source = Source.resolve(folder)
         kind = Source.resolve(source, packed="quantization_config" in source.stored).kind
         torch.ones(THREADS_COME_UP, THREADS_COME_UP) @ torch.ones(THREADS_COME_UP, THREADS_COME_UP)
-        choices |= {"dtype": getattr(torch, dtype)} if dtype else {}
+        choices: dict[str, Any] = {"dtype": getattr(torch, dtype)} if dtype else {}
+        if quantize is not None:
+            choices["quantization_config"] = SVDQConfig(**quantize)
+        elif peer is not None:
+            choices["quantization_config"] = PEERS[peer].config()
         self.before = memory_now()
         with watched() as peak:
             started = time.perf_counter()
@@ -55,8 +73,15 @@ class Worker:
                 source.folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **choices
             )
             seconds = time.perf_counter() - started
-        self.work = Workload(model)
-        return {"seconds": seconds, **(peak.memory - self.before)._asdict()}
+        self.work = Workload(model.dequantize() if dequantize else model)
+        return {
+            "seconds": seconds,
+            **(peak.memory - self.before)._asdict(),
+            "kind": type(model).__name__,
+            "parameters": number_of_weights(model),
+            "writes": self.work.writes,
+            "threads": torch.get_num_threads(),
+        }
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """One forward pass: `tokens`, as many as the model has positions for, and `seconds`."""
@@ -74,6 +99,19 @@ class Worker:
             self._workload.prefill(inputs)
             self._workload.decode(inputs, new_tokens)
         return (peak.memory - self.before)._asdict()
+
+    def shares(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """The share of each kind of module in a forward pass (`prefill`) and in decoding (`decode`)."""
+        inputs = self._inputs(prompt_tokens, new_tokens)
+        with shared(self._workload.model) as shares:
+            read = shares.of(self._workload.prefill(inputs).seconds)
+            written = self._workload.decode(inputs, new_tokens, shares.begin)
+        return {"prefill": read, "decode": None if written is None else shares.of(written.seconds)}
+
+    def paths(self, tokens: list[int]) -> dict[str, Any]:
+        """The paths that the quantized layers take (`KernelPath`), by shape."""
+        model = self._workload.model
+        return {"paths": [one.to_dict() for one in kernel_paths(model, tokens, model.dtype)]}
 
     @property
     def _workload(self) -> Workload:

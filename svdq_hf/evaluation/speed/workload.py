@@ -7,7 +7,7 @@ refused.
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -141,19 +141,22 @@ class Workload:
             self.model(**inputs)
         return max(seen, default=1)
 
-    def decode(self, inputs: dict[str, Tensor], new_tokens: int) -> Timed | None:
+    def decode(
+        self, inputs: dict[str, Tensor], new_tokens: int, begin: Callable[[], None] = lambda: None
+    ) -> Timed | None:
         """New tokens by greedy `generate`, timed from the first, which is prefill's, to the last.
 
         Args:
             inputs: `[1, ...]`, as `inputs` makes them.
             new_tokens: at least 2.
+            begin: called when the time begins to count, which is when the prompt is read.
 
         Returns:
             One token less than that, and the time; None: the model writes none.
         """
         if not self.writes:
             return None
-        clock = _clock()
+        clock = _clock(begin)
         asked = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         self.model.generate(
             **asked,
@@ -196,8 +199,8 @@ def _pair(side: Any) -> tuple[int, int]:
     return tuple(side) if isinstance(side, list | tuple) else (side, side)
 
 
-def _clock() -> Any:
-    """A stopping criterion that never stops, and records the time of each token."""
+def _clock(begin: Callable[[], None]) -> Any:
+    """A stopping criterion that never stops, and records the time of each token; `begin` comes first."""
     from transformers import StoppingCriteria
 
     class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
@@ -205,6 +208,8 @@ def _clock() -> Any:
             self.times: list[float] = []
 
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            if not self.times:
+                begin()
             self.times.append(time.perf_counter())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
