@@ -27,6 +27,9 @@ from svdq_hf.evaluation.comparison.result import ComparedModel, ComparisonResult
 from svdq_hf.evaluation.comparison.sizes import size_of
 from svdq_hf.evaluation.comparison.verdict import advice, verdict
 
+FEW = 10
+"""Blocks below which an interval is itself uncertain."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,6 +99,7 @@ class Run:
         found = [self._model(one, of, seen[0]) for one, of in zip(self.contestants, seen, strict=True)]
         judged = [_judged(one, found[0], measure.counted) for one in found[1:]]
         about = measure.about, measure.counted, seen[0].n
+        self.notes += _few(int(seen[0].block.max()) + 1)
         return ComparisonResult(*about, found[0], judged, 0.0, tuple(self.notes))
 
     def _model(self, one: Contestant, found: Observed, reference: Observed) -> ComparedModel:
@@ -184,6 +188,11 @@ def check_page() -> None:
 def _notes(first: Contestant) -> Iterator[str]:
     if first.quantization is not None:
         yield f"The reference, {first.name}, is quantized itself; give the original first, to see its cost."
+
+
+def _few(blocks: int) -> Iterator[str]:
+    if blocks < FEW:
+        yield f"The intervals rest on {blocks} independent parts: give a longer --text, or more --tokens."
 
 
 def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:

@@ -6,6 +6,7 @@ seen on the same blocks, so what makes a text hard for both cancels. Not here: t
 (`evaluation.report.statistics`).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +59,8 @@ def estimate(values: Tensor, block: Tensor) -> Estimate:
     return Estimate(float(values.double().mean()), low, high)
 
 
-def _draws(blocks: int) -> list[Tensor]:
+def _draws(blocks: int) -> Iterator[Tensor]:
     """The numbers of the blocks in each draw, `[draws, blocks]` at a time; the same at every call."""
     generator = torch.Generator().manual_seed(SEED)
-    return [
-        torch.randint(blocks, (AT_ONCE, blocks), generator=generator) for _ in range(RESAMPLES // AT_ONCE)
-    ]
+    for _ in range(RESAMPLES // AT_ONCE):
+        yield torch.randint(blocks, (AT_ONCE, blocks), generator=generator)

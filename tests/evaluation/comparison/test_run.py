@@ -105,7 +105,8 @@ def test_a_quantized_reference_is_allowed_beside_others_and_noted(place, tmp_pat
     quantize_model(model, SVDQConfig(bits=8)).save_pretrained(tmp_path / "eight")
     letters.tokenizer().save_pretrained(tmp_path / "eight")
     result = compare(tmp_path / "eight", place / "causal", text=text, **QUICKLY)
-    (note,) = result.notes
+    note, few = result.notes
+    assert few.startswith("The intervals rest on 5 independent parts")
     assert note.startswith("The reference, eight, is quantized itself;")
     assert result.others[0].quality.kl.value > 0
     assert result.others[0].advice == []
