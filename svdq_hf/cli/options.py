@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 from svdq_hf.config.choices import CHOICES, Choice, Option
 from svdq_hf.config.presets import PRESETS
 
+NO_PRESET = "default"
+"""The word for no preset, where several configs are asked for."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors suggest the word that was probably meant; abbreviated options are refused."""
@@ -42,7 +45,7 @@ def _hint(message: str, options: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
+def add_choices(parser: argparse.ArgumentParser, command: str, *, several_presets: bool = False) -> None:
     """Add options for the choices of SVDQConfig that a command takes.
 
     An option that is not given is absent from the result, so that the config's defaults hold.
@@ -50,11 +53,16 @@ def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
     Args:
         parser: the command's parser.
         command: its name.
+        several_presets: whether `--preset` may be given again, for another config.
     """
     group = parser.add_argument_group("choices")
     presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
     told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
-    group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+    if several_presets:
+        more = f"start from a preset, and once more from another; {NO_PRESET}: SVDQConfig(); {told}"
+        group.add_argument("--preset", choices=[NO_PRESET, *presets], action="append", help=more)
+    else:
+        group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
     for name, row in CHOICES.items():
         if row.option is not None and command in row.option.commands:
             group.add_argument(
@@ -122,7 +130,7 @@ def config_of(options: argparse.Namespace) -> Any:
     given = {name: getattr(options, name) for name in CHOICES if hasattr(options, name)}
     if "target_bits" in given and "k" in given:
         raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
-    changes = PRESETS[options.preset].changes if options.preset else {}
+    changes = {} if options.preset in (None, NO_PRESET) else PRESETS[options.preset].changes
     return SVDQConfig(**{**changes, **given})
 
 

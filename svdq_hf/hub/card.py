@@ -23,6 +23,7 @@ from svdq_hf.core.release import VERSION, install_command
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card_facts import fact_rows
 from svdq_hf.hub.markdown import code, plain, table
+from svdq_hf.hub.measured import measured_lines
 from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, read_text
 from svdq_hf.quantize.footprint import Footprint
 
@@ -139,6 +140,8 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
         note="" if repo_id else "  # the name of this repository, or a folder",
     )
     section = [loading, *table(("", ""), facts.items())]
+    measured = measured_lines(folder)
+    section += ["", *measured] if measured else []
     if results:
         rows = [(plain(one.task), plain(one.dataset), plain(one.metric), f"{one.value:g}") for one in results]
         section += ["", "## Evaluation", "", *table(CardResult._fields, rows)]

@@ -33,6 +33,7 @@ tr:last-child td { border-bottom: 0; }
 th { background: var(--head); vertical-align: bottom; padding: 0; }
 th button { all: unset; box-sizing: border-box; width: 100%; padding: .4rem .5rem; cursor: pointer;
   font-weight: 600; text-align: inherit; white-space: normal; overflow-wrap: normal; }
+th.still { padding: .4rem .5rem; font-weight: 600; white-space: normal; overflow-wrap: break-word; }
 th button::after { content: "\\2195"; color: var(--quiet); padding-left: .3em; font-weight: 400; }
 th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--mark); }
 th[aria-sort=descending] button::after { content: "\\2193"; color: var(--mark); }
