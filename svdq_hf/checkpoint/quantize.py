@@ -45,7 +45,7 @@ from svdq_hf.integrations.transformers.in_memory import quantize_model
 from svdq_hf.quantize.footprint import Footprint, read_footprint
 from svdq_hf.quantize.selection import all_names, kept_by_name, linear_layers, unmatched
 
-NAMES_SHOWN = 6
+KINDS_SHOWN = 6
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def check_names(model: str | Path | Source, config: SVDQConfig) -> dict[str, lis
         kinds: dict[str, str] = {}  # layers that differ by a number only are one kind
         for name in names:
             kinds.setdefault(re.sub(r"\d+", "#", name), name)
-        shown = list(kinds.values())[:NAMES_SHOWN]
+        shown = list(kinds.values())[:KINDS_SHOWN]
         raise ValueError(
             f"{', '.join(map(repr, unknown))} matches no linear layer of {source}; there are "
             f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''} (a name matches from the start, "

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
-from svdq_hf.cli.options import several
+from svdq_hf.cli.options import check_there, examples, several
 from svdq_hf.core.release import how_to_install
-from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, PERPLEXITY, RANKS, SEEDS
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS
 
 EXAMPLE: Final = "svdq evaluate --task rte --model rte-seed0 rte-seed1 --data glue --k 64 1024 --out report"
 
@@ -23,11 +24,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
         help="what quantizing costs: GLUE or perplexity, a report",
-        epilog=f"example: {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **examples(EXAMPLE),
     )
     add = parser.add_argument
-    add("--task", required=True, help="cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity")
+    tasks = (*TASKS, PERPLEXITY)
+    add("--task", required=True, choices=tasks, metavar="TASK", help=f"one of {', '.join(tasks)}")
     add("--model", required=True, nargs="+", help="dense models to quantize and evaluate, e.g. one per seed")
     add("--out", required=True, help="folder of the cells and the report; a run that stopped goes on there")
     add("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet) (the Hub)")
@@ -75,6 +76,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     Raises:
         ImportError: the extra `evaluate` is not installed.
     """
+    for model in options.model:
+        check_there(model)
     from svdq_hf.cli.tables import console
 
     try:

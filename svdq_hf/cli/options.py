@@ -1,10 +1,11 @@
-"""Options of the commands, made from the table of choices; and a parser that suggests the nearest word.
+"""Options of the commands, made from the table of choices; a parser that suggests the nearest word; examples.
 
 Imports neither torch nor transformers. Not here: the choices themselves (`config.choices`).
 """
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -124,6 +125,38 @@ def config_of(options: argparse.Namespace) -> Any:
         raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
     changes = PRESETS[options.preset].changes if options.preset else {}
     return SVDQConfig(**{**changes, **given})
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    r"""Keywords for argparse's `add_parser`: examples below the help.
+
+    Args:
+        lines: commands as they are typed.
+
+    >>> examples("svdq demo")["epilog"]
+    'example:\n  svdq demo'
+    """
+    told = "\n".join(f"  {line}" for line in lines)
+    return {
+        "epilog": f"example{'s' * (len(lines) > 1)}:\n{told}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def check_there(model: str) -> None:
+    """Refuse a model that is not there, before anything large is imported.
+
+    Args:
+        model: a folder, or the Hub's user/model, which is downloaded.
+
+    Raises:
+        ValueError: neither a folder nor a name that the Hub could have.
+        OSError: the Hub does not have it, or cannot be reached.
+    """
+    if not os.path.isdir(model):
+        from svdq_hf.hub.client import local_folder
+
+        local_folder(model)
 
 
 def add_drop(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,16 @@ Not here: the upload itself (`hub.push`).
 import argparse
 from typing import Any
 
+from svdq_hf.cli.options import examples
+from svdq_hf.format.files import check_is_folder
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
-    parser: argparse.ArgumentParser = commands.add_parser("push", help="a quantized folder -> the Hub")
+    shown = examples("svdq push FOLDER user/model", "svdq push FOLDER user/model --private")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "push", help="a quantized folder -> the Hub", **shown
+    )
     parser.add_argument("folder", help="a quantized model's folder, its tokenizer beside it")
     parser.add_argument("repo_id", metavar="user/model", help="its name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
@@ -20,6 +26,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Push, and print the address; returns what `--json` prints."""
+    check_is_folder(options.folder)
     from svdq_hf.hub.push import push_folder
 
     url = push_folder(

@@ -7,16 +7,19 @@ import argparse
 import time
 from typing import Any
 
-from svdq_hf.cli.options import add_choices, add_drop, config_of
+from svdq_hf.cli.options import add_choices, add_drop, check_there, config_of, examples
 
 MEGABYTE = 10**6
 LAYERS_SHOWN = 4
 
+EXAMPLES = ("svdq quantize user/model OUT --preset best", "svdq quantize FOLDER OUT --dry-run")
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
+    shown = examples(*EXAMPLES)
     parser: argparse.ArgumentParser = commands.add_parser(
-        "quantize", help="a model -> a folder with the quantized model"
+        "quantize", help="a model -> a folder with the quantized model", **shown
     )
     parser.add_argument("model", help="a folder, or the Hub's user/model")
     parser.add_argument("out", help="folder to write; must not be there, or be empty")
@@ -41,6 +44,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Quantize, and print sizes and errors; returns what `--json` prints."""
+    check_there(options.model)
     from svdq_hf.checkpoint import Source
     from svdq_hf.checkpoint.quantize import check_names, quantize_source
     from svdq_hf.cli.tables import console, totals_table

@@ -4,16 +4,17 @@ Not here: the tables of an evaluation's report (`evaluation.report.tables`).
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_hf.checkpoint.estimate import Estimate
-from svdq_hf.checkpoint.streaming.byte_ranges import readable
-from svdq_hf.demo import SENTENCES, DemoResult
-from svdq_hf.quantize.footprint import Footprint, dense_bytes
+if TYPE_CHECKING:  # torch is imported by who makes what is shown here
+    from svdq_hf.checkpoint.estimate import Estimate
+    from svdq_hf.demo import DemoResult
+    from svdq_hf.quantize.footprint import Footprint
 
 
 def console() -> Console:
@@ -22,7 +23,7 @@ def console() -> Console:
     return Console(width=None if terminal else 120, soft_wrap=not terminal)
 
 
-def layer_table(result: Footprint) -> Table:
+def layer_table(result: "Footprint") -> Table:
     """A row for each quantized layer: shape, k, bits, and what was measured."""
     facts = list(dict.fromkeys(fact for layer in result.layers for fact in layer.facts))
     table = Table(title="quantized layers", box=SIMPLE_HEAD)
@@ -41,8 +42,10 @@ def plain(text: str) -> Text:
     return Text("".join(character if character.isprintable() else "?" for character in text))
 
 
-def totals_table(result: Footprint) -> Table:
+def totals_table(result: "Footprint") -> Table:
     """The sums over a model."""
+    from svdq_hf.quantize.footprint import dense_bytes
+
     table = Table(title="totals", box=SIMPLE_HEAD, show_header=False)
     errors = [layer.facts["relative_error"] for layer in result.layers if "relative_error" in layer.facts]
     rows = {
@@ -60,8 +63,10 @@ def totals_table(result: Footprint) -> Table:
     return table
 
 
-def sentences_table(result: DemoResult) -> Table:
+def sentences_table(result: "DemoResult") -> Table:
     """The demo's similarities, a row for each pair of sentences."""
+    from svdq_hf.demo import SENTENCES
+
     table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
     table.add_column("sentences", overflow="fold")
     table.add_column("FP32", justify="right")
@@ -71,8 +76,10 @@ def sentences_table(result: DemoResult) -> Table:
     return table
 
 
-def estimate_table(result: Estimate) -> Table:
+def estimate_table(result: "Estimate") -> Table:
     """What a run would take: sizes, time, memory, disk."""
+    from svdq_hf.checkpoint.streaming.byte_ranges import readable
+
     table = Table(title="nothing was written", box=SIMPLE_HEAD, show_header=False)
     after = result.footprint
     rows = {"before": readable(result.bytes_before)}

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from svdq_hf.core.packing import RANGES
-from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, PERPLEXITY, RANKS, SEEDS
 from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
-
-PERPLEXITY = "perplexity"
-"""The only task outside GLUE: its data is a text."""
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class EvaluationRequest:
     metric_script: str | Path | None = None
 
     def __post_init__(self) -> None:
+        _check_each("task", [self.task], [*TASKS, PERPLEXITY])
         for name in ("model", "k", "saliency", "grid", "bits", "rank"):
             _check_several(name, getattr(self, name))
         for name in ("out", "data", "text", "metric_script"):

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.evaluation.request import PERPLEXITY, EvaluationRequest, EvaluationResult
+from svdq_hf.evaluation.request import EvaluationRequest, EvaluationResult
+from svdq_hf.evaluation.sweep.defaults import PERPLEXITY
 from svdq_hf.hub.client import local_folder
 
 
@@ -30,12 +31,12 @@ def evaluate(request: EvaluationRequest) -> EvaluationResult:
     """
     if not isinstance(request, EvaluationRequest):
         raise TypeError(f"evaluate takes an EvaluationRequest, not {type(request).__name__}")
+    folders = _folders(request)
     from datasets import disable_progress_bars
 
     from svdq_hf.evaluation.report.report import write_report
     from svdq_hf.evaluation.sweep.store import check_inputs, model_facts
 
-    folders = _folders(request)
     disable_progress_bars()  # one bar, that of the cells, is enough
     out, started = Path(request.out), time.perf_counter()
     models = {name: model_facts(folder) for name, folder in folders.items()}
@@ -86,13 +87,9 @@ def _text(request: EvaluationRequest) -> str:
 
 
 def _folders(request: EvaluationRequest) -> dict[str, Path]:
-    """Name and folder of each model; a wrong task, text or model is refused before anything is loaded."""
+    """Name and folder of each model; a wrong text or model is refused before anything is loaded."""
     if request.task == PERPLEXITY:
         _text(request)
-    else:
-        from svdq_hf.evaluation.tasks.glue import task_of
-
-        task_of(request.task)
     given: dict[str, str | Path] = {}
     for model in request.model:
         name = Path(os.path.abspath(model)).name

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import saliency_names, score_needs
 from svdq_hf.hub.markdown import code
 from svdq_hf.nn.expert_layouts import stacks_of
+from svdq_hf.quantize.empty_model import built, named_class
 from svdq_hf.quantize.footprint import Footprint, read_footprint
 from svdq_hf.quantize.selection import layers_to_convert, weights_of
 
@@ -136,9 +135,8 @@ def _row_of(layers: str) -> str:
 
 def _model_without_weights(folder: str | Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    name = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(f"transformers has no model {name!r}")
-    with torch.device("meta"):
-        return model_class(config)  # type: ignore[no-any-return]
+    kind = named_class(config.architectures)
+    if kind is AutoModel:
+        raise ValueError(f"transformers has no model {config.architectures!r}")
+    model: nn.Module = built(kind, config)
+    return model

@@ -5,6 +5,9 @@ Not here: the plan that is made of them (`evaluation.sweep.plan`).
 
 from typing import Final
 
+PERPLEXITY: Final = "perplexity"
+"""The only task outside GLUE: its data is a text."""
+
 KS: Final = (1, 16, 64, 256, 1024, 4096)
 METHODS: Final = ("svd", "magnitude", "awq", "spqr", "random", "relative")
 RANKS: Final = (8,)

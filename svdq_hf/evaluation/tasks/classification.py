@@ -21,7 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from svdq_hf.evaluation.tasks.glue import load_split, measure, task_of, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, measure, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import task_of
 
 CALIBRATION_TEXTS = 128
 """Texts of the training split, from its start, for the scores that need data."""
