@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from svdq_hf.config.choices import CHOICES, Choice, Option
+from svdq_hf.config.choices import CHOICES, DATA, Choice, Option
 from svdq_hf.config.presets import PRESETS
 
 
@@ -39,6 +39,8 @@ def _hint(message: str, options: Iterable[str]) -> str:
         word, known = strange[1], list(options)
     else:
         return ""
+    if word in PRESETS and PRESETS[word].needs_data:
+        return f"; {word} needs data: svdq quantize MODEL OUT --preset {word} --calibration FILE"
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -53,9 +55,19 @@ def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
         command: its name.
     """
     group = parser.add_argument_group("choices")
-    presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
-    told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
+    presets = [name for name, preset in PRESETS.items() if command == "quantize" or not preset.needs_data]
+    told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
     group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+    add_rows(group, command)
+
+
+def add_rows(group: Any, command: str) -> None:
+    """Add an option for each row of the table of choices that a command takes.
+
+    Args:
+        group: of a parser.
+        command: its name.
+    """
     for name, row in CHOICES.items():
         if row.option is not None and command in row.option.commands:
             group.add_argument(
@@ -76,19 +88,17 @@ def option_name(name: str, option: Option) -> str:
     return option.name or "--" + name.replace("_", "-")
 
 
-def several(name: str, default: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
+def several(name: str) -> dict[str, Any]:
     """Keywords for argparse's `add_argument`, for an option that takes several values of one choice.
 
     Args:
         name: of the choice.
-        default: the values compared where the option is not given.
     """
     row = CHOICES[name]
     option = row.option or Option()
     return {
         "nargs": "+",
         "type": option.parse,
-        "default": default,
         "choices": option.values or None,
         "metavar": name.upper() if option.values else None,
     }
@@ -109,6 +119,17 @@ def _help(row: Choice, option: Option) -> str:
     return (text + shown).replace("%", "%%")
 
 
+def given_choices(options: argparse.Namespace, names: Iterable[str] = tuple(CHOICES)) -> dict[str, Any]:
+    """The choices that were given on the command line, as SVDQConfig takes them.
+
+    Args:
+        options: the parsed command line.
+        names: of the choices to look for.
+    """
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return given | ({"error_feedback": True} if given.get("error_feedback") == DATA else {})
+
+
 def config_of(options: argparse.Namespace) -> Any:
     """The SVDQConfig that the options express.
 
@@ -120,7 +141,7 @@ def config_of(options: argparse.Namespace) -> Any:
     """
     from svdq_hf.config import SVDQConfig
 
-    given = {name: getattr(options, name) for name in CHOICES if hasattr(options, name)}
+    given = given_choices(options)
     if "target_bits" in given and "k" in given:
         raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
     changes = PRESETS[options.preset].changes if options.preset else {}

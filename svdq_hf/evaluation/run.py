@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.evaluation.request import EvaluationRequest, EvaluationResult
 from svdq_hf.evaluation.sweep.defaults import PERPLEXITY
 from svdq_hf.hub.client import local_folder
@@ -47,9 +48,12 @@ def evaluate(request: EvaluationRequest) -> EvaluationResult:
 
 
 def _run_model(request: EvaluationRequest, name: str, folder: Path) -> int:
+    from svdq_hf.evaluation.sweep.cell import run_stored
     from svdq_hf.evaluation.sweep.run import Sweep
 
     model, evaluator = _load(request, folder)
+    if getattr(model, "quantization_method", None) == QUANT_METHOD:
+        return run_stored(model, name, evaluator, Path(request.out))
     try:
         return Sweep(model, name, evaluator, request.plan, Path(request.out)).run()
     except ValueError as error:
@@ -72,11 +76,16 @@ def _data_facts(request: EvaluationRequest) -> dict[str, Any]:
     from svdq_hf.evaluation.tasks.glue import load_split
 
     facts = {"dev examples": digest(map(str, load_split(request.task, "dev", request.data)))}
-    if any(data_needs(method) for method in request.saliency):
+    if any(data_needs(method) for method in request.saliency) or _needs_data(request):
         train = load_split(request.task, "train", request.data)
         seen = train.select(range(min(CALIBRATION_TEXTS, len(train))))
         facts["train examples"] = digest(map(str, seen))
     return facts
+
+
+def _needs_data(request: EvaluationRequest) -> bool:
+    """Whether a whole config that is compared needs data."""
+    return any(one.data_needs and not one.synthetic for one in request.plan.contestants.values())
 
 
 def _text(request: EvaluationRequest) -> str:
@@ -103,7 +112,7 @@ def _folders(request: EvaluationRequest) -> dict[str, Path]:
 
 
 def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
-    """A dense model and its evaluator."""
+    """A model and its evaluator."""
     from transformers import AutoTokenizer
 
     if request.task == PERPLEXITY:
@@ -118,7 +127,8 @@ def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
 def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from svdq_hf.evaluation.tasks.perplexity import PerplexityEvaluator, context_of
+    from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator
+    from svdq_hf.evaluation.tasks.perplexity import context_of
 
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM

@@ -80,6 +80,8 @@ def _sections(
 
 
 def _group_figures(group: Group, cells: Iterable[Cell]) -> dict[str, "Figure"]:
+    if group.of_presets:  # each row has a k of its own: there is nothing to draw against
+        return {}
     look = looks(cell.method for cell in cells)
     rows = main_rows(group)
     drawn = {

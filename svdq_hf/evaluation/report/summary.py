@@ -11,7 +11,7 @@ from typing import Final
 
 from svdq_hf.evaluation.report.cells import Group
 from svdq_hf.evaluation.report.compare import Comparison, Distance, compare
-from svdq_hf.evaluation.report.rows import NAMES, Row
+from svdq_hf.evaluation.report.rows import NAMES, Row, caveat
 from svdq_hf.evaluation.report.statistics import Verdict
 from svdq_hf.evaluation.report.tables import chance, listing, small
 
@@ -19,8 +19,50 @@ RIVALS: Final = ("awq", "spqr")  # which the paper has behind svd at high k
 
 
 def sentences(group: Group, rows: Sequence[Row]) -> list[str]:
-    """The sentences about the main table of a group."""
-    return [*_closest(group, rows), *_certain(group, rows), *_against_magnitude(group, rows), *_rivals(group)]
+    """The sentences about the main table of a group; first what all others depend on, then the verdict."""
+    first = caveat(rows)
+    return [
+        *([] if first is None else [first]),
+        *_verdict(group, rows),
+        *_closest(group, rows),
+        *_certain(group, rows),
+        *_against_magnitude(group, rows),
+        *_rivals(group),
+    ]
+
+
+VERDICTS: Final = ((0.01, "next to nothing"), (0.05, "little"), (0.15, "noticeably"), (math.inf, "much"))
+"""How a rise of perplexity is called, up to which share: 0.05 nats of loss are 5 %."""
+
+
+def _verdict(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """What quantizing costs in perplexity: of the best row, and of the one with nothing salient."""
+    known = [row for row in rows if row.loss_change is not None and math.isfinite(row.loss_change)]
+    dense = next((row for row in rows if row.method == "fp32"), None)
+    if group.unit != "tokens" or not known or dense is None:
+        return
+    told = known if group.of_presets else [min(known, key=_loss)]
+    base = [row for row in known if row.method == "none" and row not in told]
+    costs = "; ".join(_cost(row, dense.scores["perplexity"]) for row in [*told, *base])
+    yield f"Verdict, over {dense.n} tokens: {costs}."
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row.loss_change is None else row.loss_change
+
+
+def _cost(row: Row, dense: float) -> str:
+    """The cost of a row in words: its perplexity beside the dense model's."""
+    rise = math.expm1(_loss(row))
+    word = next(word for most, word in VERDICTS if rise < most)
+    bits = "" if row.bits_per_weight is None else f" at {row.bits_per_weight:.2f} bits"
+    kl = "" if row.kl is None else f", mean KL {small(row.kl)} nats"
+    how = "lowers" if rise < 0 else "raises"
+    by = f"{abs(rise):.1%}" + ("" if rise < 0 else f", {word}")
+    return (
+        f"{_names([row], [])}{bits} {how} perplexity from {dense:.2f} to {dense * (1 + rise):.2f} ({by}), "
+        f"the loss by {row.loss_change:+.4f} nats{kl}"
+    )
 
 
 def _closest(group: Group, rows: Sequence[Row]) -> Iterator[str]:

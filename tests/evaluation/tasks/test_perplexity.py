@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from svdq_hf.demo import default_model
+from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator
 from svdq_hf.evaluation.tasks.perplexity import (
     EVERY,
-    PerplexityEvaluator,
     causal_score,
     masked_score,
     token_ids,
