@@ -11,7 +11,6 @@ from pathlib import Path
 from svdq_hf.checkpoint.streaming.byte_ranges import readable
 from svdq_hf.config.choices import COMPUTE_DTYPES
 
-REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"
 """Default size of a file; a run that is cut off loses its work on one file."""
 

@@ -21,7 +21,6 @@ from svdq_hf.checkpoint.folders import (
     A_CONFIG,
     A_SIZE,
     A_SOURCE,
-    REPORT_FILE,
     SHARD_SIZE,
     check_disk,
     check_dtype,
@@ -38,7 +37,7 @@ from svdq_hf.checkpoint.streaming.unit import Unstreamable
 from svdq_hf.checkpoint.unfinished import unfinished_folder, work_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
-from svdq_hf.format.files import folder_bytes
+from svdq_hf.format.files import REPORT_FILE, folder_bytes
 from svdq_hf.hub.card import write_card
 from svdq_hf.hub.card_facts import dense_layers
 from svdq_hf.hub.readme import README, read_text
@@ -184,11 +183,14 @@ def _finish(source: Source, work: Path, base_model: str | None) -> Result:
     source.check_written(work)
     copy_companions(source.folder, work)
     result = _result(source, work)
-    (work / REPORT_FILE).write_text(json.dumps(result.footprint.to_dict(), indent=1) + "\n")
+    sizes = {"bytes_before": result.bytes_before, "bytes_after": result.bytes_after}
+    report = {**sizes, **result.footprint.to_dict()}
+    (work / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     write_card(
         work,
         footprint=result.footprint,
         dense=result.dense,
+        bytes_before=result.bytes_before,
         base_model=base_model or source.name,
         base_card=read_text(source.folder / README, "replace"),
     )

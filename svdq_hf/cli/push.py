@@ -21,6 +21,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--replace", action="store_true", help="give up another model that is there")
     parser.add_argument("--revision", help="branch to push to")
+    base = "name on the Hub of the model that was quantized, for the card"
+    parser.add_argument("--base-model", metavar="user/model", help=base)
     return parser
 
 
@@ -28,6 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """Push, and print the address; returns what `--json` prints."""
     check_is_folder(options.folder)
     from svdq_hf.hub.push import push_folder
+    from svdq_hf.hub.readme import NO_BASE, names_base
 
     url = push_folder(
         options.folder,
@@ -35,7 +38,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         private=options.private,
         revision=options.revision,
         replace=options.replace,
+        base_model=options.base_model,
     )
     if not options.json:
         print(url)
+        if not names_base(options.folder):
+            print(NO_BASE)
     return {"url": url}

@@ -10,7 +10,6 @@ from typing import Any
 from svdq_hf.cli.options import add_choices, add_drop, check_there, config_of, examples
 from svdq_hf.config.choices import COMPUTE_DTYPES
 
-MEGABYTE = 10**6
 LAYERS_SHOWN = 4
 
 EXAMPLES = (
@@ -71,6 +70,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from svdq_hf.checkpoint import Source
     from svdq_hf.checkpoint.quantize import check_names, quantize_source
     from svdq_hf.cli.tables import console, totals_table
+    from svdq_hf.hub.readme import NO_BASE, names_base
+    from svdq_hf.quantize.footprint_text import sentence
 
     config, started = config_of(options), time.perf_counter()
     _check_data(options, config)
@@ -88,10 +89,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         screen = console()
         screen.print(totals_table(result.footprint))
         screen.print(
-            f"{options.out}: {before / MEGABYTE:.1f} MB -> {after / MEGABYTE:.1f} MB in {seconds:.1f} s; "
+            f"{options.out}: {sentence(result.footprint, before, options=True)}; in {seconds:.1f} s\n"
             f"see its layers with: svdq inspect {options.out}",
             markup=False,
         )
+        if not names_base(options.out):
+            screen.print(NO_BASE, markup=False)
         if after > before:
             screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
@@ -112,7 +115,7 @@ def _estimate(source: Any, options: argparse.Namespace, config: Any) -> dict[str
     if not options.quiet:
         screen = console()
         if result.footprint is not None:
-            screen.print(layer_table(result.footprint))
+            screen.print(layer_table(result.footprint.layers, screen.width, how="layers that are quantized"))
         screen.print(estimate_table(result))
     return result.to_dict()
 

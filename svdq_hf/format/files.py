@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REPORT_FILE = "svdq_report.json"
+"""What `svdq quantize` measured, beside the model."""
 REMEDY = "download or copy the model again"
 
 

@@ -88,7 +88,7 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["quantize", source, out]) == 0
     assert "bits per weight" in capsys.readouterr().out
-    assert main(["inspect", out]) == 0
+    assert main(["inspect", out, "--all"]) == 0
     printed = capsys.readouterr().out
     for layer in BertModel.from_pretrained(out).state_dict():
         if layer.endswith(".weight_scale"):
@@ -182,7 +182,7 @@ def test_names_of_a_stranger_are_printed_as_they_are(source, tmp_path, capsys):
     tensors = load_file(file)
     renamed = {name.replace("pooler", "x[/red]\x1b[31m"): tensor for name, tensor in tensors.items()}
     save_file(renamed, file)
-    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out), "--all"]) == 0
     printed = capsys.readouterr().out
     assert "x[/red]?[31m.dense" in printed
     assert "\x1b" not in printed

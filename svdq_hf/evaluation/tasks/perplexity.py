@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.texts import longest_input
 
@@ -118,7 +119,8 @@ def causal_score(
         ValueError: the loss is not finite, or `stride` does not fit `context`.
     """
     sums, lead = _Sums(reference is not None), ids.new_tensor([] if bos is None else [bos])
-    for start, first, end in windows(ids.numel(), context - len(lead), stride, 1 - len(lead)):
+    places = list(windows(ids.numel(), context - len(lead), stride, 1 - len(lead)))
+    for start, first, end in hf_logging.tqdm(places, desc="Reading the text", leave=False):
         window = torch.cat([lead, ids[start:end]])[None]
         before = len(lead) - start - 1  # of a token's place, the place that predicts it
         scored = slice(before + first, before + end)
@@ -146,7 +148,7 @@ def masked_score(
         ValueError: the loss is not finite, or the text is too short.
     """
     sums = _Sums(reference is not None)
-    for start in range(0, ids.numel(), context):
+    for start in hf_logging.tqdm(range(0, ids.numel(), context), desc="Reading the text", leave=False):
         ends = [[tokenizer.cls_token_id], [tokenizer.sep_token_id]]
         whole = torch.tensor([ends[0] + ids[start : start + context].tolist() + ends[1]])
         place = torch.arange(EVERY // 2 + 1, whole.shape[1] - 1, EVERY)  # not the special ends
