@@ -4,6 +4,7 @@ Not here: the upload itself (`hub.push`).
 """
 
 import argparse
+import sys
 from typing import Any
 
 from svdq_hf.cli.options import examples
@@ -43,5 +44,5 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     if not options.json:
         print(url)
         if not names_base(options.folder):
-            print(NO_BASE)
+            print(f"svdq push: {NO_BASE}", file=sys.stderr)
     return {"url": url}

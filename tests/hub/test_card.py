@@ -181,7 +181,8 @@ def test_evaluation_is_a_table_and_model_index(folder):
 
 def test_names_of_strangers_cannot_break_out_of_the_section(folder):
     nasty = f"a|b`{END}\n---\n<script>"
-    card = model_card(folder, base_model=nasty, results=[CardResult(nasty, nasty, nasty, 1.0)])
+    stated = f"---\n{yaml.safe_dump({'base_model': nasty})}---\n"
+    card = model_card(folder, base_card=stated, results=[CardResult(nasty, nasty, nasty, 1.0)])
     assert (card.count(BEGIN), section_of(card).count("<")) == (1, 0)
     assert metadata_of(card)["base_model"] == nasty  # YAML quotes it
     assert own_text(card) == ""

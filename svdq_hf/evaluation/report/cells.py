@@ -125,7 +125,7 @@ class Group:
     @property
     def of_presets(self) -> bool:
         """Whether the cells are of whole configs, each with a k of its own, or of a quantized folder."""
-        return self.grid == PRESETS_GRID or (self.grid or "").startswith(STORED)
+        return is_whole(self.grid)
 
     @property
     def ks(self) -> list[float]:
@@ -140,6 +140,11 @@ class Group:
     def of(self, method: str, k: float | None = None) -> list[Cell]:
         """The cells of a method (and of one k): one per model seed, or several where the score is random."""
         return [cell for cell in self.cells if cell.method == method and k in (None, cell.k)]
+
+
+def is_whole(grid: str | None) -> bool:
+    """Whether what stands for a cell's grid says that a whole config was evaluated, or a quantized folder."""
+    return grid == PRESETS_GRID or (grid or "").startswith(STORED)
 
 
 def family(model: str) -> str:

@@ -98,6 +98,8 @@ class OverlapRow:
 def main_rows(group: Group) -> list[Row]:
     """Rows of the main table: FP32, nothing salient, then each method by k."""
     found = [_row(group, cells) for cells in _pools(group)]
+    if group.of_presets:  # whose ks say nothing beside each other
+        return found
     baselines = [row for row in found if row.method in NAMES]
     return baselines + sorted((row for row in found if row.method not in NAMES), key=lambda row: row.k)
 

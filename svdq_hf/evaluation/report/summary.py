@@ -43,7 +43,9 @@ def _verdict(group: Group, rows: Sequence[Row]) -> Iterator[str]:
         return
     told = known if group.of_presets else [min(known, key=_loss)]
     base = [row for row in known if row.method == "none" and row not in told]
-    costs = "; ".join(_cost(row, dense.scores["perplexity"]) for row in [*told, *base])
+    before = dense.scores["perplexity"]
+    names = [row.label if group.of_presets else _names([row], []) for row in (*told, *base)]
+    costs = "; ".join(_cost(row, before, name) for row, name in zip([*told, *base], names, strict=True))
     yield f"Verdict, over {dense.n} tokens: {costs}."
 
 
@@ -51,18 +53,13 @@ def _loss(row: Row) -> float:
     return math.inf if row.loss_change is None else row.loss_change
 
 
-def _cost(row: Row, dense: float) -> str:
+def _cost(row: Row, dense: float, name: str) -> str:
     """The cost of a row in words: its perplexity beside the dense model's."""
     rise = math.expm1(_loss(row))
     word = next(word for most, word in VERDICTS if rise < most)
-    bits = "" if row.bits_per_weight is None else f" at {row.bits_per_weight:.2f} bits"
-    kl = "" if row.kl is None else f", mean KL {small(row.kl)} nats"
-    how = "lowers" if rise < 0 else "raises"
-    by = f"{abs(rise):.1%}" + ("" if rise < 0 else f", {word}")
-    return (
-        f"{_names([row], [])}{bits} {how} perplexity from {dense:.2f} to {dense * (1 + rise):.2f} ({by}), "
-        f"the loss by {row.loss_change:+.4f} nats{kl}"
-    )
+    bits = "" if row.bits_per_weight is None else f", {row.bits_per_weight:.2f} bits"
+    told = f"{rise:+.1%}" + ("" if rise < 0 else f", {word}")
+    return f"{name}{bits}: perplexity {dense:.2f} to {dense * (1 + rise):.2f} ({told})"
 
 
 def _closest(group: Group, rows: Sequence[Row]) -> Iterator[str]:

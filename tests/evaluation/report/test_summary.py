@@ -84,9 +84,8 @@ def test_perplexity_has_a_verdict_with_what_the_best_and_the_plain_row_cost(said
         cell("magnitude", 16, **TEXT, loss=3.1, kl=0.1),
     )
     assert first == (
-        "Verdict, over 1000 tokens: svd at k = 16 at 4.25 bits raises perplexity from 20.00 to 20.82 (4.1%, "
-        "little), the loss by +0.0400 nats, mean KL 0.0500 nats; 4-bit, nothing salient at 4.25 bits raises "
-        "perplexity from 20.00 to 24.43 (22.1%, much), the loss by +0.2000 nats, mean KL 0.200 nats."
+        "Verdict, over 1000 tokens: svd at k = 16, 4.25 bits: perplexity 20.00 to 20.82 (+4.1%, little); "
+        "4-bit, nothing salient, 4.25 bits: perplexity 20.00 to 24.43 (+22.1%, much)."
     )
 
 
@@ -96,8 +95,8 @@ def test_every_preset_has_its_verdict_and_nothing_is_missed(said, tmp_path):
         cell("small", 0.0009, **TEXT, grid="presets", loss=2.99, kl=0.02),
     ]
     first, *_ = said(cell(**TEXT, loss=3.0), *presets)
-    assert "best at k = 0.0018 at 4.25 bits raises perplexity from 20.00 to 20.10 (0.5%, next to" in first
-    assert "small at k = 0.0009 at 4.25 bits lowers perplexity from 20.00 to 19.80 (1.0%)" in first
+    assert "tokens: best, 4.25 bits: perplexity 20.00 to 20.10 (+0.5%, next to nothing); small, 4.25" in first
+    assert first.endswith("small, 4.25 bits: perplexity 20.00 to 19.80 (-1.0%).")
     [group] = groups(read_cells(tmp_path))
     table = main_table(group, main_rows(group))
     assert table.notes == []
