@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import Any
 
-from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.cli.options import add_choices, config_of, examples
 from svdq_hf.config.choices import CHOICES
 
 WORDS = ("svdq", "fp32", "bf16", "nf4", "int4")
@@ -19,6 +19,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="how fast a model is on this machine, quantized and dense, and in what memory",
+        **examples("svdq bench minilm-4bit", "svdq bench MODEL --preset small --tokens 64"),
     )
     parser.add_argument(
         "folder", help="a model's folder, or the Hub's user/model; a dense model is quantized on the way"

@@ -8,7 +8,7 @@ import copy
 import sys
 from typing import TYPE_CHECKING, Any
 
-from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.cli.options import add_choices, config_of, examples
 from svdq_hf.config.choices import CHOICES
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
         help="how much worse, smaller and faster a model is than another",
-        epilog=f"example: {EXAMPLE}",
+        **examples(EXAMPLE, "svdq compare my-model my-model-4bit --out report"),
     )
     add = parser.add_argument
     add("model", help="the reference: a folder, or the Hub's user/model")

@@ -11,7 +11,8 @@ import torch
 
 from svdq_hf.evaluation.comparison.answers import Answers, Observed, Reference
 from svdq_hf.evaluation.tasks.classification import Score, score_model
-from svdq_hf.evaluation.tasks.glue import load_split, task_of, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import task_of
 
 
 class TaskExamples:

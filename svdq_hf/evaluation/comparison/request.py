@@ -65,6 +65,6 @@ def check(choices: Choices) -> None:
 
 
 def _check_task(task: str) -> None:
-    from svdq_hf.evaluation.tasks.glue import task_of
+    from svdq_hf.evaluation.tasks.glue_tasks import task_of
 
     task_of(task)

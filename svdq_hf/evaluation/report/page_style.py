@@ -40,6 +40,8 @@ th[aria-sort=descending] button::after { content: "\\2193"; color: var(--mark); 
 .words { text-align: left; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
 th:first-child { background: var(--head); }
+@media (max-width: 600px) { td:first-child { white-space: normal; min-width: 5.5rem; overflow-wrap: normal; }
+  th, td { padding: .3rem .35rem; } }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px;
   align-items: start; }
 figure { margin: 0; max-width: 560px; }
