@@ -1,6 +1,6 @@
 """Usage snippet of a model card: Python lines that run this kind of model, not just load it.
 
-Sentence encoders go through sentence-transformers, models of a pipeline's task through `pipeline`, where what
+Sentence encoders go through sentence-transformers, models of a pipeline's task through a pipeline, where what
 reads their input (tokenizer, processor) stands beside them. Not here: the card (`hub.card`).
 """
 

@@ -5,11 +5,11 @@ Wide enough for 60 columns. Not here: what is counted (`quantize.footprint`), th
 """
 
 import textwrap
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from svdq_hf.quantize.footprint import Footprint
+from svdq_hf.quantize.dense_tensors import DenseTensor
 
 WIDTH = 60
 MEGABYTE = 10**6
@@ -17,7 +17,43 @@ WORTH_SAYING = 0.2
 """Share of the bytes from which on a dense tensor is named, with what would shrink it."""
 
 
-def rows(result: "Footprint", *, options: bool = False) -> dict[str, str]:
+class Sizes(Protocol):
+    """What is told of a `Footprint`, which prints itself by this file."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The quantized layers, a `LayerFootprint` each."""
+
+    @property
+    def dense(self) -> Sequence[DenseTensor]:
+        """The dense tensors, the largest first."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of these."""
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of the quantized layers."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in quantized layers."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over these."""
+
+    @property
+    def salient_share(self) -> float:
+        """Share of these that stay in FP32."""
+
+
+def rows(result: Sizes, *, options: bool = False) -> dict[str, str]:
     """What a table says, by title.
 
     Args:
@@ -46,7 +82,7 @@ def rows(result: "Footprint", *, options: bool = False) -> dict[str, str]:
     return told
 
 
-def as_text(result: "Footprint") -> str:
+def as_text(result: Sizes) -> str:
     """The table in plain text, at most 60 columns wide where no name is longer."""
     told = rows(result)
     width = max(map(len, told)) + 2
@@ -58,13 +94,13 @@ def _lines(title: str, text: str, width: int) -> list[str]:
     return [f"{title if not at else '':<{width}}{part}" for at, part in enumerate(parts)]
 
 
-def as_html(result: "Footprint") -> str:
+def as_html(result: Sizes) -> str:
     """The table in HTML, as notebooks show it."""
     body = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows(result).items())
     return f'<table style="text-align: left"><tbody>{body}</tbody></table>'
 
 
-def sentence(result: "Footprint", before: int | None = None, *, options: bool = False) -> str:
+def sentence(result: Sizes, before: int | None = None, *, options: bool = False) -> str:
     """A model in a line: size before and after, bits, what stayed dense and how to shrink it.
 
     Args:
@@ -85,7 +121,7 @@ def sentence(result: "Footprint", before: int | None = None, *, options: bool = 
     return f"{found}; {_share(largest.bytes, result)} of that is the {largest.dtype} {what}: {hint}"
 
 
-def shrinks(result: "Footprint", *, options: bool = False) -> str:
+def shrinks(result: Sizes, *, options: bool = False) -> str:
     """The choice that would quantize the largest dense tensor, where that is worth saying; or nothing.
 
     Args:
@@ -107,5 +143,5 @@ def megabytes(size: int) -> str:
     return f"{size / MEGABYTE:.1f} MB" if size < 1000 * MEGABYTE else f"{size / MEGABYTE / 1000:.2f} GB"
 
 
-def _share(size: int, result: "Footprint") -> str:
+def _share(size: int, result: Sizes) -> str:
     return f"{size / max(1, result.total_bytes):.0%}"
