@@ -1,6 +1,6 @@
 """What `svdq bench` prints: tables of at most 60 columns, and the kernels in sentences.
 
-Not here: the figures (`evaluation.speed.bench`).
+Not here: the figures (`evaluation.speed.bench_result`).
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from svdq_hf.cli.tables import console, plain
-from svdq_hf.evaluation.speed.bench import DECODE, REFERENCE, BenchResult, Measured
+from svdq_hf.evaluation.speed.bench_result import DECODE, REFERENCE, BenchResult, Measured
 
 MEGABYTE = 10**6
 LEAST_SHARE = 0.005
@@ -32,7 +32,7 @@ def show_bench(result: BenchResult) -> None:
     screen.print(plain(told))
     for table in (_speeds(result), _memory(result), _shares(result)):
         screen.print(table)
-    for line in (*kernel_lines(result.paths), *_missing(result), verdict(result)):
+    for line in (*kernel_lines(result.paths), *_notes(result), verdict(result)):
         screen.print(plain(line))
 
 
@@ -121,8 +121,13 @@ def _ways(ways: dict[str, str]) -> Iterable[str]:
         yield f"{', '.join(map(str, tokens))} token{'' if tokens in (['1'], [1]) else 's'}: {way}"
 
 
-def _missing(result: BenchResult) -> Iterable[str]:
-    return (f"not measured: {name} ({why})" for name, why in result.missing.items())
+def _notes(result: BenchResult) -> Iterable[str]:
+    if any(one.maps_dense for one in result.variants.values()):
+        yield (
+            "memory: a model quantized while it loads counts pages of the dense file as well; save it, and "
+            "bench that folder"
+        )
+    yield from (f"not measured: {name} ({why})" for name, why in result.missing.items())
 
 
 def verdict(result: BenchResult) -> str:
@@ -139,6 +144,6 @@ def verdict(result: BenchResult) -> str:
         f"{'decoding' if figure == DECODE else f'reading {figure} tokens'} {ratio:.2f} times"
         for figure, ratio in ratios.items()
     ]
-    memory = one.run_peak_bytes, result.variants[REFERENCE].run_peak_bytes
-    share = f", in {memory[0] / memory[1]:.0%} of its memory" if memory[0] and memory[1] else ""
+    mine, dense = one.run_peak_bytes, result.variants[REFERENCE].run_peak_bytes
+    share = f", in {mine / dense:.0%} of its memory" if mine and dense and not one.maps_dense else ""
     return f"{one.name}, times as fast as dense FP32: {', '.join(told)}{share}."

@@ -4,7 +4,8 @@ A small step is over before a second thread has woken; and where another process
 busy, every step waits until the system gives the core back, small or large: MiniLM took ten times as long,
 a matrix of a million weights as well. So a few steps are timed before a large matrix. `torch.set_num_threads`
 holds for the thread that calls it, and for threads that use torch for the first time before it is set back,
-which keep the one thread: so it is set for no longer than one matrix takes. Not here: the threads of the
+which keep the one thread: so it is set for no longer than one matrix takes. (transformers quantizes in the
+thread that loads; its pool only reads, and ends with the loading.) Not here: the threads of the
 kernels (`kernels.native`), and several processes (`checkpoint.streaming.workers`).
 """
 

@@ -1,31 +1,27 @@
 """Bench of one model on this machine: quantized, dense and by other methods, in turn, a process each.
 
-A round asks every variant for every figure, one after the other; a figure is the median of the rounds, a
-ratio the median of the rounds' own ratios, so that what disturbs the machine for a while disturbs both.
-Not here: the tables (`cli.bench_tables`).
+A round asks every variant for every figure, one after the other, so that what disturbs the machine for a
+while disturbs all of them. Not here: medians and ratios (`evaluation.speed.bench_result`), the tables
+(`cli.bench_tables`).
 """
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.grid_values import require
+from svdq_hf.evaluation.speed.bench_result import DECODE, BenchResult, Measured
 from svdq_hf.evaluation.speed.memory import free_memory
 from svdq_hf.evaluation.speed.process import ModelProcess
 from svdq_hf.evaluation.speed.variants import Variant, variants
 
 TOKENS = (8, 64, 512)
 NEW_TOKENS, PROMPT = 16, 32
-DECODE = "decode"
-"""The name of the figure of decoding; the others' names are their numbers of tokens."""
-REFERENCE = "fp32"
-"""The word of the variant by which the others are divided, where it is there."""
 Say = Callable[[str], None]
 
 
@@ -60,92 +56,6 @@ class BenchRequest:
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or None")
 
 
-@dataclass
-class Measured:
-    """One variant's figures.
-
-    Attributes:
-        name: for users.
-        load_seconds: time of `from_pretrained`; None where users would load it otherwise.
-        load_peak_bytes: most resident memory while loading; None as above, or where not told.
-        run_peak_bytes: most resident memory while running, the model's included.
-        rates: tokens a second, by figure ("decode", "8", ...), a number for each round.
-    """
-
-    name: str
-    load_seconds: float | None
-    load_peak_bytes: int | None
-    run_peak_bytes: int | None = None
-    rates: dict[str, list[float]] = field(default_factory=dict)
-
-    def rate(self, figure: str) -> float | None:
-        """The median of the rounds; None where the figure was not measured.
-
-        Args:
-            figure: its name.
-        """
-        return median(self.rates[figure]) if self.rates.get(figure) else None
-
-    def ratio(self, figure: str, other: "Measured") -> float | None:
-        """How many times as fast as another variant; None where one of them was not measured.
-
-        Args:
-            figure: its name.
-            other: the variant to divide by.
-        """
-        pairs = list(zip(self.rates.get(figure, ()), other.rates.get(figure, ()), strict=False))
-        return median(one / two for one, two in pairs) if pairs else None
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """What was measured.
-
-    Attributes:
-        model: as it was given.
-        kind: its class.
-        parameters: its weights, packed ones counted as what they stand for.
-        stored_bytes: of its safetensors files.
-        threads: of torch.
-        figures: names of the figures, "decode" first where the model writes.
-        variants: by word; the folder's own model first.
-        shares: of the time by kind of module, of prefill and decoding, of the first variant.
-        paths: of the first variant's quantized layers (`KernelPath`).
-        missing: why variants were not measured, by name.
-        rounds: how many.
-    """
-
-    model: str
-    kind: str
-    parameters: int
-    stored_bytes: int
-    threads: int
-    figures: list[str]
-    variants: dict[str, Measured]
-    shares: dict[str, dict[str, float] | None]
-    paths: list[dict[str, Any]]
-    missing: dict[str, str]
-    rounds: int
-
-    def ratios(self, word: str) -> dict[str, float]:
-        """A variant's ratios to dense FP32, by figure; none where that is missing.
-
-        Args:
-            word: of the variant.
-        """
-        base = self.variants.get(REFERENCE)
-        found = {} if base is None else {one: self.variants[word].ratio(one, base) for one in self.figures}
-        return {figure: ratio for figure, ratio in found.items() if ratio is not None}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has, with each variant's medians and ratios."""
-        told = asdict(self)
-        for word, one in self.variants.items():
-            rates = {figure: one.rate(figure) for figure in self.figures}
-            told["variants"][word] |= {"tokens_per_second": rates, "times_dense_fp32": self.ratios(word)}
-        return told
-
-
 def run_bench(request: BenchRequest, say: Say = lambda text: None) -> BenchResult:
     """Measure a model's variants in turn.
 
@@ -175,7 +85,7 @@ def run_bench(request: BenchRequest, say: Say = lambda text: None) -> BenchResul
         paths = own.ask("paths", tokens=lengths)["paths"]
         rounds = running.rounds(request.seconds)
     return BenchResult(
-        model=str(source), kind=first["kind"], parameters=first["parameters"], stored_bytes=source.bytes,
+        model=str(source), kind=first["kind"], parameters=running.parameters, stored_bytes=source.bytes,
         threads=first["threads"], figures=running.figures, variants=running.measured, shares=shares,
         paths=paths, missing=running.missing, rounds=rounds,
     )  # fmt: skip
@@ -196,6 +106,11 @@ class _Running:
         writes = any(one["writes"] for one in self.loaded.values())
         return [*([DECODE] if writes else []), *map(str, self.request.tokens)]
 
+    @property
+    def parameters(self) -> int:
+        """Weights of the model: the most that a variant tells, as other methods count packed ones."""
+        return max((int(one["parameters"]) for one in self.loaded.values()), default=0)
+
     def start(self, variant: Variant) -> None:
         """Load a variant in a process of its own; where that fails and others may do, note why."""
         missing = variant.missing or self._too_large(variant)
@@ -215,12 +130,13 @@ class _Running:
             return
         told = loaded if variant.loads_as_users_do else {"seconds": None, "resident": None}
         self.processes[variant.word], self.loaded[variant.word] = process, loaded
-        self.measured[variant.word] = Measured(variant.name, told["seconds"], told["resident"], peak)
+        self.measured[variant.word] = Measured(
+            variant.name, told["seconds"], told["resident"], peak, maps_dense=variant.maps_dense
+        )
 
     def _too_large(self, variant: Variant) -> str | None:
         """Why a variant does not fit into the memory that is free; None: it may."""
-        parameters = next((one["parameters"] for one in self.loaded.values()), 0)
-        needed, free = variant.weight_bytes * parameters, free_memory()
+        needed, free = variant.weight_bytes * self.parameters, free_memory()
         if free is None or needed <= free:
             return None
         return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"

@@ -41,6 +41,11 @@ class Variant:
         """Whether the time and memory of loading are those of a user's own loading."""
         return not self.load.get("dequantize", False)
 
+    @property
+    def maps_dense(self) -> bool:
+        """Whether pages of the dense model's file count as its memory: it is quantized while it loads."""
+        return "quantize" in self.load or "peer" in self.load
+
 
 def variants(
     folder: Path, method: str | None, dense: Path | None, config: Any, only: tuple[str, ...] = ()

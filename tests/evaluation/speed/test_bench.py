@@ -6,7 +6,8 @@ from tiny_models import bert, llama
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.evaluation.speed import bench
-from svdq_hf.evaluation.speed.bench import BenchRequest, Measured, run_bench
+from svdq_hf.evaluation.speed.bench import BenchRequest, run_bench
+from svdq_hf.evaluation.speed.bench_result import Measured
 from svdq_hf.evaluation.speed.peers import PEERS
 from svdq_hf.evaluation.speed.variants import NEEDS_DENSE, WORDS, variants
 
