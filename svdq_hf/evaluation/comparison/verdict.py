@@ -11,6 +11,7 @@ from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.evaluation.comparison.labels import preset_of
 from svdq_hf.evaluation.comparison.result import ComparedModel, Quality
 from svdq_hf.evaluation.comparison.statistics import Estimate
+from svdq_hf.evaluation.report.tables import listing
 
 LEVELS = (
     (0.002, "hardly to be told from the original"),
@@ -36,18 +37,22 @@ def verdict(model: ComparedModel, reference: ComparedModel, counted: str) -> str
     """
     quality = model.quality
     facts = ", ".join([*_loss(quality), *_distance(quality), *_agreement(quality, counted)])
-    saved = ", ".join(_saved(model, reference))
-    return f"{model.name} {facts}: {closeness(quality)}." + (f" It takes {saved}." if saved else "")
+    return f"{model.name} {facts}: {closeness(quality)}.{_saved(model, reference)}"
 
 
-def _saved(model: ComparedModel, reference: ComparedModel) -> Iterator[str]:
-    """Size, memory and speed beside the reference's."""
-    if model.bytes and reference.bytes:
-        yield f"{model.bytes / reference.bytes:.2f} of the disk"
-    for name, words in (("run_peak_bytes", "of the memory"), ("decode_tokens_per_second", "")):
-        ours, theirs = (getattr(one.speed, name, None) for one in (model, reference))
-        if ours and theirs:
-            yield f"{ours / theirs:.2f} {words}" if words else f"writes {ours / theirs:.2f} times as fast"
+def _saved(model: ComparedModel, reference: ComparedModel) -> str:
+    """Size, memory and speed beside the reference's, in a sentence; nothing where none is known."""
+    shares = {"disk": _ratio(model.bytes, reference.bytes)}
+    shares["memory"] = _ratio(*(getattr(one.speed, "run_peak_bytes", None) for one in (model, reference)))
+    faster = _ratio(*(getattr(one.speed, "decode_tokens_per_second", None) for one in (model, reference)))
+    takes = [f"{value:.2f} of the {what}" for what, value in shares.items() if value is not None]
+    told = [f"takes {listing(takes)}"] if takes else []
+    told += [f"writes {faster:.2f} times as fast"] if faster is not None else []
+    return f" It {', and '.join(told)}." if told else ""
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours and theirs else None
 
 
 def closeness(quality: Quality) -> str:

@@ -144,7 +144,7 @@ def test_the_language_part_of_a_vision_text_model_is_compared(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     pictures = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-    config = LlavaConfig(pictures, tiny.llama_config(), image_token_index=95)
+    config = LlavaConfig(vision_config=pictures, text_config=tiny.llama_config(), image_token_index=95)
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
     letters.tokenizer().save_pretrained(tmp_path / "llava")
     result = compare(tmp_path / "llava", SVDQConfig(k=4), **QUICKLY)

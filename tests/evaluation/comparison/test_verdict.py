@@ -44,7 +44,7 @@ def test_a_causal_models_verdict_says_loss_interval_kl_and_top_tokens():
 
 def test_memory_and_speed_are_told_where_they_are_known():
     found = verdict(model(speed=Speed()), model(bytes=1000, speed=Slow()), "tokens")
-    assert found.endswith("It takes 0.25 of the disk, 0.50 of the memory, writes 2.50 times as fast.")
+    assert found.endswith(" It takes 0.25 of the disk and 0.50 of the memory, and writes 2.50 times as fast.")
 
 
 def test_a_task_counts_the_answers_that_flip():
