@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import mask_of, masks_of
-from svdq_hf.core.spectrum import outlier_ratio
+from svdq_hf.core.spectrum import kurtosis, outlier_ratio
 
 MOST_TOKENS = 16
 """Tokens kept of each layer, those with the largest outputs: outliers are few, and in few tokens."""
@@ -26,13 +26,17 @@ class Peaks:
         inputs: the tokens that made them, `[peaks, in]`, float32.
         units: row of the weight that made each, `[peaks]`, int64.
         outputs: the outputs, `[peaks]`, float32, the largest absolute value first.
-        outlier_ratio: largest over median absolute output, the highest of the passes.
+        outlier_ratio: largest over median absolute output; this and the next are the highest of the passes.
+        input_ratio: the same of the inputs.
+        kurtosis: of the outputs.
     """
 
     inputs: Tensor
     units: Tensor
     outputs: Tensor
     outlier_ratio: float
+    input_ratio: float
+    kurtosis: float
 
     @classmethod
     def of(cls, inputs: Tensor, outputs: Tensor) -> "Peaks":
@@ -45,7 +49,8 @@ class Peaks:
         units = outputs.abs().argmax(1)
         largest = outputs.gather(1, units.unsqueeze(1)).squeeze(1).float()
         kept = largest.abs().topk(min(MOST_TOKENS, len(largest))).indices
-        return cls(inputs[kept].float(), units[kept], largest[kept], outlier_ratio(outputs))
+        figures = outlier_ratio(outputs), outlier_ratio(inputs), kurtosis(outputs)
+        return cls(inputs[kept].float(), units[kept], largest[kept], *figures)
 
     def joined(self, other: "Peaks") -> "Peaks":
         """The peaks of both."""
@@ -53,8 +58,11 @@ class Peaks:
             torch.cat([getattr(self, name), getattr(other, name)]) for name in ("inputs", "units", "outputs")
         )
         kept = outputs.abs().topk(min(MOST_TOKENS, len(outputs))).indices
-        ratio = max(self.outlier_ratio, other.outlier_ratio)
-        return Peaks(inputs[kept], units[kept], outputs[kept], ratio)
+        figures = (
+            max(getattr(self, name), getattr(other, name))
+            for name in ("outlier_ratio", "input_ratio", "kurtosis")
+        )
+        return Peaks(inputs[kept], units[kept], outputs[kept], *figures)
 
 
 class PeakRecorder:

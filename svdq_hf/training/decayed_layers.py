@@ -25,6 +25,10 @@ from svdq_hf.quantize.selection import heads
 class DecayedLayer(Protocol):
     """A layer with a weight `[out, in]`, of which something trains."""
 
+    @property
+    def module(self) -> Any:
+        """The module of the model."""
+
     def weight(self) -> Tensor:
         """The whole weight that the layer multiplies with, `[out, in]`, detached."""
 
@@ -136,9 +140,9 @@ def decayed_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, D
         The layers by name, in the model's order.
 
     Raises:
-        ValueError: there is none, a name matches none, an adapter is not plain LoRA, or a weight is no matrix.
+        ValueError: there is none, a name matches none, an adapter is no plain LoRA, or a weight no matrix.
     """
-    found = {name: layer for name, layer in _linear_layers(model) if layer.trained()}
+    found = {name: layer for name, layer in linear_layers(model) if layer.trained()}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no linear layer that trains: is everything frozen? Heads and tied "
@@ -147,14 +151,21 @@ def decayed_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, D
     asked = None if names is None else KeptDense(names)
     for name in [] if asked is None else asked.all:
         if not any(KeptDense([name]).keeps(layer) for layer in found):
-            raise ValueError(f"layers: {name!r} matches no linear layer that trains, such as {next(iter(found))}")
+            raise ValueError(
+                f"layers: {name!r} matches no linear layer that trains, such as {next(iter(found))}"
+            )
     chosen = {name: layer for name, layer in found.items() if asked is None or asked.keeps(name)}
     for name, layer in chosen.items():
         _check(name, layer)
     return chosen
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, DecayedLayer]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, DecayedLayer]]:
+    """The linear layers of a model's base, dense, quantized or adapted, with their names; trained or not.
+
+    Args:
+        model: the model; heads and tied weights are left out.
+    """
     get_base = getattr(model, "get_base_model", None)
     base = get_base() if callable(get_base) else model
     output = getattr(base, "get_output_embeddings", lambda: None)()
@@ -172,7 +183,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, DecayedLayer]]:
             yield name, layer
 
 
-def _layer_of(name: str, module: nn.Module) -> DecayedLayer | None:
+def _layer_of(name: str, module: Any) -> DecayedLayer | None:
     if type(module) is SVDQLinear:
         return SalientLayer(module)
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
@@ -180,7 +191,9 @@ def _layer_of(name: str, module: nn.Module) -> DecayedLayer | None:
         if not isinstance(base, DenseLayer | SalientLayer):
             return None
         if any(getattr(module, "lora_variant", {}).values()):
-            raise ValueError(f"{name}: spectral decay knows plain LoRA only; take DoRA and other variants away")
+            raise ValueError(
+                f"{name}: spectral decay knows plain LoRA only; take DoRA and other variants away"
+            )
         return LoraLayer(module, base)
     return DenseLayer(module) if is_linear(module) else None
 
@@ -194,8 +207,8 @@ def _check(name: str, layer: DecayedLayer) -> None:
     for parameter in layer.trained():
         if parameter.ndim == 0 or (parameter.ndim == 1 and not isinstance(layer, SalientLayer)):
             raise ValueError(
-                f"{name}: its weight is a flat or empty piece {list(parameter.shape)} (FSDP1, DeepSpeed ZeRO-3), "
-                "which has no spectrum; shard with FSDP2's fully_shard"
+                f"{name}: its weight is a flat or empty piece {list(parameter.shape)}, as of FSDP1 and "
+                "DeepSpeed ZeRO-3, and has no spectrum; shard with FSDP2's fully_shard"
             )
         if isinstance(parameter, DTensor):
             for placement in parameter.placements:
@@ -213,14 +226,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _add(parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
-    """Add `left [n, k] @ right [m, k].T` to a parameter's gradient, `[n, m]` or `[n]`, or to its local rows."""
+    """Add `left [n, k] @ right [m, k].T` to a gradient `[n, m]` or `[n]`, or to its local rows."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     gradient = parameter.grad
     if isinstance(gradient, DTensor):
         for dim, placement in enumerate(gradient.placements):
             if isinstance(placement, Shard):  # by rows, in torch.chunk's pieces
-                pieces, mine = left.chunk(gradient.device_mesh.size(dim)), gradient.device_mesh.get_local_rank(dim)
+                pieces, mine = (
+                    left.chunk(gradient.device_mesh.size(dim)),
+                    gradient.device_mesh.get_local_rank(dim),
+                )
                 left = pieces[mine] if mine < len(pieces) else left[:0]
         gradient = gradient.to_local()
     gradient.add_((left @ right.T).to(gradient.dtype).view_as(gradient))

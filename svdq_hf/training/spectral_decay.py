@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from svdq_hf.calibration.peaks import PeakRecorder
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.spectrum import decay_factors, decay_penalty, dominance, least_count
 from svdq_hf.core.svd import Principal, principal
+from svdq_hf.training.agreement import agree, are_several
 from svdq_hf.training.decayed_layers import decayed_layers
 
 SPARE = 5
-"""Triplets kept beyond `k_max`, so that the next decomposition starts from a space that holds the leading ones."""
+"""Triplets kept beyond `k_max`: the next decomposition starts from a space that holds the leading ones."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class SpectralDecay:
     def penalty(self) -> float:
         """The penalty of the flagged layers, by their last decomposition."""
         return sum(
-            decay_penalty(seen.values[: seen.count], self.strength, self.power) for seen in self.flagged.values()
+            decay_penalty(seen.values[: seen.count], self.strength, self.power)
+            for seen in self.flagged.values()
         )
 
     @torch.no_grad()
@@ -148,12 +149,12 @@ class SpectralDecay:
             shares[name], ratios[name] = self._share(name, found), self._ratio(name)
             if self.k_max >= min(weight.shape) and shares[name].any():
                 shares[name][-1] = 1.0  # nothing is beyond them
-        if not any(share.any() for share in shares.values()) and not _is_distributed():
+        if not any(share.any() for share in shares.values()) and not are_several():
             raise ValueError(
                 "no forward pass in training was seen: make SpectralDecay before the loop, and call step() "
                 "after loss.backward()"
             )
-        _agree(self._triplets, shares, ratios)
+        agree(self._triplets, shares, ratios)
         for name, found in self._triplets.items():
             self._choose(name, found, shares[name], ratios[name])
 
@@ -206,7 +207,9 @@ class SpectralDecay:
         """
         if state["layers"] and state["layers"].keys() != self.layers.keys():
             strange = sorted(state["layers"].keys() ^ self.layers.keys())
-            raise ValueError(f"the state of spectral decay is that of other layers: {', '.join(strange[:3])}, ...")
+            raise ValueError(
+                f"the state of spectral decay is that of other layers: {', '.join(strange[:3])}, ..."
+            )
         self.steps = state["steps"]
         for name, parts in state["layers"].items():
             device = self.layers[name].trained()[0].device
@@ -229,7 +232,7 @@ def _check_ranges(strength: float, power: float, tau: float, k_max: int, every: 
         raise ValueError(f"k_max={k_max}, every={every}: must be 1 or more")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The model inside of `torch.compile`'s or DDP's wrapper."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -238,21 +241,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _agree(triplets: Mapping[str, Principal], shares: dict[str, Tensor], ratios: dict[str, float]) -> None:
-    """In several processes: the first one's triplets for all, shares as means, ratios as maxima."""
-    if not _is_distributed():
-        return
-    for name, found in triplets.items():
-        for part in (found.u, found.s, found.v):
-            dist.broadcast(part, 0)
-        dist.all_reduce(shares[name])
-        shares[name] /= dist.get_world_size()
-    largest = torch.tensor(list(ratios.values()), device=next(iter(shares.values())).device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    ratios.update(zip(ratios, largest.tolist(), strict=True))

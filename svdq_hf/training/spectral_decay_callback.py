@@ -91,7 +91,9 @@ class SpectralDecayCallback(TrainerCallback):  # type: ignore[misc]  # transform
 
     def _started(self) -> SpectralDecay:
         if self.decay is None:
-            raise ValueError("SpectralDecayCallback was not there when training began: pass it to Trainer(callbacks=...)")
+            raise ValueError(
+                "SpectralDecayCallback was not there when training began: pass it to Trainer(callbacks=...)"
+            )
         return self.decay
 
     @torch.no_grad()
