@@ -79,6 +79,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
     """The spectra of one model, which is loaded for that and dropped."""
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     from svdq_hf.checkpoint.source import Source
@@ -95,7 +96,7 @@ def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
         text = Path(options.text).read_text(encoding="utf-8")
         ids = token_ids(text, tokenizer, options.tokens)
         names = ["input_ids"] + ["decoder_input_ids"] * bool(model.config.is_encoder_decoder)
-        batches = [dict.fromkeys(names, piece[None]) for piece in ids.split(WINDOW)]
+        batches = [dict.fromkeys(names, piece[None]) for piece in torch.split(ids, WINDOW)]
     return measure_spectra(model, batches)
 
 

@@ -4,7 +4,7 @@ Not here: the values (`evaluation.spectrum`, or the callback of `training.spectr
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from svdq_hf.evaluation.report.drawing import blank, lettering, style, written_out
 from svdq_hf.evaluation.report.palette import KNOWN
@@ -39,7 +39,7 @@ def spectra_picture(
     with style():
         figure, axes = blank(title, 4.6)
         for name, short, look in zip(chosen, short_names(chosen), _LOOKS, strict=False):
-            choices = {"color": look.colour, "marker": look.marker, "markersize": 4}
+            choices: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 4}
             if after is not None:
                 axes.plot(*_points(before[name]), linestyle=":", alpha=0.6, **choices)
             last = before if after is None else after

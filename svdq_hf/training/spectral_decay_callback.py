@@ -46,6 +46,15 @@ class SpectralDecayCallback(TrainerCallback):  # type: ignore[misc]  # transform
         self.before: dict[str, Tensor] = {}
         self.after: dict[str, Tensor] = {}
 
+    def before_reporters(self, trainer: Any) -> None:
+        """Let reporters (TensorBoard, progress bar) show what is logged here; Trainer asks them first.
+
+        Args:
+            trainer: the `Trainer` that this callback was given to.
+        """
+        handler = trainer.callback_handler
+        handler.callbacks.insert(0, handler.pop_callback(self))
+
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         """Start, or go on where the checkpoint left off.
 

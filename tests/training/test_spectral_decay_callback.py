@@ -61,6 +61,25 @@ def test_what_it_sees_is_logged(tmp_path):
     assert not trainer.model._forward_pre_hooks
 
 
+def test_reporters_show_it_where_it_is_asked_before_them(tmp_path):
+    class Reporter(hf.TrainerCallback):
+        seen: tuple[dict, ...] = ()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.seen = (*self.seen, dict(logs))
+
+    reporter, callback = Reporter(), SpectralDecayCallback(**CHOICES)
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    callbacks = [reporter, callback]
+    trainer = hf.Trainer(tiny.classifier(), arguments, train_dataset=examples(), callbacks=callbacks)
+    callback.before_reporters(trainer)
+    trainer.train()
+    assert "flagged_layers" in reporter.seen[0]
+
+
 def test_steps_are_those_of_the_optimizer(tmp_path):
     callback = SpectralDecayCallback(**CHOICES)
     train(tmp_path, callback, save_strategy="no", gradient_accumulation_steps=2)
