@@ -200,6 +200,8 @@ def table(options) -> None:
     for (task, way), found in cells.items():
         for when in ("before", "after") if way == "neither" else ("after",):
             row = [one for line in found for one in line[when] if one["name"] in flagged(line)]
+            if not row:
+                continue  # no layer was flagged
             figures = [mean(one["values"][at] for one in row) for at in (0, 1, 9)]
             figures += [mean(one["pcdr"][0] for one in row)]
             figures += [

@@ -2,7 +2,7 @@
 
 Source: S2D, arXiv 2602.14432. A few leading singular values of a weight make the largest outputs of a layer,
 and a penalty on these values alone takes the outliers away. Not here: the triplets (`core.svd`), where the
-outputs come from (`calibration.peaks`), and training (`training.spectral_decay`).
+outputs come from (`training.peaks`), and training (`training.spectral_decay`).
 """
 
 import torch

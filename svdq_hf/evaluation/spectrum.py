@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import call, evaluating
-from svdq_hf.calibration.peaks import PeakRecorder, Peaks
 from svdq_hf.core.spectrum import dominance, stable_rank
 from svdq_hf.core.svd import Principal, principal
 from svdq_hf.training.decayed_layers import linear_layers
+from svdq_hf.training.peaks import PeakRecorder, Peaks
 
 VALUES = 10
 """Singular values told of a layer."""

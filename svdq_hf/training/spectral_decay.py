@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration.peaks import PeakRecorder
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.spectrum import decay_factors, decay_penalty, dominance, least_count
 from svdq_hf.core.svd import Principal, principal
 from svdq_hf.training.agreement import agree, are_several
 from svdq_hf.training.decayed_layers import decayed_layers
+from svdq_hf.training.peaks import PeakRecorder
 
 SPARE = 5
 """Triplets kept beyond `k_max`: the next decomposition starts from a space that holds the leading ones."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_hf.calibration.peaks import MOST_TOKENS, PeakRecorder, Peaks
+from svdq_hf.training.peaks import MOST_TOKENS, PeakRecorder, Peaks
 
 
 def test_the_largest_outputs_are_kept_with_what_made_them():
