@@ -1,18 +1,19 @@
-"""Does spectral decay (S2D) make models that quantize better? Fine-tune, quantize, score: a run a process.
+"""Does spectral decay (S2D) make models that quantize better? Fine-tune, quantize, score.
 
-    python examples/spectral_decay.py run mrpc s2d OUT.jsonl --seed 0 --data ../shared/data/glue
-    python examples/spectral_decay.py run text s2d OUT.jsonl --model FOLDER --text FILE --steps 60
+    python examples/spectral_decay.py run mrpc OUT.jsonl --data ../shared/data/glue
+    python examples/spectral_decay.py run text OUT.jsonl --model FOLDER --text FILE --steps 60
     python examples/spectral_decay.py table OUT.jsonl
 
 A run fine-tunes MiniLM with a new head on a GLUE task, or a causal model on the first half of a text: with
 neither, with weight decay, or with spectral decay. Then it scores the model in FP32, in 4 and 3 bits of this
 package, and with plain absmax rounding of weights (a scale per row) and activations (a scale per token); the
-latter is simulated: rounded values, multiplied in FP32. A run that OUT holds already is left out, so that a
-list of runs can be stopped and started again. About three minutes a run of 150 steps on one core.
+latter is simulated: rounded values, multiplied in FP32. What OUT holds already is left out, so that it can be
+stopped and started again. About two minutes a run of 240 steps on one core.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 import time
@@ -73,11 +74,12 @@ class GlueTask:
         load = AutoModelForSequenceClassification.from_pretrained
         self.model = load(default_model(), num_labels=task_of(self.name).labels)
         train, self.dev = (load_split(self.name, split, options.data) for split in ("train", "dev"))
+        self.dev = self.dev.shuffle(seed=0).select(range(min(options.scored, len(self.dev))))
         train = train.shuffle(seed=0).select(range(min(options.examples, len(train))))
         self.train, self.dev = (tokenize(self.name, rows, self.tokenizer) for rows in (train, self.dev))
         self.train = self.train.remove_columns(["position"])
         self.collate = DataCollatorWithPadding(self.tokenizer)
-        self.batch, self.steps = 8, options.steps or len(self.train) // 8
+        self.batch, self.steps = 4, options.steps or len(self.train) // 4
 
     def score(self, model) -> dict[str, float]:
         found = score_model(model.eval(), self.dev, self.tokenizer)
@@ -99,7 +101,7 @@ class TextTask:
         half = ids.numel() // 2
         pieces = ids[: half // WINDOW * WINDOW].view(-1, WINDOW).tolist()
         self.train = Dataset.from_dict({"input_ids": pieces, "labels": pieces})
-        self.scored, self.collate = ids[half : half + options.tokens], None
+        self.scored, self.collate = ids[half : half + options.scored], None
 
     def score(self, model) -> dict[str, float]:
         found = causal_score(model.eval(), self.scored, context=256, stride=128)
@@ -152,6 +154,12 @@ QUANTIZED = {
 
 
 def run(options) -> None:
+    """Train and score each way from each seed that OUT does not hold yet."""
+    for seed, way in itertools.product(options.seeds, options.ways):
+        run_one(argparse.Namespace(**vars(options), seed=seed, way=way))
+
+
+def run_one(options) -> None:
     """Train and score one way, and add a line of results to OUT."""
     out, key = Path(options.out), {"task": options.task, "way": options.way, "seed": options.seed}
     held = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
@@ -217,15 +225,15 @@ def main() -> None:
     one = commands.add_parser("run")
     one.set_defaults(call=run)
     one.add_argument("task", choices=[*sorted(TASKS), "text"])
-    one.add_argument("way", choices=WAYS)
     one.add_argument("out")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     one.add_argument("--steps", type=int, help="one epoch, or 60 of a text")
     one.add_argument("--data", help="folder with TASK/train.jsonl and TASK/dev.jsonl; else the Hub")
-    one.add_argument("--examples", type=int, default=1200, help="of the training set")
+    one.add_argument("--examples", type=int, default=960, help="of the training set")
     one.add_argument("--model", help="text: folder of a causal model")
     one.add_argument("--text", help="text: a file")
-    one.add_argument("--tokens", type=int, default=4096, help="text: tokens that are scored")
+    one.add_argument("--scored", type=int, default=4096, help="examples of the dev set, or tokens of a text")
     show = commands.add_parser("table")
     show.set_defaults(call=table)
     show.add_argument("out")

@@ -43,10 +43,10 @@ def test_a_run_is_scored_once_and_tabled(tmp_path):
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("it rains and snows and rains again " * 200)
     example = str(EXAMPLES / "spectral_decay.py")
-    choices = ["--model", "model", "--text", "text.txt", "--steps", "2", "--tokens", "600"]
+    choices = ["--model", "model", "--text", "text.txt", "--steps", "2", "--scored", "600"]
     for _ in range(2):
         subprocess.run(
-            [sys.executable, example, "run", "text", "s2d", "out.jsonl", *choices],
+            [sys.executable, example, "run", "text", "out.jsonl", "--ways", "s2d", "--seeds", "0", *choices],
             cwd=tmp_path,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             check=True,
