@@ -46,6 +46,14 @@ class Principal:
         """The rank-r matrix `[out, in]` of these triplets, float32."""
         return (self.u * self.s) @ self.v.T
 
+    def leading(self, count: int) -> "Principal":
+        """The first `count` triplets, at least one, or all where there are fewer."""
+        if count >= len(self.s):
+            return self
+        last, following = self.s[count - 1 : count + 1].tolist()
+        ratio = following / last if last > 0 else 1.0
+        return Principal(self.u[:, :count], self.s[:count], self.v[:, :count], ratio)
+
     def contiguous(self) -> "Principal":
         """The same, with tensors that are contiguous in memory."""
         u, s, v = (part.contiguous() for part in (self.u, self.s, self.v))

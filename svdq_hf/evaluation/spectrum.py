@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import call, evaluating
 from svdq_hf.core.spectrum import dominance, stable_rank
-from svdq_hf.core.svd import Principal, principal
+from svdq_hf.core.svd import principal
 from svdq_hf.training.decayed_layers import linear_layers
 from svdq_hf.training.peaks import PeakRecorder, Peaks
 
@@ -93,8 +93,6 @@ def _measured(name: str, weight: Tensor, peaks: Peaks | None) -> Spectrum:
     plain = Spectrum(name, shape, values, stable_rank(weight, values[0]))
     if peaks is None:
         return plain
-    count = min(COMPONENTS, len(found.s))
-    leading = Principal(found.u[:, :count], found.s[:count], found.v[:, :count], found.sigma_ratio)
-    shares = dominance(leading, peaks.inputs, peaks.units, peaks.outputs).tolist()
+    shares = dominance(found.leading(COMPONENTS), peaks.inputs, peaks.units, peaks.outputs).tolist()
     figures = (peaks.outlier_ratio, peaks.input_ratio, peaks.kurtosis)
     return Spectrum(name, shape, values, plain.stable_rank, shares, *figures)

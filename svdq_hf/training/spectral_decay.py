@@ -139,16 +139,8 @@ class SpectralDecay:
     def _decompose(self) -> None:
         """Compute triplets and shares of every layer, and choose how many values decay."""
         self._peaks.stop()
-        shares, ratios = {}, {}
-        for name, layer in self.layers.items():
-            weight = layer.weight()
-            kept = self.k_max + SPARE
-            found = principal(weight, kept, start=self._triplets.get(name)).contiguous()
-            self.decompositions[name] += 1
-            self._triplets[name] = found
-            shares[name], ratios[name] = self._share(name, found), self._ratio(name)
-            if self.k_max >= min(weight.shape) and shares[name].any():
-                shares[name][-1] = 1.0  # nothing is beyond them
+        shares = {name: self._look_at(name, layer.weight()) for name, layer in self.layers.items()}
+        ratios = {name: self._ratio(name) for name in self.layers}
         if not any(share.any() for share in shares.values()) and not are_several():
             raise ValueError(
                 "no forward pass in training was seen: make SpectralDecay before the loop, and call step() "
@@ -158,14 +150,19 @@ class SpectralDecay:
         for name, found in self._triplets.items():
             self._choose(name, found, shares[name], ratios[name])
 
-    def _share(self, name: str, found: Principal) -> Tensor:
-        """PCDR `[k_max]` of a layer; zeros where no pass reached it."""
+    def _look_at(self, name: str, weight: Tensor) -> Tensor:
+        """Decompose a layer's weight `[out, in]`; returns PCDR `[k_max]`, zeros where no pass reached it."""
+        found = principal(weight, self.k_max + SPARE, start=self._triplets.get(name)).contiguous()
+        self._triplets[name] = found
+        self.decompositions[name] += 1
         peaks = self._peaks.peaks.get(name)
         count = min(self.k_max, len(found.s))
         if peaks is None:
             return torch.zeros(count, device=found.s.device)
-        leading = Principal(found.u[:, :count], found.s[:count], found.v[:, :count], found.sigma_ratio)
-        return dominance(leading, peaks.inputs, peaks.units, peaks.outputs)
+        shares = dominance(found.leading(count), peaks.inputs, peaks.units, peaks.outputs)
+        if count == min(weight.shape):
+            shares[-1] = 1.0  # nothing is beyond them
+        return shares
 
     def _ratio(self, name: str) -> float:
         peaks = self._peaks.peaks.get(name)
