@@ -119,7 +119,7 @@ STRETCH = 64
 
 
 def _highest(values: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of some scores `[n]`, and their places; both in the order given, the first among equals."""
+    """The k highest of some scores `[n]`, and their places, in the order given; the first among equals."""
     if torch.isnan(values).any():
         raise ValueError("a score is NaN: scores must be numbers, the larger the more salient")
     if k == 0:
