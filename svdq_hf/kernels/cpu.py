@@ -16,10 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import HALF, bits_of
+from svdq_hf.core.packing import HALF
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels.native.library import (
-    AVX512,
+    PLAIN,
     best_path,
     dequantize,
     fast_path,
@@ -56,8 +56,6 @@ def supports(x: Tensor, stored: StoredWeight, in_features: int, group: int) -> s
         return f"the tensors are on {x.device.type}, not on a CPU"
     if x.dtype not in DTYPES:
         return f"activations are {x.dtype}, and it sums in float32"
-    if (bits := bits_of(stored.weight)) != 4:
-        return f"codes are of {bits} bits, not 4"
     if not fits(group, in_features):
         return f"groups of {group} are no multiples of {HALF} columns, nor whole rows"
     return None if library() is not None else "the native library was not built, or does not load"
@@ -155,7 +153,7 @@ def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
         return DECODED
     if amx and dtype == torch.bfloat16:
         return BFLOAT16_ROWS
-    return DECODED if path >= AVX512 else ROWS
+    return ROWS if path == PLAIN else DECODED
 
 
 @cache

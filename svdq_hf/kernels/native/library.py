@@ -16,13 +16,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import HALF
+from svdq_hf.core.packing import HALF, bits_of
 from svdq_hf.core.release import how_to_install
 from svdq_hf.format.parts import PARTS, StoredWeight
 
 logger = logging.getLogger(__name__)
 
-ABI: Final = 2
+ABI: Final = 3
 """Version of svdq.c's interface; a library with another number was built from another source."""
 
 PLAIN, AVX2, AVX512 = range(3)
@@ -41,7 +41,7 @@ class NativeLayer(ctypes.Structure):
     """A stored weight in the library's memory layout: `Layer` of svdq.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("out", "in", "group")),
+        *((name, ctypes.c_int64) for name in ("out", "in", "group", "bits")),
         *((name, ctypes.c_void_p) for name in ("codes", "scale")),
         *((name, ctypes.c_int64) for name in ("scale_kind", "scale_rows", "groups")),
         *((name, ctypes.c_void_p) for name in ("row_scale", "column_scale", "levels")),
@@ -188,6 +188,7 @@ def layer_of(stored: StoredWeight, in_features: int, group: int, bias: Tensor | 
         out,
         in_features,
         group,
+        bits_of(weight),
         weight.data_ptr(),
         scale.data_ptr(),
         scale_kind,
