@@ -20,6 +20,7 @@ from svdq_hf.core.packing import HALF
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels.native.library import (
     PLAIN,
+    READ,
     best_path,
     dequantize,
     fast_path,
@@ -106,9 +107,8 @@ def linear_on(
     taken = way(count, x.dtype, path, has_amx())
     if taken == BFLOAT16_ROWS:
         return _by_blocks(path, x, stored, bias, in_features, group)
-    tokens = x
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        tokens = x.float().contiguous()
+    reads = READ if taken == DECODED else (torch.float32,)
+    tokens = (x if x.dtype in reads else x.float()).contiguous()
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     if taken == DECODED:

@@ -16,10 +16,9 @@ from torch._C._functorch import peek_interpreter_stack
 from svdq_hf.format.packed_codes import PackedCodes
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
-from svdq_hf.kernels.native.library import multiply_direct
+from svdq_hf.kernels.native.library import READ, multiply_direct
 
 _PLAIN: Final = frozenset((Tensor, nn.Parameter, PackedCodes, type(None)))
-_FLOAT32: Final = torch.float32
 
 
 def linear(
@@ -48,8 +47,8 @@ def linear(
         return None
     if type(bias) not in _PLAIN or not _PLAIN.issuperset(map(type, stored)):
         return None
-    tokens = x if x.dtype is _FLOAT32 else x.float()
-    if bias is not None and bias.dtype is not _FLOAT32:
+    tokens = x if x.dtype in READ else x.float()
+    if bias is not None and bias.dtype not in READ:
         bias = bias.float()
     try:
         y = tokens.new_empty((*x.shape[:-1], stored.weight.shape[0]))

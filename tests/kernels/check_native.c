@@ -26,7 +26,7 @@ static uint16_t narrow(float wide) {
 
 /* ------------------------------------------------------------------------ buffers between forbidden pages */
 
-enum { ROOM = 1 << 18, MOST_BUFFERS = 16 };
+enum { ROOM = 1 << 18, MOST_BUFFERS = 20 };
 enum { AT_END, AT_START, PLACES };
 static unsigned char *rooms[MOST_BUFFERS];
 static int taken, place; /* place: which end of a buffer touches a forbidden page */
@@ -95,6 +95,23 @@ static Tensor shown(const void *data, uint8_t code, uint8_t bits, int64_t *shape
     strides[dimensions - 1] = 1;
     for (int32_t i = dimensions - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
     return (Tensor){(void *)(uintptr_t)data, {ON_CPU, 0}, dimensions, {code, bits, 1}, shape, strides, 0};
+}
+
+/* bfloat16 in and out: the float32 product of the same numbers, rounded. */
+static int64_t narrow_too(const Layer *layer, int64_t tokens, int64_t cpu) {
+    int before = taken;
+    int64_t given = tokens * layer->in, found = tokens * layer->out, failed = 0;
+    uint16_t *x = buffer(2 * given), *y = buffer(2 * found);
+    float *wide = buffer(4 * given), *expected = buffer(4 * found);
+    for (int64_t i = 0; i < given; i++) x[i] = narrow(number()), wide[i] = widen(x[i]);
+    failed |= svdq_linear(layer, wide, expected, 0, tokens, 1, cpu);
+    failed |= svdq_linear(layer, x, y, 1, tokens, 1, cpu);
+    for (int64_t i = 0; i < found; i++) {
+        double off = fabs((double)widen(y[i]) - expected[i]);
+        failed |= !(off <= fabs(expected[i]) / 256 + 1e-38);
+    }
+    taken = before;
+    return failed;
 }
 
 static int64_t called(const Layer *l, const float *x, const float *expected, int64_t tokens, int64_t cpu) {
@@ -174,12 +191,12 @@ static int64_t refused(Layer layer, const float *x, float *y, float *dense, int6
     for (size_t i = (size_t)place; i < sizeof bad / sizeof *bad; i += PLACES) { /* half at each end */
         if (bad[i][0] == 0 && bad[i][1] == 0) continue; /* of a single one, no row is out of order */
         rows[layer.k - 1] = bad[i][0], columns[layer.k - 1] = bad[i][1];
-        failed |= svdq_linear(&layer, x, y, tokens, 1, cpu) != BAD_POSITION;
+        failed |= svdq_linear(&layer, x, y, 0, tokens, 1, cpu) != BAD_POSITION;
         failed |= svdq_dequantize(&layer, dense, 0, layer.out, 1, cpu) != BAD_POSITION;
     }
     rows[layer.k - 1] = last, columns[layer.k - 1] = column;
     layer.values = (const float *)((uintptr_t)layer.values + 1);
-    failed |= svdq_linear(&layer, x, y, tokens, 1, cpu) != MISALIGNED;
+    failed |= svdq_linear(&layer, x, y, 0, tokens, 1, cpu) != MISALIGNED;
     failed |= svdq_dequantize(&layer, dense, 0, layer.out, 1, cpu) != MISALIGNED;
     return failed;
 }
@@ -215,7 +232,8 @@ static int check(int64_t bits, int64_t out, int64_t in, int64_t group, int64_t k
     if (bits == 8) layer.levels = NULL;
     if (!parts) layer.column_scale = NULL, layer.levels = NULL, layer.bias = NULL;
     int64_t failed = svdq_dequantize(&layer, dense, 0, out, threads, cpu) ||
-                     svdq_linear(&layer, x, y, tokens, threads, cpu) || in_parts(&layer, dense, threads, cpu);
+                     svdq_linear(&layer, x, y, 0, tokens, threads, cpu) ||
+                     in_parts(&layer, dense, threads, cpu);
     for (int64_t t = 0; t < tokens && !failed; t++)
         for (int64_t o = 0; o < out; o++) {
             double sum = parts ? bias[o] : 0, size = fabs(sum);
@@ -228,7 +246,7 @@ static int check(int64_t bits, int64_t out, int64_t in, int64_t group, int64_t k
             failed |=
                 !(fabs(sum - y[t * out + o]) <= 1e-6 * size + rounded(&layer, x + t * in, o, tokens, cpu));
         }
-    failed |= called(&layer, x, y, tokens, cpu);
+    failed |= called(&layer, x, y, tokens, cpu) | narrow_too(&layer, tokens, cpu);
     if (k && tokens && !failed) failed |= refused(layer, x, y, dense, tokens, cpu);
     if (failed)
         printf("wrong: bits %ld out %ld in %ld group %ld kind %ld tokens %ld path %ld parts %d\n", bits, out,

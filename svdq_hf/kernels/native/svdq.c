@@ -98,6 +98,14 @@ INLINE float widen(uint16_t bfloat16) {
     return wide;
 }
 
+/* Rounded to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t narrowed(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
 INLINE int64_t blocks_of(const Layer *layer) {
     return (layer->in + BLOCK - 1) / BLOCK;
 }
@@ -826,9 +834,8 @@ AVX512 static void work_on_panels(void *given) {
 }
 #endif
 
-/* y [tokens, out] = x [tokens, in] W^T + bias, float32. */
-EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
-                           int64_t cpu) {
+static int64_t multiply(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
+                        int64_t cpu) {
     Product p = {layer, x, x, NULL, y, tokens, cpu, 0, 0, OK, 0};
     if (!aligned(layer)) return MISALIGNED;
     if (tokens == 0) return OK;
@@ -870,6 +877,22 @@ EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t
     in_parallel(work_on_rows, &p, threads);
     if (p.scaled != x) free((float *)p.scaled);
     return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
+}
+
+/* y [tokens, out] = x [tokens, in] W^T + bias, both float32 or, where `narrow`, both bfloat16: sums are
+ * float32, and rounded once. */
+EXPORT int64_t svdq_linear(const Layer *layer, const void *x, void *y, int64_t narrow, int64_t tokens,
+                           int64_t threads, int64_t cpu) {
+    int64_t given = tokens * layer->in, found = tokens * layer->out;
+    if (!narrow) return multiply(layer, x, y, tokens, threads, cpu);
+    if (((uintptr_t)x | (uintptr_t)y) % sizeof(uint16_t)) return MISALIGNED;
+    float *wide = malloc((size_t)(given + found) * sizeof *wide + 1); /* of no token: not NULL */
+    if (!wide) return NO_MEMORY;
+    for (int64_t i = 0; i < given; i++) wide[i] = widen(((const uint16_t *)x)[i]);
+    int64_t code = multiply(layer, wide, wide + given, tokens, threads, cpu);
+    for (int64_t i = 0; i < found && code == OK; i++) ((uint16_t *)y)[i] = narrowed(wide[given + i]);
+    free(wide);
+    return code;
 }
 
 /* ------------------------------------------------------- a call from Python: tensors as torch shows them
@@ -960,7 +983,17 @@ static int bits_of_shape(const Tensor *codes, Layer *layer) {
            (codes->shape[2] == 24 || codes->shape[2] == 64);
 }
 
-/* The nine of a layer: its parts in the op's order, then the bias. */
+/* The bias, float32; where it is bfloat16, as float32 in memory of its own, which the caller frees. */
+static int bias_of_parts(void *parts, Layer *layer, float **own) {
+    const uint16_t *narrow;
+    if (look_at(parts, 8, FLOAT, 32, layer->out, (const void **)&layer->bias) >= 0) return 1;
+    if (look_at(parts, 8, BFLOAT, 16, layer->out, (const void **)&narrow) != 1) return 0;
+    layer->bias = *own = malloc((size_t)layer->out * sizeof **own);
+    for (int64_t i = 0; *own && i < layer->out; i++) (*own)[i] = widen(narrow[i]);
+    return *own != NULL;
+}
+
+/* The eight parts of a layer, in the op's order. */
 static int layer_of(void *parts, Layer *layer) {
     Tensor codes, values;
     if (python.look(python.item(parts, 0), &codes) || python.look(python.item(parts, 2), &values)) return 0;
@@ -974,8 +1007,7 @@ static int layer_of(void *parts, Layer *layer) {
            look_at(parts, 5, BFLOAT, 16, layer->out, (const void **)&layer->row_scale) >= 0 &&
            (layer->row_scale != NULL) == (layer->scale_kind == SCALE_INT8) &&
            look_at(parts, 6, BFLOAT, 16, layer->in, (const void **)&layer->column_scale) >= 0 &&
-           look_at(parts, 7, INTEGER, 8, levels, (const void **)&layer->levels) >= 0 &&
-           look_at(parts, 8, FLOAT, 32, layer->out, (const void **)&layer->bias) >= 0;
+           look_at(parts, 7, INTEGER, 8, levels, (const void **)&layer->levels) >= 0;
 }
 
 /* `svdq_linear` of Python's own tensors; FOREIGN: one of them is not what it takes, and nothing was done.
@@ -984,14 +1016,19 @@ EXPORT int64_t svdq_call(void *parts, void *x, void *y, int64_t in, int64_t grou
                          int64_t cpu) {
     Layer layer = {.in = in, .group = group};
     Tensor from, to;
+    float *bias = NULL;
     if (in < 1 || group < 1 || (group % HALF && group < in)) return FOREIGN;
     if (!layer_of(parts, &layer) || python.look(x, &from) || python.look(y, &to)) return FOREIGN;
     int64_t tokens = size_of(&from) / in;
-    if (!plain(&from, FLOAT, 32) || !plain(&to, FLOAT, 32) || from.dimensions < 1 ||
-        from.shape[from.dimensions - 1] != in || size_of(&to) != tokens * layer.out)
+    int narrow = from.dtype.code == BFLOAT, bits = narrow ? 16 : 32;
+    if (!plain(&from, narrow ? BFLOAT : FLOAT, bits) || !plain(&to, from.dtype.code, bits) ||
+        from.dimensions < 1 || from.shape[from.dimensions - 1] != in || size_of(&to) != tokens * layer.out ||
+        !bias_of_parts(parts, &layer, &bias))
         return FOREIGN;
     void *state = python.release();
-    int64_t code = svdq_linear(&layer, start_of(&from), (float *)start_of(&to), tokens, threads, cpu);
+    int64_t code =
+        svdq_linear(&layer, start_of(&from), (void *)(uintptr_t)start_of(&to), narrow, tokens, threads, cpu);
+    free(bias);
     python.acquire(state);
     return code;
 }
