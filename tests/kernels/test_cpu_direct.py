@@ -148,7 +148,7 @@ def test_an_input_that_it_does_not_read_is_left_to_the_op(x, layer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_meets_dense_rows_is_left_to_the_op(dtype, tokens, amx, layer, monkeypatch):
     monkeypatch.setattr(cpu, "has_amx", lambda: amx)
-    decoded = cpu.way(tokens, dtype, cpu.chosen_path(False), amx) == cpu.DECODED
+    decoded = cpu.way(tokens, dtype, cpu.chosen_path(False, 129), amx) == cpu.DECODED
     assert (short(layer, torch.randn(tokens, 129).to(dtype)) is not None) == decoded
 
 

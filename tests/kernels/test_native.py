@@ -66,7 +66,7 @@ def test_a_dequantized_block_is_the_references_bit_for_bit(out, in_features, gri
 def test_the_product_is_exact_to_float32(out, in_features, grid, path, split):
     _, parts, scheme = split(out, in_features, 9, **grid)
     weight, bias = reconstruct(parts, in_features, scheme).double(), torch.randn(out)
-    for tokens in (1, 2, 3, 8, 9, 12, 13, 16, 17, 40):
+    for tokens in (1, 2, 3, 8, 9, 12, 13, 16, 17, 40, 65):
         x = torch.randn(tokens, in_features)
         y = cpu.linear_on(path, x, stored(parts), bias, in_features, scheme.grid.columns(in_features))
         size = x.double().abs() @ weight.abs().T + bias.abs()
@@ -75,7 +75,7 @@ def test_the_product_is_exact_to_float32(out, in_features, grid, path, split):
         assert ((y - (x.double() @ weight.T + bias)).abs() <= allowed).all(), tokens
 
 
-@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("tokens", [3, 50, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("amx", [False, True], ids=["no AMX", "AMX"])
 def test_narrow_activations_are_summed_in_float32_and_rounded_once(
@@ -111,11 +111,16 @@ WAYS = [  # tokens, dtype, on PLAIN, AVX2, AVX512, without AMX and with it
     (16, torch.float32, "DDD", "DDD"),
     (17, torch.float32, "RDD", "RDD"),
     (17, torch.float16, "RDD", "RDD"),
+    (64, torch.float32, "RDD", "RDD"),
+    (65, torch.float32, "RRD", "RRD"),
+    (65, torch.bfloat16, "RRD", "BBB"),
 ]
 
 
 @pytest.mark.parametrize(("tokens", "dtype", "without", "with_amx"), WAYS, ids=str)
 def test_the_way_to_a_product_is_chosen_by_tokens_dtype_path_and_amx(tokens, dtype, without, with_amx):
+    assert cpu.way(64, torch.float32, native.AVX512, False, bits=8) == cpu.DECODED
+    assert cpu.way(65, torch.float32, native.AVX512, False, bits=8) == cpu.ROWS
     letters = {cpu.DECODED: "D", cpu.ROWS: "R", cpu.BFLOAT16_ROWS: "B"}
     paths = (native.PLAIN, native.AVX2, native.AVX512)
     for amx, expected in ((False, without), (True, with_amx)):
@@ -206,8 +211,9 @@ def test_a_position_that_does_not_exist_is_an_error(name, value, tokens, split):
 def test_positions_out_of_order_are_an_error_and_not_left_out(tokens, path, split):
     _, parts, scheme = split(100, 70, 40, **GRIDS[0])
     backwards = wrong(parts, salient_rows=parts["salient_rows"].flip(0))
-    with pytest.raises(ValueError, match="out of order"):
-        cpu.linear_on(path, torch.randn(tokens, 70), backwards, None, 70, scheme.grid.columns(70))
+    if tokens == 1 or path != native.PLAIN:
+        with pytest.raises(ValueError, match="out of order"):
+            cpu.linear_on(path, torch.randn(tokens, 70), backwards, None, 70, scheme.grid.columns(70))
     with pytest.raises(ValueError, match="out of order"):
         list(cpu.dense_blocks(backwards, 70, scheme.grid.columns(70), path))
 

@@ -190,7 +190,8 @@ AVX2 static void multiply_few(const Product *p, int64_t first, int64_t last, int
                               LevelBytes levels) {
     const Layer *layer = p->layer;
     int64_t padded = BLOCK * blocks_of(layer), step = FEW_COLUMNS / tokens / BLOCK * BLOCK;
-    float sums[FEW_ROWS * MOST_TOKENS * EIGHT], *sum = sums;
+    _Alignas(64) float sums[FEW_ROWS * MOST_TOKENS * EIGHT];
+    const float *sum = sums;
     memset(sums, 0, (size_t)((last - first) * tokens * EIGHT) * sizeof *sums);
     for (int64_t start = 0; start < padded; start += step) {
         int64_t blocks = (padded - start < step ? padded - start : step) / BLOCK;
@@ -397,7 +398,7 @@ AVX2 static void multiply_avx2(Product *p, int64_t threads) {
     const Layer *layer = p->layer;
     int few = p->tokens <= MOST_TOKENS;
     int64_t most = few ? FEW_ROWS : BAND_ROWS, rows = layer->out / (4 * threads) / TILE_ROWS * TILE_ROWS;
-    float *scaled = malloc((size_t)(p->tokens * BLOCK * blocks_of(layer)) * sizeof *scaled);
+    float *scaled = aligned_alloc(64, (size_t)(p->tokens * BLOCK * blocks_of(layer)) * sizeof *scaled);
     if (!scaled) {
         fail(&p->error, NO_MEMORY);
         return;
