@@ -45,7 +45,7 @@ def test_bfloat16_on_tiles(monkeypatch):
 
 
 def test_a_fallback_says_why():
-    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4, bits=8)), (1,))
+    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4, bits=8, group_size=16)), (1,))
     for one in found:
         assert one.bits == 8
         assert (one.ways == {1: REFERENCE}) == bool(one.why_not_better)
