@@ -26,10 +26,10 @@ def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def svdq(weight: Tensor, dtype: torch.dtype, *, k: int = 256, compute: str = "exact") -> Call:
+def svdq(weight: Tensor, dtype: torch.dtype, *, k: int = 256, compute: str = "exact", bits: int = 4) -> Call:
     """Ours at the default grid; which entries are kept does not change the time, so they are random."""
     model = nn.Sequential(linear(weight, F32))
-    convert_layers(model, SVDQConfig(k=k, saliency="random", compute=compute))
+    convert_layers(model, SVDQConfig(k=k, saliency="random", compute=compute, bits=bits))
     return model[0]
 
 
@@ -128,6 +128,8 @@ CONTENDERS: dict[str, Contender] = {
     "svdq fast": Contender("svdq_hf", partial(svdq, compute="fast"), F32),
     "svdq k=0": Contender("svdq_hf", partial(svdq, k=0), F32),
     "svdq k=4096": Contender("svdq_hf", partial(svdq, k=4096), F32),
+    "svdq 3 bits": Contender("svdq_hf", partial(svdq, bits=3), F32, 0.4),
+    "svdq 8 bits": Contender("svdq_hf", partial(svdq, bits=8), F32, 0.02),
     "svdq, bf16 in": Contender("svdq_hf", svdq, BF16),
     "bitsandbytes nf4": Contender("bitsandbytes", bitsandbytes, F32),
     "bitsandbytes nf4, bf16 in": Contender("bitsandbytes", bitsandbytes, BF16),

@@ -1,10 +1,10 @@
 """CPU backend: computes from the stored bytes for few tokens, from blocks of dense rows for many.
 
-Few tokens wait for memory, so the 4-bit weights are decoded in registers and never written. Many tokens
-share the cost of writing dense rows into cache first. Sums are float32, whatever the dtype of the
-activations; but on processors with AMX, many bfloat16 tokens are multiplied with bfloat16 rows, as in a dense
-layer. Where the native library is missing, a group is smaller than it decodes, or codes are not of 4 bits,
-`supports` says so, and another backend computes (`kernels.reference`). Not here: the choice
+Few tokens wait for memory, so weights are decoded in registers and never written. Many tokens share the cost
+of writing dense rows into cache first: the library's own bands, or, without AVX2, blocks for torch's product.
+Sums are float32, whatever the dtype of the activations; but on processors with AMX, many bfloat16 tokens are
+multiplied with bfloat16 rows, as in a dense layer. Where the native library is missing, or a group is smaller
+than it decodes, `supports` says so, and another backend computes (`kernels.reference`). Not here: the choice
 (`kernels.backends`), loading the library (`kernels.native`).
 """
 
@@ -20,6 +20,8 @@ from svdq_hf.core.packing import HALF, bits_of
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels.native.library import (
     AVX512,
+    PLAIN,
+    READ,
     best_path,
     dequantize,
     fast_path,
@@ -30,7 +32,13 @@ from svdq_hf.kernels.native.library import (
 )
 
 FEW_TOKENS: Final = 16
-"""More tokens use dense rows, where the library has no panels (no AVX-512) or bfloat16 rows are faster."""
+"""More tokens use dense rows, where the library has no bands (no AVX2) or bfloat16 rows are faster."""
+
+BAND_TOKENS: Final = 64
+"""More tokens leave AVX2's bands for blocks of rows and torch's own product, whose blocking is better."""
+
+FAST_COLUMNS: Final = 768
+"""A row of fewer is exact also where fast is asked for: rounding the activations costs what it would gain."""
 
 DECODED, ROWS, BFLOAT16_ROWS = range(3)
 """Ways to a product: weights decoded in registers, or blocks of dense rows, in float32 or bfloat16."""
@@ -56,8 +64,6 @@ def supports(x: Tensor, stored: StoredWeight, in_features: int, group: int) -> s
         return f"the tensors are on {x.device.type}, not on a CPU"
     if x.dtype not in DTYPES:
         return f"activations are {x.dtype}, and it sums in float32"
-    if (bits := bits_of(stored.weight)) != 4:
-        return f"codes are of {bits} bits, not 4"
     if not fits(group, in_features):
         return f"groups of {group} are no multiples of {HALF} columns, nor whole rows"
     return None if library() is not None else "the native library was not built, or does not load"
@@ -82,7 +88,7 @@ def linear(
     Raises:
         ValueError: a salient position is out of range or out of order; a part is not contiguous.
     """
-    return linear_on(chosen_path(fast), x, stored, bias, in_features, group)
+    return linear_on(chosen_path(fast, in_features), x, stored, bias, in_features, group)
 
 
 def linear_on(
@@ -105,12 +111,11 @@ def linear_on(
         ValueError: see `linear`.
     """
     out, count = stored.out, x.numel() // in_features
-    taken = way(count, x.dtype, path, has_amx())
+    taken = way(count, x.dtype, path, has_amx(), bits_of(stored.weight))
     if taken == BFLOAT16_ROWS:
         return _by_blocks(path, x, stored, bias, in_features, group)
-    tokens = x
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        tokens = x.float().contiguous()
+    reads = READ if taken == DECODED else (torch.float32,)
+    tokens = (x if x.dtype in reads else x.float()).contiguous()
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     if taken == DECODED:
@@ -121,9 +126,14 @@ def linear_on(
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def chosen_path(fast: bool) -> int:
-    """The path of the native library for a layer: the fast one, or the best exact one."""
-    return fast_path() if fast else best_path()
+def chosen_path(fast: bool, in_features: int) -> int:
+    """The path of the native library for a layer: the fast one where it pays, or the best exact one.
+
+    Args:
+        fast: whether activations of few tokens may be rounded to 16 bits.
+        in_features: columns of the weight.
+    """
+    return fast_path() if fast and in_features >= FAST_COLUMNS else best_path()
 
 
 def _by_blocks(
@@ -139,7 +149,7 @@ def _by_blocks(
     return y
 
 
-def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
+def way(count: int, dtype: torch.dtype, path: int, amx: bool, bits: int = 4) -> int:
     """How tokens are multiplied: from decoded codes, or with blocks of dense rows.
 
     Args:
@@ -147,6 +157,7 @@ def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
         dtype: of the activations.
         path: of the native library.
         amx: whether the processor has AMX.
+        bits: of a code.
 
     Returns:
         `DECODED`, `ROWS` or `BFLOAT16_ROWS`.
@@ -155,7 +166,9 @@ def way(count: int, dtype: torch.dtype, path: int, amx: bool) -> int:
         return DECODED
     if amx and dtype == torch.bfloat16:
         return BFLOAT16_ROWS
-    return DECODED if path >= AVX512 else ROWS
+    if path >= AVX512 and bits == 4:
+        return DECODED
+    return DECODED if path != PLAIN and count <= BAND_TOKENS else ROWS
 
 
 @cache

@@ -13,13 +13,13 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 
+from svdq_hf.core.packing import bits_of
 from svdq_hf.format.packed_codes import PackedCodes
 from svdq_hf.format.parts import StoredWeight
 from svdq_hf.kernels import cpu
-from svdq_hf.kernels.native.library import multiply_direct
+from svdq_hf.kernels.native.library import READ, multiply_direct
 
 _PLAIN: Final = frozenset((Tensor, nn.Parameter, PackedCodes, type(None)))
-_FLOAT32: Final = torch.float32
 
 
 def linear(
@@ -43,13 +43,13 @@ def linear(
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched() or not _is_plain(x):
         return None
-    path = cpu.chosen_path(fast)
-    if cpu.way(x.numel() // in_features, x.dtype, path, cpu.has_amx()) != cpu.DECODED:
+    path = cpu.chosen_path(fast, in_features)
+    if not _is_decoded(x.numel() // in_features, x.dtype, path, stored.weight):
         return None
     if type(bias) not in _PLAIN or not _PLAIN.issuperset(map(type, stored)):
         return None
-    tokens = x if x.dtype is _FLOAT32 else x.float()
-    if bias is not None and bias.dtype is not _FLOAT32:
+    tokens = x if x.dtype in READ else x.float()
+    if bias is not None and bias.dtype not in READ:
         bias = bias.float()
     try:
         y = tokens.new_empty((*x.shape[:-1], stored.weight.shape[0]))
@@ -64,6 +64,14 @@ def linear(
 def _is_plain(x: Tensor) -> bool:
     """Whether x is a plain contiguous CPU tensor."""
     return type(x) is Tensor and x.dtype in cpu.DTYPES and x.is_cpu and x.is_contiguous() and not x.is_neg()
+
+
+def _is_decoded(count: int, dtype: torch.dtype, path: int, weight: Tensor) -> bool:
+    """Whether the library computes the product by itself; of a few tokens nothing else is looked at."""
+    if count <= cpu.FEW_TOKENS:
+        return True
+    bits = bits_of(weight) if weight.ndim > 1 else 4  # a damaged one the op refuses
+    return cpu.way(count, dtype, path, cpu.has_amx(), bits) == cpu.DECODED
 
 
 def _is_watched() -> bool:

@@ -26,7 +26,7 @@ static uint16_t narrow(float wide) {
 
 /* ------------------------------------------------------------------------ buffers between forbidden pages */
 
-enum { ROOM = 1 << 18, MOST_BUFFERS = 16 };
+enum { ROOM = 1 << 18, MOST_BUFFERS = 20 };
 enum { AT_END, AT_START, PLACES };
 static unsigned char *rooms[MOST_BUFFERS];
 static int taken, place; /* place: which end of a buffer touches a forbidden page */
@@ -89,31 +89,50 @@ static void acquire(void *state) {
 }
 static int none;
 static Tensor shown(const void *data, uint8_t code, uint8_t bits, int64_t *shape, int32_t dimensions) {
-    static int64_t contiguous[16][2];
+    static int64_t contiguous[16][3];
     static int next;
     int64_t *strides = contiguous[next = (next + 1) % 16];
-    strides[0] = dimensions == 2 ? shape[1] : 1, strides[1] = 1;
+    strides[dimensions - 1] = 1;
+    for (int32_t i = dimensions - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
     return (Tensor){(void *)(uintptr_t)data, {ON_CPU, 0}, dimensions, {code, bits, 1}, shape, strides, 0};
+}
+
+/* bfloat16 in and out: the float32 product of the same numbers, rounded. */
+static int64_t narrow_too(const Layer *layer, int64_t tokens, int64_t cpu) {
+    int before = taken;
+    int64_t given = tokens * layer->in, found = tokens * layer->out, failed = 0;
+    uint16_t *x = buffer(2 * given), *y = buffer(2 * found);
+    float *wide = buffer(4 * given), *expected = buffer(4 * found);
+    for (int64_t i = 0; i < given; i++) x[i] = narrow(number()), wide[i] = widen(x[i]);
+    failed |= svdq_linear(layer, wide, expected, 0, tokens, 1, cpu);
+    failed |= svdq_linear(layer, x, y, 1, tokens, 1, cpu);
+    for (int64_t i = 0; i < found; i++) {
+        double off = fabs((double)widen(y[i]) - expected[i]);
+        failed |= !(off <= fabs(expected[i]) / 256 + 1e-38);
+    }
+    taken = before;
+    return failed;
 }
 
 static int64_t called(const Layer *l, const float *x, const float *expected, int64_t tokens, int64_t cpu) {
     static const uint8_t kinds[][2] = {{FLOAT, 32}, {BFLOAT, 16}, {INTEGER, 8}};
     void *addresses[] = {&none, (void *)(uintptr_t)look, (void *)(uintptr_t)item, (void *)(uintptr_t)release,
                          (void *)(uintptr_t)acquire};
-    int64_t packed[] = {l->out, HALF * blocks_of(l)}, groups[] = {l->scale_rows, l->groups}, k[] = {l->k};
-    int64_t out[] = {l->out}, in[] = {l->in}, sixteen[] = {16}, from[] = {tokens, l->in},
+    int64_t packed[] = {l->out, l->bits == 4 ? width_of(l) : blocks_of(l), 8 * l->bits},
+            groups[] = {l->scale_rows, l->groups}, k[] = {l->k};
+    int64_t out[] = {l->out}, in[] = {l->in}, each_code[] = {1 << l->bits}, from[] = {tokens, l->in},
             to[] = {tokens, l->out};
     const uint8_t *kind = kinds[l->scale_kind];
     float *y = buffer(4 * tokens * l->out);
     Tensor each[] = {
-        shown(l->codes, INTEGER, 8, packed, 2),
+        shown(l->codes, INTEGER, 8, packed, l->bits == 4 ? 2 : 3),
         shown(l->scale, kind[0], kind[1], groups, 2),
         shown(l->values, FLOAT, 32, k, 1),
         shown(l->rows, INTEGER, 32, k, 1),
         shown(l->columns, INTEGER, 32, k, 1),
         shown(l->row_scale, BFLOAT, 16, out, 1),
         shown(l->column_scale, BFLOAT, 16, in, 1),
-        shown(l->levels, INTEGER, 8, sixteen, 1),
+        shown(l->levels, INTEGER, 8, each_code, 1),
         shown(l->bias, FLOAT, 32, out, 1),
         shown(x, FLOAT, 32, from, 2),
         shown(y, FLOAT, 32, to, 2),
@@ -126,7 +145,8 @@ static int64_t called(const Layer *l, const float *x, const float *expected, int
     for (int i = 0; i < 11; i++) { /* one tensor of another size, dtype or device, and nothing is read */
         if (i < 9 && parts[i] == &none) continue;
         Tensor kept = each[i];
-        int64_t shorter[] = {kept.shape[0] - 1, kept.dimensions == 2 ? kept.shape[1] : 1};
+        int64_t shorter[] = {kept.shape[0] - 1, kept.dimensions > 1 ? kept.shape[1] : 1,
+                             kept.dimensions > 2 ? kept.shape[2] : 1};
         int shared = tokens == 0 && (i == 9 || i == 0); /* no token fewer than none, of any rows */
         if (kept.shape[0] > 0 && !shared) {
             each[i].shape = shorter;
@@ -171,26 +191,26 @@ static int64_t refused(Layer layer, const float *x, float *y, float *dense, int6
     for (size_t i = (size_t)place; i < sizeof bad / sizeof *bad; i += PLACES) { /* half at each end */
         if (bad[i][0] == 0 && bad[i][1] == 0) continue; /* of a single one, no row is out of order */
         rows[layer.k - 1] = bad[i][0], columns[layer.k - 1] = bad[i][1];
-        failed |= svdq_linear(&layer, x, y, tokens, 1, cpu) != BAD_POSITION;
+        failed |= svdq_linear(&layer, x, y, 0, tokens, 1, cpu) != BAD_POSITION;
         failed |= svdq_dequantize(&layer, dense, 0, layer.out, 1, cpu) != BAD_POSITION;
     }
     rows[layer.k - 1] = last, columns[layer.k - 1] = column;
     layer.values = (const float *)((uintptr_t)layer.values + 1);
-    failed |= svdq_linear(&layer, x, y, tokens, 1, cpu) != MISALIGNED;
+    failed |= svdq_linear(&layer, x, y, 0, tokens, 1, cpu) != MISALIGNED;
     failed |= svdq_dequantize(&layer, dense, 0, layer.out, 1, cpu) != MISALIGNED;
     return failed;
 }
 
 /* parts: whether the parts that a grid need not have are there. */
-static int check(int64_t out, int64_t in, int64_t group, int64_t kind, int64_t k, int64_t tokens, int64_t cpu,
-                 int parts) {
+static int check(int64_t bits, int64_t out, int64_t in, int64_t group, int64_t kind, int64_t k,
+                 int64_t tokens, int64_t cpu, int parts) {
     taken = 0;
     int64_t threads = parts ? 3 : 1, scale_rows = parts || kind == SCALE_INT8 ? out : 1;
-    int64_t width = (in + 63) / 64 * 32, groups = (in + group - 1) / group;
+    int64_t width = (in + 63) / 64 * 8 * bits, groups = (in + group - 1) / group;
     uint8_t *codes = buffer(out * width);
     void *scale = buffer(scale_rows * groups * (kind == 0 ? 4 : kind == 1 ? 2 : 1));
     uint16_t *row_scale = buffer(2 * out), *column_scale = buffer(2 * in);
-    int8_t *levels = buffer(16);
+    int8_t *levels = buffer(1 << bits);
     float *values = buffer(4 * k), *bias = buffer(4 * out);
     int32_t *rows = buffer(4 * k), *columns = buffer(4 * k);
     float *x = buffer(4 * tokens * in), *y = buffer(4 * tokens * out), *dense = buffer(4 * out * in);
@@ -202,45 +222,50 @@ static int check(int64_t out, int64_t in, int64_t group, int64_t kind, int64_t k
     }
     for (int64_t i = 0; i < out; i++) row_scale[i] = narrow(number()), bias[i] = number();
     for (int64_t i = 0; i < in; i++) column_scale[i] = narrow(number());
-    for (int i = 0; i < 16; i++) levels[i] = (int8_t)(i * 15 - 120);
+    for (int i = 0; i < 1 << bits; i++) levels[i] = (int8_t)(i * 15 - 120);
     for (int64_t i = 0; i < k; i++) /* one in each row, from the first on */
         rows[i] = (int32_t)(i % out), columns[i] = (int32_t)(next_random() % in), values[i] = number();
     for (int64_t i = 0; i < tokens * in; i++) x[i] = number();
-    Layer layer = {out,       in,           group,  codes,  scale, kind,    scale_rows, groups,
-                   row_scale, column_scale, levels, values, rows,  columns, k,          bias};
+    Layer layer = {out,       in,           group,  bits,   codes, scale,   kind, scale_rows, groups,
+                   row_scale, column_scale, levels, values, rows,  columns, k,    bias};
     if (kind != SCALE_INT8) layer.row_scale = NULL; /* as the format has it */
+    if (bits == 8) layer.levels = NULL;
     if (!parts) layer.column_scale = NULL, layer.levels = NULL, layer.bias = NULL;
     int64_t failed = svdq_dequantize(&layer, dense, 0, out, threads, cpu) ||
-                     svdq_linear(&layer, x, y, tokens, threads, cpu) || in_parts(&layer, dense, threads, cpu);
+                     svdq_linear(&layer, x, y, 0, tokens, threads, cpu) ||
+                     in_parts(&layer, dense, threads, cpu);
     for (int64_t t = 0; t < tokens && !failed; t++)
         for (int64_t o = 0; o < out; o++) {
             double sum = parts ? bias[o] : 0, size = fabs(sum);
             for (int64_t i = 0; i < in; i++)
                 sum += (double)x[t * in + i] * dense[o * in + i],
                     size += fabs((double)x[t * in + i] * dense[o * in + i]);
+            for (int64_t e = 0; e < k;
+                 e++) /* here codes are not zero at salient entries, and may cancel them */
+                size += rows[e] == o ? fabs((double)x[t * in + columns[e]] * values[e]) : 0;
             failed |=
                 !(fabs(sum - y[t * out + o]) <= 1e-6 * size + rounded(&layer, x + t * in, o, tokens, cpu));
         }
-    failed |= called(&layer, x, y, tokens, cpu);
+    failed |= called(&layer, x, y, tokens, cpu) | narrow_too(&layer, tokens, cpu);
     if (k && tokens && !failed) failed |= refused(layer, x, y, dense, tokens, cpu);
     if (failed)
-        printf("wrong: out %ld in %ld group %ld kind %ld tokens %ld path %ld parts %d\n", out, in, group,
-               kind, tokens, cpu, parts);
+        printf("wrong: bits %ld out %ld in %ld group %ld kind %ld tokens %ld path %ld parts %d\n", bits, out,
+               in, group, kind, tokens, cpu, parts);
     return (int)failed;
 }
 
-static int check_everywhere(int64_t out, int64_t in, int64_t group, int64_t kind, int64_t tokens,
-                            int64_t cpu) {
+static int check_everywhere(int64_t bits, int64_t out, int64_t in, int64_t group, int64_t kind,
+                            int64_t tokens, int64_t cpu) {
     int64_t failed = 0, k = out < 5 ? out : 5;
     for (int parts = 0; parts < 2; parts++)
         for (place = AT_END; place < PLACES; place++)
-            failed |= check(out, in, group, kind, parts ? k : k * (tokens != 1), tokens, cpu, parts);
+            failed |= check(bits, out, in, group, kind, parts ? k : k * (tokens != 1), tokens, cpu, parts);
     return (int)failed;
 }
 
 int main(void) {
     static const int64_t shapes[][2] = {{1, 1}, {3, 70}, {17, 64}, {33, 129}, {70, 600}},
-                         tokens[] = {0, 1, 2, 5, 9, 13, 26};
+                         bits[] = {4, 4, 4, 4, 3, 8}, tokens[] = {0, 1, 2, 5, 9, 13, 26};
     int checked = 0;
     if (!make_rooms() || svdq_abi() != ABI) return 2;
     svdq_use_openmp((void *)(uintptr_t)one_after_another);
@@ -250,9 +275,11 @@ int main(void) {
                 for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++) {
                     int64_t out = shapes[s][0], in = shapes[s][1];
                     int64_t groups[] = {32, 64, 128, in};
-                    for (int g = 0; g < 4; g++, checked++) {
-                        int64_t group = groups[g] < in ? groups[g] : in;
-                        if (check_everywhere(out, in, group, kind, tokens[t], cpu)) return 1;
+                    for (size_t g = 0; g < 6;
+                         g++, checked++) { /* of 4 bits each group, of others one in turn */
+                        int64_t group = groups[g < 4 ? g : (s + t + g) % 4];
+                        if (check_everywhere(bits[g], out, in, group < in ? group : in, kind, tokens[t], cpu))
+                            return 1;
                     }
                 }
     printf("%d\n", checked);

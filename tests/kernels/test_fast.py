@@ -31,6 +31,18 @@ def stored(parts):
     return StoredWeight.of(parts)
 
 
+def fast_linear(x, parts, in_features, group):
+    """The fast path, also of rows so short that it would not be taken."""
+    return cpu.linear_on(FAST, x, stored(parts), None, in_features, group)
+
+
+@pytest.mark.parametrize(("fast", "columns"), [(True, 768), (True, 767), (False, 4096)])
+def test_the_fast_path_is_taken_where_it_is_asked_for_and_rows_are_long(fast, columns, monkeypatch):
+    monkeypatch.setattr(cpu, "fast_path", lambda: "fast")
+    monkeypatch.setattr(cpu, "best_path", lambda: "exact")
+    assert cpu.chosen_path(fast, columns) == ("fast" if fast and columns >= 768 else "exact")
+
+
 def with_outliers(tokens, in_features):
     x = torch.randn(tokens, in_features)
     x[:, ::97] *= 20
@@ -45,7 +57,7 @@ def test_the_relative_error_against_float64_is_below_one_in_ten_thousand(out, in
     weight = reconstruct(parts, in_features, scheme).double()
     for tokens in (1, 2, 3, 4, 5, 12, 13):
         x = with_outliers(tokens, in_features)
-        y = cpu.linear(x, stored(parts), None, in_features, scheme.grid.columns(in_features), fast=True)
+        y = fast_linear(x, parts, in_features, scheme.grid.columns(in_features))
         right = x.double() @ weight.T
         assert (y - right).norm() <= 1e-4 * right.norm(), tokens
 
@@ -55,9 +67,8 @@ def test_it_rounds_few_tokens_and_no_others(split):
     _, parts, scheme = split(33, 200, 9, **GRIDS[0])
     x, group = torch.randn(13, 200), scheme.grid.columns(200)
     for tokens in (1, 4, 5, 13):
-        exact, fast = (
-            cpu.linear(x[:tokens], stored(parts), None, 200, group, fast=fast) for fast in (False, True)
-        )
+        exact = cpu.linear(x[:tokens], stored(parts), None, 200, group)
+        fast = fast_linear(x[:tokens], parts, 200, group)
         assert torch.equal(exact, fast) == (tokens > 4)
 
 
@@ -68,7 +79,7 @@ def test_salient_weights_are_multiplied_exactly(split):
     parts["salient_values"][0] = 2.0**30
     x = torch.zeros(1, 70)
     x[0, column] = 1 + 2.0**-20  # more bits than sixteen
-    y = cpu.linear(x, stored(parts), None, 70, scheme.grid.columns(70), fast=True)
+    y = fast_linear(x, parts, 70, scheme.grid.columns(70))
     assert float(y[0, row]) == float(2.0**30 * x[0, column])
 
 
@@ -78,7 +89,7 @@ def test_what_is_not_finite_does_not_become_a_number(value, split):
     _, parts, scheme = split(5, 200, 4, **GRIDS[0])
     x = torch.randn(2, 200)
     x[1, 77] = value
-    y = cpu.linear(x, stored(parts), None, 200, scheme.grid.columns(200), fast=True)
+    y = fast_linear(x, parts, 200, scheme.grid.columns(200))
     assert y[0].isfinite().all()
     assert not y[1].isfinite().any()
 
@@ -88,10 +99,7 @@ def test_what_is_not_finite_does_not_become_a_number(value, split):
 def test_activations_of_any_size(size, split):
     _, parts, scheme = split(5, 200, 4, **GRIDS[0])
     x = torch.randn(2, 200)
-    y, scaled = (
-        cpu.linear(each, stored(parts), None, 200, scheme.grid.columns(200), fast=True)
-        for each in (x, x * size)
-    )
+    y, scaled = (fast_linear(each, parts, 200, scheme.grid.columns(200)) for each in (x, x * size))
     assert (scaled.double() - y.double() * size).norm() <= 2e-4 * y.norm() * size + 1e-30
 
 
@@ -114,8 +122,8 @@ def test_one_thread_and_two_and_a_second_run_give_the_same_bits(tokens, split):
 def test_one_token_gives_the_same_bits_alone_and_among_four(split):
     _, parts, scheme = split(22, 300, 9, **GRIDS[0])
     x, group = torch.randn(4, 300), scheme.grid.columns(300)
-    together = cpu.linear(x, stored(parts), None, 300, group, fast=True)
-    alone = [cpu.linear(x[i : i + 1], stored(parts), None, 300, group, fast=True) for i in range(4)]
+    together = fast_linear(x, parts, 300, group)
+    alone = [fast_linear(x[i : i + 1], parts, 300, group) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
 
 

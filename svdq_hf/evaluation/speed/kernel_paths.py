@@ -84,8 +84,9 @@ def _path(layer: SVDQLinear, many: int, tokens: tuple[int, ...], dtype: torch.dt
     computed = layer.compute_dtype or dtype
     ways = {count: _way(layer, taken, count, computed) for count in tokens}
     why = list(refused.values())
-    if taken == "native" and cpu.chosen_path(False) in MISSING:
-        why.append(MISSING[cpu.chosen_path(False)])
+    best = cpu.chosen_path(False, layer.in_features)
+    if taken == "native" and best in MISSING:
+        why.append(MISSING[best])
     bits, group = layer.scheme.grid.bits, layer.group
     return KernelPath(layer.out_features, layer.in_features, many, bits, group, ways, why)
 
@@ -93,6 +94,8 @@ def _path(layer: SVDQLinear, many: int, tokens: tuple[int, ...], dtype: torch.dt
 def _way(layer: SVDQLinear, taken: str, tokens: int, dtype: torch.dtype) -> str:
     if taken != "native":
         return REFERENCE if taken == "reference" else taken
-    path = cpu.chosen_path(layer.fast)
+    path, bits = cpu.chosen_path(layer.fast, layer.in_features), layer.scheme.grid.bits
+    if bits != 4:  # whose best kernels are AVX2's
+        path = min(path, AVX2)
     best = INSTRUCTIONS.get(path, "AVX-512 with 16-bit activations (fast)")
-    return f"{best}, {WAYS[cpu.way(tokens, dtype, path, cpu.has_amx())]}"
+    return f"{best}, {WAYS[cpu.way(tokens, dtype, path, cpu.has_amx(), bits)]}"

@@ -16,17 +16,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from svdq_hf.core.packing import HALF
+from svdq_hf.core.packing import HALF, bits_of
 from svdq_hf.core.release import how_to_install
 from svdq_hf.format.parts import PARTS, StoredWeight
 
 logger = logging.getLogger(__name__)
 
-ABI: Final = 2
+ABI: Final = 3
 """Version of svdq.c's interface; a library with another number was built from another source."""
 
 PLAIN, AVX2, AVX512 = range(3)
 """Exact paths of the library, each faster than the one before; `fast_path` is a further, inexact one."""
+
+READ: Final = (torch.float32, torch.bfloat16)
+"""Dtypes of activations that the library reads and of results that it writes; it sums in float32."""
 
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ERRORS: dict[int, tuple[type[Exception], str]] = {
@@ -41,7 +44,7 @@ class NativeLayer(ctypes.Structure):
     """A stored weight in the library's memory layout: `Layer` of svdq.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("out", "in", "group")),
+        *((name, ctypes.c_int64) for name in ("out", "in", "group", "bits")),
         *((name, ctypes.c_void_p) for name in ("codes", "scale")),
         *((name, ctypes.c_int64) for name in ("scale_kind", "scale_rows", "groups")),
         *((name, ctypes.c_void_p) for name in ("row_scale", "column_scale", "levels")),
@@ -89,7 +92,7 @@ def library() -> ctypes.CDLL | None:
 
 def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.svdq_linear.argtypes = [pointer, pointer, pointer, number, number, number]
+    loaded.svdq_linear.argtypes = [pointer, pointer, pointer, number, number, number, number]
     loaded.svdq_dequantize.argtypes = [pointer, pointer, number, number, number, number]
     for name in ("svdq_linear", "svdq_dequantize", "svdq_cpu", "svdq_fast"):
         getattr(loaded, name).restype = number
@@ -188,6 +191,7 @@ def layer_of(stored: StoredWeight, in_features: int, group: int, bias: Tensor | 
         out,
         in_features,
         group,
+        bits_of(weight),
         weight.data_ptr(),
         scale.data_ptr(),
         scale_kind,
@@ -211,8 +215,8 @@ def multiply_direct(
 
     Args:
         parts: the eight stored parts of W `[out, in]`, and the bias `[out]` or None.
-        x: `[..., in]`, float32 and contiguous.
-        y: the result, `[..., out]`, float32 and contiguous; overwritten.
+        x: `[..., in]`, float32 or bfloat16 (`READ`), contiguous.
+        y: the result, `[..., out]`, in the dtype of x, contiguous; overwritten.
         in_features: columns of the weight.
         group: columns that share a scale.
         path: one of the library's paths.
@@ -238,16 +242,17 @@ def multiply(layer: NativeLayer, x: Tensor, y: Tensor, tokens: int, path: int) -
 
     Args:
         layer: the weight and the bias.
-        x: `[tokens, in]`, float32 and contiguous.
-        y: the result, `[tokens, out]`, float32 and contiguous; overwritten.
+        x: `[tokens, in]`, float32 or bfloat16 (`READ`), contiguous.
+        y: the result, `[tokens, out]`, in the dtype of x, contiguous; overwritten.
         tokens: how many.
         path: one of the library's paths.
 
     Raises:
         ValueError: a salient position is out of range or out of order.
     """
-    call = _loaded().svdq_linear
-    _raise(call(ctypes.byref(layer), x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(), path))
+    call, narrow = _loaded().svdq_linear, x.dtype == torch.bfloat16
+    threads = torch.get_num_threads()
+    _raise(call(ctypes.byref(layer), x.data_ptr(), y.data_ptr(), narrow, tokens, threads, path))
 
 
 def dequantize(layer: NativeLayer, rows: slice, dense: Tensor, path: int) -> None:

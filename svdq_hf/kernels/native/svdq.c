@@ -29,7 +29,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum {
-    ABI = 2,
+    ABI = 3,
     BLOCK = 64,
     HALF = 32,
     PAIR = 2 * BLOCK,
@@ -48,12 +48,13 @@ enum { SCALE_FLOAT32 = 0, SCALE_BFLOAT16 = 1, SCALE_INT8 = 2 };
 /* A stored weight: the parts of the format, all contiguous; NULL where the grid has no such part. */
 typedef struct {
     int64_t out, in, group; /* group: columns that share a scale, a multiple of 32, or >= in */
-    const uint8_t *codes;   /* [out, 32 * ceil(in / 64)] */
+    int64_t bits;           /* of a code: 3, 4 or 8 */
+    const uint8_t *codes;   /* [out, ceil(in / 64), 8 * bits] */
     const void *scale;      /* [out or 1, groups] */
     int64_t scale_kind, scale_rows, groups;
     const uint16_t *row_scale;    /* [out], bfloat16 */
     const uint16_t *column_scale; /* [in], bfloat16 */
-    const int8_t *levels;         /* [16], of the codes from -8 on */
+    const int8_t *levels;         /* [2^bits], of the codes from the lowest on; not of 8 bits */
     const float *values;          /* [k]: the salient weights, sorted by row */
     const int32_t *rows, *columns;
     int64_t k;
@@ -97,16 +98,31 @@ INLINE float widen(uint16_t bfloat16) {
     return wide;
 }
 
+/* Rounded to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t narrowed(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
 INLINE int64_t blocks_of(const Layer *layer) {
     return (layer->in + BLOCK - 1) / BLOCK;
+}
+
+/* Bytes of a row of codes. */
+INLINE int64_t width_of(const Layer *layer) {
+    return 8 * layer->bits * blocks_of(layer);
 }
 
 INLINE int64_t pairs_of(const Layer *layer) {
     return (layer->in + PAIR - 1) / PAIR;
 }
 
+/* The level of each stored code of 3 or 4 bits: [16]. */
 INLINE void table_of(const Layer *layer, float *table) {
-    for (int i = 0; i < 16; i++) table[i] = layer->levels ? layer->levels[i] : (float)(i - 8);
+    int codes = layer->bits == 3 ? 8 : 16;
+    for (int i = 0; i < 16; i++) table[i] = layer->levels ? layer->levels[i % codes] : i % codes - codes / 2;
 }
 
 /* The scales of a row for its half blocks of 32 codes from `start` on, float32: [count]. */
@@ -143,48 +159,37 @@ INLINE void scales_of_rows(const Layer *layer, int64_t row, int64_t rows, float 
 
 /* ------------------------------------------------- decoding 64 codes: [64] floats, in units of nothing */
 
-INLINE void decode_plain(const uint8_t *codes, const float *table, float low, float high, float *weights) {
+INLINE void nibbles_plain(const uint8_t *codes, const float *table, float *levels) {
 #if defined(__aarch64__)
-    int8_t bytes[16];
+    int8_t bytes[16], found[BLOCK];
     for (int i = 0; i < 16; i++) bytes[i] = (int8_t)table[i];
-    int8x16_t levels = vld1q_s8(bytes);
-    int8_t found[BLOCK];
+    int8x16_t sixteen = vld1q_s8(bytes);
     for (int half = 0; half < 2; half++) {
         uint8x16_t code = vld1q_u8(codes + 16 * half);
-        vst1q_s8(found + 16 * half, vqtbl1q_s8(levels, vandq_u8(code, vdupq_n_u8(15))));
-        vst1q_s8(found + HALF + 16 * half, vqtbl1q_s8(levels, vshrq_n_u8(code, 4)));
+        vst1q_s8(found + 16 * half, vqtbl1q_s8(sixteen, vandq_u8(code, vdupq_n_u8(15))));
+        vst1q_s8(found + HALF + 16 * half, vqtbl1q_s8(sixteen, vshrq_n_u8(code, 4)));
     }
-    for (int i = 0; i < HALF; i++) weights[i] = found[i] * low;
-    for (int i = HALF; i < BLOCK; i++) weights[i] = found[i] * high;
+    for (int i = 0; i < BLOCK; i++) levels[i] = found[i];
 #else
-    for (int i = 0; i < HALF; i++) weights[i] = table[codes[i] & 15] * low;
-    for (int i = 0; i < HALF; i++) weights[HALF + i] = table[codes[i] >> 4] * high;
+    for (int i = 0; i < HALF; i++) levels[i] = table[codes[i] & 15];
+    for (int i = 0; i < HALF; i++) levels[HALF + i] = table[codes[i] >> 4];
 #endif
 }
 
+INLINE void decode_plain(const uint8_t *codes, const float *table, int64_t bits, float low, float high,
+                         float *weights) {
+    if (bits == 4)
+        nibbles_plain(codes, table, weights);
+    else if (bits == 8)
+        for (int i = 0; i < BLOCK; i++) weights[i] = (int8_t)codes[i];
+    else
+        for (int i = 0; i < BLOCK; i++) /* two bits of byte i % 16, the top one of byte 16 + i % 8 */
+            weights[i] = table[(codes[i % 16] >> i / 16 * 2 & 3) | (codes[16 + i % 8] >> i / 8 & 1) << 2];
+    for (int i = 0; i < HALF; i++) weights[i] *= low;
+    for (int i = HALF; i < BLOCK; i++) weights[i] *= high;
+}
+
 #if defined(__x86_64__)
-AVX2 INLINE void decode_avx2(const uint8_t *codes, __m256i levels, float low, float high, float *weights) {
-    __m256i code = _mm256_loadu_si256((const __m256i *)codes), nibble = _mm256_set1_epi8(15);
-    __m256i halves[2] = {_mm256_and_si256(code, nibble),
-                         _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble)};
-    for (int half = 0; half < 2; half++) {
-        __m256i level = _mm256_shuffle_epi8(levels, halves[half]);
-        __m256 scale = _mm256_set1_ps(half ? high : low);
-        __m128i parts[2] = {_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1)};
-        for (int i = 0; i < 4; i++) {
-            __m128i eight = i % 2 ? _mm_unpackhi_epi64(parts[i / 2], parts[i / 2]) : parts[i / 2];
-            __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-            _mm256_storeu_ps(weights + HALF * half + 8 * i, _mm256_mul_ps(wide, scale));
-        }
-    }
-}
-
-AVX2 INLINE __m256i byte_levels(const float *table) {
-    int8_t bytes[16];
-    for (int i = 0; i < 16; i++) bytes[i] = (int8_t)table[i];
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
-}
-
 /* Sixteen weights of a block: part 0 and 1 are its low nibbles, 2 and 3 its high ones. */
 AVX512 INLINE void decode_avx512(const uint8_t *codes, __m512 table, float low, float high, __m512 *weights) {
     __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
@@ -219,10 +224,11 @@ INLINE float sum_of(Vector v) {
 INLINE void plain_tile(TILE_ARGUMENTS, const int tokens) {
     int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;
     Vector acc[MOST_TOKENS] = {0};
-    const uint8_t *codes = layer->codes + row * HALF * blocks;
+    const uint8_t *codes = layer->codes + row * width_of(layer);
     for (int64_t b = 0; b < blocks; b++) {
         float weights[BLOCK];
-        decode_plain(codes + HALF * b, table, scales[2 * b], scales[2 * b + 1], weights);
+        decode_plain(codes + 8 * layer->bits * b, table, layer->bits, scales[2 * b], scales[2 * b + 1],
+                     weights);
         for (int t = 0; t < tokens; t++)
             for (int part = 0; part < BLOCK; part += LANES)
                 acc[t] +=
@@ -232,44 +238,6 @@ INLINE void plain_tile(TILE_ARGUMENTS, const int tokens) {
 }
 
 #if defined(__x86_64__)
-/* Eight weights at a time; `ways` sums for each token, so that one need not wait for the one before. */
-AVX2 INLINE void avx2_tile(TILE_ARGUMENTS, const int tokens) {
-    enum { EIGHT = 8, MOST_WAYS = 4 };
-    const int ways = tokens <= 2 ? MOST_WAYS : tokens <= 4 ? 2 : 1;
-    int64_t blocks = blocks_of(layer), padded = BLOCK * blocks;
-    __m256i levels = byte_levels(table), nibble = _mm256_set1_epi8(15);
-    __m256 acc[MOST_TOKENS][MOST_WAYS];
-    const uint8_t *codes = layer->codes + row * HALF * blocks;
-    int64_t ahead = row + 1 < layer->out ? HALF * blocks : 0; /* the next row's, from memory */
-    for (int t = 0; t < tokens; t++)
-        for (int way = 0; way < ways; way++) acc[t][way] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++) {
-        __m256i code = _mm256_loadu_si256((const __m256i *)(codes + HALF * b));
-        _mm_prefetch((const char *)(codes + HALF * b + ahead), _MM_HINT_T0);
-        for (int half = 0; half < 2; half++) {
-            __m256i place = _mm256_and_si256(half ? _mm256_srli_epi16(code, 4) : code, nibble);
-            __m256i level = _mm256_shuffle_epi8(levels, place);
-            __m256 scale = _mm256_set1_ps(scales[2 * b + half]);
-            __m128i parts[2] = {_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1)};
-            for (int i = 0; i < HALF / EIGHT; i++) {
-                __m128i eight = i % 2 ? _mm_unpackhi_epi64(parts[i / 2], parts[i / 2]) : parts[i / 2];
-                __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), scale);
-                const float *at = x + BLOCK * b + HALF * half + EIGHT * i;
-                for (int t = 0; t < tokens; t++)
-                    acc[t][i % ways] =
-                        _mm256_fmadd_ps(weights, _mm256_loadu_ps(at + t * padded), acc[t][i % ways]);
-            }
-        }
-    }
-    for (int t = 0; t < tokens; t++) {
-        float part[EIGHT];
-        for (int way = 1; way < ways; way++) acc[t][0] = _mm256_add_ps(acc[t][0], acc[t][way]);
-        _mm256_storeu_ps(part, acc[t][0]);
-        sums[t][0] =
-            ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-    }
-}
-
 /* `scales_of_rows`; the default grid's, sixteen at a time. */
 AVX512 INLINE void scales_avx512(const Layer *layer, int64_t row, int64_t rows, float *found) {
     int64_t groups = layer->groups, halves = HALVES * pairs_of(layer);
@@ -493,14 +461,6 @@ static void tile_plain(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
 }
 
 #if defined(__x86_64__)
-AVX2 static void tile_avx2(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
-    (void)rows;
-    scales_of_rows(layer, row, 1, scales);
-#define CALL(n) avx2_tile(layer, row, table, scales, x, sums, n)
-    EACH_TOKENS(CALL)
-#undef CALL
-}
-
 AVX512 static void tile_avx512(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
     scales_avx512(layer, row, rows, scales);
 #define CALL(n) avx512_tile(layer, row, table, scales, x, sums, n, 4)
@@ -551,6 +511,14 @@ typedef struct {
     int64_t next, error, salient; /* shared by the threads; salient: entries met so far */
 } Product;
 
+/* The next rows that nobody has taken; 0 where there are no more. */
+INLINE int next_rows(Product *p, int64_t *first, int64_t *last) {
+    int64_t out = p->layer->out;
+    *first = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED);
+    *last = *first + p->chunk < out ? *first + p->chunk : out;
+    return *first < out;
+}
+
 /* The first salient entry of a row or of a later one. */
 INLINE int64_t first_of_row(const Layer *layer, int64_t row) {
     int64_t low = 0, high = layer->k;
@@ -584,17 +552,13 @@ static void work_on_rows(void *given) {
     int64_t padded = BLOCK * blocks_of(layer), halves = HALVES * pairs_of(layer);
     Tile *tile = tile_plain;
 #if defined(__x86_64__)
-    if (p->cpu == WITH_AVX2) tile = tile_avx2;
     if (p->cpu >= WITH_AVX512) tile = tile_avx512;
 #endif
     float table[16], sums[MOST_TOKENS][MOST_ROWS];
     float *scales = malloc((size_t)((MOST_ROWS + 2 * MOST_TOKENS) * halves) * sizeof *scales);
     if (!scales) fail(&p->error, NO_MEMORY);
     table_of(layer, table);
-    while (scales) {
-        int64_t first = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED);
-        if (first >= layer->out) break;
-        int64_t last = first + p->chunk < layer->out ? first + p->chunk : layer->out;
+    for (int64_t first, last; scales && next_rows(p, &first, &last);) {
         for (int64_t row = first, rows; row < last; row += rows) {
             rows = rows_of_tile(p->cpu, p->tokens < MOST_TOKENS ? p->tokens : MOST_TOKENS, last - row);
             for (int64_t t = 0; t < p->tokens; t += MOST_TOKENS) {
@@ -642,34 +606,31 @@ typedef struct {
     int64_t first, last, cpu, next, error, salient;
 } Dense;
 
+/* 64 weights of a row from a column on, times the columns' scales, as many as there are. */
+INLINE void store_block(const Layer *layer, int64_t column, const float *weights, float *dense) {
+    int64_t left = layer->in - column, here = left < BLOCK ? left : BLOCK;
+    const uint16_t *scale = layer->column_scale ? layer->column_scale + column : NULL;
+    for (int64_t i = 0; i < here; i++) dense[column + i] = scale ? weights[i] * widen(scale[i]) : weights[i];
+}
+
 #define ROWS_ARGUMENTS                                                                                       \
     const Layer *layer, int64_t first, int64_t last, const float *table, float *scales, float *dense
 
-#define PLAIN_ROWS(DECODE, LEVELS)                                                                           \
-    int64_t blocks = blocks_of(layer);                                                                       \
-    for (int64_t row = first; row < last; row++, dense += layer->in) {                                       \
-        scales_of_row(layer, row, 0, 2 * blocks, scales);                                                    \
-        for (int64_t b = 0; b < blocks; b++) {                                                               \
-            float weights[BLOCK];                                                                            \
-            int64_t left = layer->in - BLOCK * b, here = left < BLOCK ? left : BLOCK;                        \
-            const uint16_t *columns = layer->column_scale ? layer->column_scale + BLOCK * b : NULL;          \
-            DECODE(layer->codes + (row * blocks + b) * HALF, LEVELS, scales[2 * b], scales[2 * b + 1],       \
-                   weights);                                                                                 \
-            for (int64_t i = 0; i < here; i++)                                                               \
-                dense[BLOCK * b + i] = columns ? weights[i] * widen(columns[i]) : weights[i];                \
-        }                                                                                                    \
-    }                                                                                                        \
-    (void)table
-
 static void rows_plain(ROWS_ARGUMENTS) {
-    PLAIN_ROWS(decode_plain, table);
+    int64_t blocks = blocks_of(layer);
+    for (int64_t row = first; row < last; row++, dense += layer->in) {
+        const uint8_t *codes = layer->codes + row * width_of(layer);
+        scales_of_row(layer, row, 0, 2 * blocks, scales);
+        for (int64_t b = 0; b < blocks; b++, codes += 8 * layer->bits) {
+            float weights[BLOCK];
+            decode_plain(codes, table, layer->bits, scales[2 * b], scales[2 * b + 1], weights);
+            store_block(layer, BLOCK * b, weights, dense);
+        }
+    }
 }
 
 #if defined(__x86_64__)
-AVX2 static void rows_avx2(ROWS_ARGUMENTS) {
-    __m256i levels = byte_levels(table);
-    PLAIN_ROWS(decode_avx2, levels);
-}
+#include "avx2.h"
 #endif
 
 static void dequantize_rows(void *given) {
@@ -861,10 +822,7 @@ AVX512 static void work_on_panels(void *given) {
     float table[16], *panels = aligned_alloc(64, sizeof *panels * PANELS * PANEL_ROWS * PANEL_COLUMNS);
     if (!panels) fail(&p->error, NO_MEMORY);
     table_of(layer, table);
-    while (panels) {
-        int64_t first = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED);
-        if (first >= layer->out) break;
-        int64_t last = first + p->chunk < layer->out ? first + p->chunk : layer->out;
+    for (int64_t first, last; panels && next_rows(p, &first, &last);) {
         for (int64_t start = 0; start < layer->in; start += PANEL_COLUMNS) {
             int64_t stop = start + PANEL_COLUMNS < layer->in ? start + PANEL_COLUMNS : layer->in;
             int64_t met = fill_panels(layer, first, last, start, stop, table, panels);
@@ -876,20 +834,25 @@ AVX512 static void work_on_panels(void *given) {
 }
 #endif
 
-/* y [tokens, out] = x [tokens, in] W^T + bias, float32. */
-EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
-                           int64_t cpu) {
+static int64_t multiply(const Layer *layer, const float *x, float *y, int64_t tokens, int64_t threads,
+                        int64_t cpu) {
     Product p = {layer, x, x, NULL, y, tokens, cpu, 0, 0, OK, 0};
     if (!aligned(layer)) return MISALIGNED;
     if (tokens == 0) return OK;
     if (layer->out * layer->in < FEW_PRODUCTS / tokens) threads = 1; /* a quotient: no overflow */
 #if defined(__x86_64__)
-    if (cpu >= WITH_AVX512 && tokens > FEW_TOKENS) {
+    if (cpu >= WITH_AVX512 && layer->bits == 4 && tokens > FEW_TOKENS) {
         /* many small pieces: whoever is held up leaves little to wait for */
         p.chunk = layer->out >= 16 * threads * PANELS * PANEL_ROWS ? PANELS * PANEL_ROWS
                   : layer->out >= 4 * threads * PANEL_ROWS         ? PANEL_ROWS
                                                                    : LANES;
         in_parallel(work_on_panels, &p, threads);
+        return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
+    }
+#endif
+#if defined(__x86_64__)
+    if (cpu == WITH_AVX2 || (cpu >= WITH_AVX512 && layer->bits != 4)) {
+        multiply_avx2(&p, threads);
         return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
     }
 #endif
@@ -914,6 +877,22 @@ EXPORT int64_t svdq_linear(const Layer *layer, const float *x, float *y, int64_t
     in_parallel(work_on_rows, &p, threads);
     if (p.scaled != x) free((float *)p.scaled);
     return p.error ? p.error : p.salient == layer->k ? OK : BAD_POSITION;
+}
+
+/* y [tokens, out] = x [tokens, in] W^T + bias, both float32 or, where `narrow`, both bfloat16: sums are
+ * float32, and rounded once. */
+EXPORT int64_t svdq_linear(const Layer *layer, const void *x, void *y, int64_t narrow, int64_t tokens,
+                           int64_t threads, int64_t cpu) {
+    int64_t given = tokens * layer->in, found = tokens * layer->out;
+    if (!narrow) return multiply(layer, x, y, tokens, threads, cpu);
+    if (((uintptr_t)x | (uintptr_t)y) % sizeof(uint16_t)) return MISALIGNED;
+    float *wide = malloc((size_t)(given + found) * sizeof *wide + 1); /* of no token: not NULL */
+    if (!wide) return NO_MEMORY;
+    for (int64_t i = 0; i < given; i++) wide[i] = widen(((const uint16_t *)x)[i]);
+    int64_t code = multiply(layer, wide, wide + given, tokens, threads, cpu);
+    for (int64_t i = 0; i < found && code == OK; i++) ((uint16_t *)y)[i] = narrowed(wide[given + i]);
+    free(wide);
+    return code;
 }
 
 /* ------------------------------------------------------- a call from Python: tensors as torch shows them
@@ -995,21 +974,40 @@ static int scale_of_parts(void *parts, Layer *layer) {
            layer->groups == (layer->in + layer->group - 1) / layer->group;
 }
 
-/* The nine of a layer: its parts in the op's order, then the bias. */
+/* Bits of a code, read off the shape of packed rows: [out, 32 * blocks] of 4, [out, blocks, 8 * bits] of
+ * others. */
+static int bits_of_shape(const Tensor *codes, Layer *layer) {
+    layer->bits = codes->dimensions == 3 ? codes->shape[2] / 8 : 4;
+    if (codes->dimensions == 2) return codes->shape[1] == width_of(layer);
+    return codes->dimensions == 3 && codes->shape[1] == blocks_of(layer) &&
+           (codes->shape[2] == 24 || codes->shape[2] == 64);
+}
+
+/* The bias, float32; where it is bfloat16, as float32 in memory of its own, which the caller frees. */
+static int bias_of_parts(void *parts, Layer *layer, float **own) {
+    const uint16_t *narrow;
+    if (look_at(parts, 8, FLOAT, 32, layer->out, (const void **)&layer->bias) >= 0) return 1;
+    if (look_at(parts, 8, BFLOAT, 16, layer->out, (const void **)&narrow) != 1) return 0;
+    layer->bias = *own = malloc((size_t)layer->out * sizeof **own);
+    for (int64_t i = 0; *own && i < layer->out; i++) (*own)[i] = widen(narrow[i]);
+    return *own != NULL;
+}
+
+/* The eight parts of a layer, in the op's order. */
 static int layer_of(void *parts, Layer *layer) {
     Tensor codes, values;
     if (python.look(python.item(parts, 0), &codes) || python.look(python.item(parts, 2), &values)) return 0;
-    if (!plain(&codes, INTEGER, 8) || codes.dimensions != 2 || !plain(&values, FLOAT, 32)) return 0;
+    if (!plain(&codes, INTEGER, 8) || !plain(&values, FLOAT, 32) || !bits_of_shape(&codes, layer)) return 0;
     layer->out = codes.shape[0], layer->codes = start_of(&codes);
     layer->k = size_of(&values), layer->values = start_of(&values);
-    return codes.shape[1] == HALF * blocks_of(layer) && scale_of_parts(parts, layer) &&
+    int64_t levels = layer->bits == 8 ? -1 : 1 << layer->bits; /* of 8 bits there are none */
+    return scale_of_parts(parts, layer) &&
            look_at(parts, 3, INTEGER, 32, layer->k, (const void **)&layer->rows) == 1 &&
            look_at(parts, 4, INTEGER, 32, layer->k, (const void **)&layer->columns) == 1 &&
            look_at(parts, 5, BFLOAT, 16, layer->out, (const void **)&layer->row_scale) >= 0 &&
            (layer->row_scale != NULL) == (layer->scale_kind == SCALE_INT8) &&
            look_at(parts, 6, BFLOAT, 16, layer->in, (const void **)&layer->column_scale) >= 0 &&
-           look_at(parts, 7, INTEGER, 8, 16, (const void **)&layer->levels) >= 0 &&
-           look_at(parts, 8, FLOAT, 32, layer->out, (const void **)&layer->bias) >= 0;
+           look_at(parts, 7, INTEGER, 8, levels, (const void **)&layer->levels) >= 0;
 }
 
 /* `svdq_linear` of Python's own tensors; FOREIGN: one of them is not what it takes, and nothing was done.
@@ -1018,14 +1016,19 @@ EXPORT int64_t svdq_call(void *parts, void *x, void *y, int64_t in, int64_t grou
                          int64_t cpu) {
     Layer layer = {.in = in, .group = group};
     Tensor from, to;
+    float *bias = NULL;
     if (in < 1 || group < 1 || (group % HALF && group < in)) return FOREIGN;
     if (!layer_of(parts, &layer) || python.look(x, &from) || python.look(y, &to)) return FOREIGN;
     int64_t tokens = size_of(&from) / in;
-    if (!plain(&from, FLOAT, 32) || !plain(&to, FLOAT, 32) || from.dimensions < 1 ||
-        from.shape[from.dimensions - 1] != in || size_of(&to) != tokens * layer.out)
+    int narrow = from.dtype.code == BFLOAT, bits = narrow ? 16 : 32;
+    if (!plain(&from, narrow ? BFLOAT : FLOAT, bits) || !plain(&to, from.dtype.code, bits) ||
+        from.dimensions < 1 || from.shape[from.dimensions - 1] != in || size_of(&to) != tokens * layer.out ||
+        !bias_of_parts(parts, &layer, &bias))
         return FOREIGN;
     void *state = python.release();
-    int64_t code = svdq_linear(&layer, start_of(&from), (float *)start_of(&to), tokens, threads, cpu);
+    int64_t code =
+        svdq_linear(&layer, start_of(&from), (void *)(uintptr_t)start_of(&to), narrow, tokens, threads, cpu);
+    free(bias);
     python.acquire(state);
     return code;
 }

@@ -24,7 +24,7 @@ native = pytest.mark.skipif(library() is None, reason="the native library is not
 def test_each_shape_and_number_of_tokens(monkeypatch, best, many, why):
     monkeypatch.setattr(cpu, "best_path", lambda: best)
     monkeypatch.setattr(cpu, "has_amx", lambda: False)
-    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4)), (1, 64))
+    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4)), (1, 65))
     assert {(one.out, one.in_features): one.layers for one in found} == {
         (64, 64): 4,
         (32, 64): 4,
@@ -33,7 +33,7 @@ def test_each_shape_and_number_of_tokens(monkeypatch, best, many, why):
     }
     for one in found:
         assert one.ways[1].endswith("decodes the codes in registers")
-        assert one.ways[64] == many
+        assert one.ways[65] == many
         assert [text[: len(why or "")] for text in one.why_not_better] == ([] if why is None else [why])
 
 
@@ -45,7 +45,7 @@ def test_bfloat16_on_tiles(monkeypatch):
 
 
 def test_a_fallback_says_why():
-    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4, bits=8)), (1,))
+    found = kernel_paths(quantize_model(llama(), SVDQConfig(k=4, bits=8, group_size=16)), (1,))
     for one in found:
         assert one.bits == 8
         assert (one.ways == {1: REFERENCE}) == bool(one.why_not_better)
@@ -54,6 +54,7 @@ def test_a_fallback_says_why():
 @native
 def test_fast_layers_are_apart(monkeypatch):
     monkeypatch.setattr(cpu, "fast_path", lambda: 3)
+    monkeypatch.setattr(cpu, "FAST_COLUMNS", 1)
     model = quantize_model(llama(), SVDQConfig(k=4))
     set_compute(model, "fast")
     assert all("(fast)" in one.ways[1] for one in kernel_paths(model, (1,)))
