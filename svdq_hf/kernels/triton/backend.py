@@ -1,8 +1,9 @@
 """Triton backend: products on GPUs from the stored bytes; which calls it takes, and how they are computed.
 
 CUDA and ROCm devices go by the same name in torch, XPU by its own. With `TRITON_INTERPRET=1`, set before
-Python starts, the kernels run in NumPy on a CPU: for tests, and slow. Triton is imported when first needed. Not here: the kernels
-(`kernels.triton.kernels`), their launches (`kernels.triton.launch`), the choice (`kernels.backends`).
+Python starts, the kernels run in NumPy on a CPU: for tests, and slow. Triton is imported when first needed.
+Not here: the kernels (`kernels.triton.kernels`), their launches (`kernels.triton.launch`), the choice
+(`kernels.backends`).
 """
 
 import os
