@@ -74,7 +74,7 @@ def multiply(
     with on_device_of(x):
         kernel[(tiles, splits, 1)](io, weight, salient, sizes, plan, **how(shape))
         if splits > 1:
-            kernels.add_splits[(tiles, 1, 1)](io, weight, salient, sizes, plan, num_warps=4)
+            kernels.add_splits[(tiles, 1, 1)](io, weight, salient, sizes, plan, **how(shape))
     return io.y  # type: ignore[no-any-return]
 
 
@@ -205,8 +205,8 @@ def words_of(levels: Tensor) -> Tensor:
 
 
 def how(shape: Shape) -> dict[str, Any]:
-    """Triton's own options of a launch."""
-    return {"num_warps": shape.warps, "num_stages": shape.stages}
+    """Triton's own options of a launch; products may be fused with sums, whatever its default is."""
+    return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
