@@ -1,4 +1,4 @@
-"""Times of calls on a GPU for bench_gpu.py: in a CUDA graph, which costs no Python, or as Python drives them."""
+"""Times of calls on a GPU, for bench_gpu.py: in a CUDA graph, without Python's part, or driven by Python."""
 
 import statistics
 import time

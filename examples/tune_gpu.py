@@ -1,4 +1,4 @@
-"""Shapes of the Triton kernels' tiles tried on this GPU, and the best as an entry of kernels/triton/shapes.json.
+"""Shapes of the Triton kernels' tiles tried on this GPU, and the best as an entry of shapes.json.
 
 python examples/tune_gpu.py              # some minutes, most of them Triton's compiler
 python examples/tune_gpu.py --rehearse   # without a GPU, interpreted: one shape, and its time means nothing

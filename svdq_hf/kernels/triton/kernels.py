@@ -91,16 +91,19 @@ def put(total, io, weight, salient, at, sizes):
 @triton.jit
 def multiply_few(io, weight, salient, sizes, PLAN: tl.constexpr):
     """A few tokens times a tile of rows, without tensor cores. Grid: tiles of rows, splits."""
-    token = tl.arange(0, PLAN.tokens)
+    TOKENS: tl.constexpr = PLAN.tokens
+    ROWS: tl.constexpr = PLAN.rows
+    BLOCKS: tl.constexpr = PLAN.blocks
+    token = tl.arange(0, TOKENS)
     token = tl.where(token < sizes.tokens, token, -1)
-    row = tl.program_id(0) * PLAN.rows + tl.arange(0, PLAN.rows)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(row, sizes.out - 1)[:, None]
     table, blocks = table_of(weight, 0, PLAN), tl.cdiv(sizes.in_features, 64)
     bytes_of_row = weight.codes + near.to(tl.int64) * (blocks * (8 * PLAN.bits))
     first, last = stretch(sizes, PLAN)
-    total = tl.zeros([PLAN.tokens, PLAN.rows, PLAN.blocks], tl.float32)
-    for start in range(first, last, PLAN.blocks):
-        block = start + tl.arange(0, PLAN.blocks)[None, :]
+    total = tl.zeros([TOKENS, ROWS, BLOCKS], tl.float32)
+    for start in range(first, last, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)[None, :]
         place = bytes_of_row + tl.minimum(block, blocks - 1) * (8 * PLAN.bits)
         for half in tl.static_range(2):
             begin = 64 * block + 32 * half
@@ -119,9 +122,12 @@ def multiply_few(io, weight, salient, sizes, PLAN: tl.constexpr):
 @triton.jit
 def product(inputs, level, PLAN: tl.constexpr):
     """Inputs [tokens, 32] @ level [rows, 32].T, exact but for the FP32 sum, by tensor cores."""
+    TOKENS: tl.constexpr = PLAN.tokens
+    TERMS: tl.constexpr = PLAN.terms
+    ROWS: tl.constexpr = PLAN.rows
     right = tl.trans(level.to(tl.bfloat16).to(PLAN.operand))
-    total = tl.zeros([PLAN.tokens, PLAN.rows], tl.float32)
-    for _ in tl.static_range(PLAN.terms):
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    for _ in tl.static_range(TERMS):
         term = inputs.to(tl.bfloat16)
         total = tl.dot(term.to(PLAN.operand), right, total)
         inputs -= term.to(tl.float32)
@@ -131,13 +137,15 @@ def product(inputs, level, PLAN: tl.constexpr):
 @triton.jit
 def multiply_tile(io, weight, salient, sizes, PLAN: tl.constexpr):
     """A tile of tokens times a tile of rows. Grid: tiles of rows, splits, tiles of tokens."""
+    TOKENS: tl.constexpr = PLAN.tokens
+    ROWS: tl.constexpr = PLAN.rows
     tile, expert, start, stop = tl.program_id(2), 0, 0, sizes.tokens
     if io.ends is not None:
         every = tl.arange(0, PLAN.experts)
         end = tl.load(io.ends + every, mask=every < sizes.experts, other=0).to(tl.int32)
         begin = tl.load(io.ends + every - 1, mask=(every > 0) & (every < sizes.experts), other=0).to(tl.int32)
         begin, end = tl.maximum(begin, 0), tl.minimum(end, sizes.tokens)
-        tiles = tl.maximum(tl.cdiv(end - begin, PLAN.tokens), 0)
+        tiles = tl.maximum(tl.cdiv(end - begin, TOKENS), 0)
         last = tl.cumsum(tiles, 0)
         expert = tl.sum((last <= tile).to(tl.int32), 0)
         if expert >= PLAN.experts:
@@ -145,14 +153,14 @@ def multiply_tile(io, weight, salient, sizes, PLAN: tl.constexpr):
         start = tl.sum(tl.where(every == expert, begin, 0), 0)
         stop = tl.sum(tl.where(every == expert, end, 0), 0)
         tile -= tl.sum(tl.where(every == expert, last - tiles, 0), 0)
-    token = start + tile * PLAN.tokens + tl.arange(0, PLAN.tokens)
+    token = start + tile * TOKENS + tl.arange(0, TOKENS)
     token = tl.where(token < stop, token, -1)
-    row = tl.program_id(0) * PLAN.rows + tl.arange(0, PLAN.rows)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near = expert * sizes.out + tl.minimum(row, sizes.out - 1)
     table, blocks = table_of(weight, expert, PLAN), tl.cdiv(sizes.in_features, 64)
     bytes_of_row = weight.codes + near.to(tl.int64)[:, None] * (blocks * (8 * PLAN.bits))
     first, last = stretch(sizes, PLAN)
-    total = tl.zeros([PLAN.tokens, PLAN.rows], tl.float32)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
     for block in range(first, last):
         for half in tl.static_range(2):
             column = 64 * block + 32 * half + tl.arange(0, 32)[None, :]
@@ -170,11 +178,13 @@ def multiply_tile(io, weight, salient, sizes, PLAN: tl.constexpr):
 @triton.jit
 def add_splits(io, weight, salient, sizes, PLAN: tl.constexpr):
     """The partial sums of all splits, in their order. Grid: tiles of rows, -, tiles of tokens."""
-    token = tl.program_id(2) * PLAN.tokens + tl.arange(0, PLAN.tokens)
+    TOKENS: tl.constexpr = PLAN.tokens
+    ROWS: tl.constexpr = PLAN.rows
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     token = tl.where(token < sizes.tokens, token, -1)
-    row = tl.program_id(0) * PLAN.rows + tl.arange(0, PLAN.rows)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = (token >= 0)[:, None] & (row < sizes.out)[None, :]
-    total = tl.zeros([PLAN.tokens, PLAN.rows], tl.float32)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
     for split in range(PLAN.splits):
         place = (split * sizes.tokens + token)[:, None] * sizes.out + row[None, :]
         total += tl.load(io.sums + place, mask=there, other=0.0)

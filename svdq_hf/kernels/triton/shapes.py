@@ -2,7 +2,7 @@
 
 Under a device's name stand the shapes found best on it; a device that has none takes the default, which is
 reasoned and not tuned: 512 bytes of a row at a time for few tokens, 64 rows for tensor cores. Nothing is
-tried at run time; `examples/bench_gpu.py --tune` tries, and prints an entry.
+tried at run time; `examples/tune_gpu.py` tries, and prints an entry.
 """
 
 import json
