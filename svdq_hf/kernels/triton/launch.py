@@ -210,7 +210,7 @@ def how(shape: Shape) -> dict[str, Any]:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, torch's operations on that of their tensors."""
+    """Context manager for a launch on a tensor `[...]`, which Triton would put on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
