@@ -33,7 +33,7 @@ def test_columns_in_parts_give_the_same_sums_and_the_same_bits_each_time(tokens,
     assert torch.equal(y, again)
 
 
-def test_columns_are_split_where_rows_are_too_few_for_the_device():
+def test_columns_are_split_where_rows_are_too_few_for_the_device(device):
     from svdq_hf.kernels.triton import launch
     from svdq_hf.kernels.triton.shapes import Shape
 
