@@ -63,7 +63,7 @@ def nearest(x: Tensor, levels: str, bits: int = 4) -> Tensor:
     """
     if levels == "linear":
         return x.round_().clamp_(*RANGES[bits])
-    return _look_up(x, _cells(levels, bits).to(x.device))
+    return _look_up(x, _cells(levels, bits, x.device))
 
 
 def codes(x: Tensor, levels: str, bits: int = 4) -> Tensor:
@@ -82,7 +82,7 @@ def codes(x: Tensor, levels: str, bits: int = 4) -> Tensor:
     """
     if levels == "linear":
         return x.round_().clamp_(*RANGES[bits]).to(torch.int8)
-    return _look_up(x, _cells(levels, bits, codes=True).to(x.device))
+    return _look_up(x, _cells(levels, bits, x.device, codes=True))
 
 
 LOOK_UP_CELLS = 4 * TOP
@@ -90,14 +90,15 @@ LOOK_UP_CELLS = 4 * TOP
 
 
 @cache
-def _cells(levels: str, bits: int, codes: bool = False) -> Tensor:
+def _cells(levels: str, bits: int, device: torch.device, codes: bool = False) -> Tensor:
     """Table from half steps `[LOOK_UP_CELLS]` to the nearest level, or its code; a tie goes up."""
     cpu = torch.device("cpu")  # whatever the caller's default device and dtype are: this is kept
     table = torch.tensor(TABLES[bits][levels], dtype=torch.float32, device=cpu)
     middles = (table[1:] + table[:-1]) / 2
     left = torch.arange(LOOK_UP_CELLS, dtype=torch.float32, device=cpu) / 2 - TOP
     index = torch.bucketize(left, middles, right=True)
-    return (index + RANGES[bits][0]).to(torch.int8) if codes else table[index]
+    found = (index + RANGES[bits][0]).to(torch.int8) if codes else table[index]
+    return found.to(device)  # once for each device: a copy to a GPU waits for it
 
 
 def _look_up(x: Tensor, cells: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from svdq_hf.core.scales import fit
 WORKING_SET = 1 << 18
 """Weights handled at a time: a megabyte of float32, so that temporaries stay in a core's cache."""
 
+ON_DEVICE = 1 << 24
+"""The same on a GPU, where starting a kernel costs more than a megabyte's work: 64 MiB of float32."""
+
 
 class Quantized(NamedTuple):
     """A rounded weight: codes `[out, in]`, int8; scales `[out, groups]`; scales of rows `[out]` or None.
@@ -54,8 +57,8 @@ def quantize(weight: Tensor, grid: Grid, salient: Tensor | None = None) -> Quant
     if salient is None:
         salient = torch.zeros(1, 1, dtype=torch.bool, device=weight.device).expand_as(weight)
     if grid.group_size == "tensor":
-        scale.fill_(fit(weight.reshape(1, 1, -1), salient.reshape(1, 1, -1), grid).item())
-    for rows in row_blocks(out, in_features):
+        scale.copy_(fit(weight.reshape(1, 1, -1), salient.reshape(1, 1, -1), grid).view(1, 1))
+    for rows in row_blocks(out, in_features, weight.device):
         if grid.group_size != "tensor":
             left_out = _groups(salient[rows], grid, filling=True)
             fitted = fit(_groups(weight[rows], grid), left_out, grid).squeeze(-1)
@@ -120,13 +123,14 @@ def expand(scale: Tensor, columns: int, in_features: int) -> Tensor:
     return scale.float().repeat_interleave(columns, dim=1)[:, :in_features]
 
 
-def row_blocks(out: int, in_features: int) -> list[slice]:
-    """Slices of rows that cover `[out, in]` in pieces of about `WORKING_SET` entries.
+def row_blocks(out: int, in_features: int, device: torch.device | None = None) -> list[slice]:
+    """Slices of rows that cover `[out, in]` in pieces of about `WORKING_SET` entries (on a GPU `ON_DEVICE`).
 
     >>> row_blocks(300, 1024)
     [slice(0, 256, None), slice(256, 300, None)]
     """
-    step = max(1, WORKING_SET // max(1, in_features))
+    size = WORKING_SET if device is None or device.type == "cpu" else ON_DEVICE
+    step = max(1, size // max(1, in_features))
     return [slice(start, min(start + step, out)) for start in range(0, out, step)]
 
 

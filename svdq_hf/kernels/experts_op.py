@@ -1,7 +1,8 @@
 """The op `svdq::expert_linear`: each token times its expert's matrix, `x [n, in] -> [n, out]`.
 
 Tokens are sorted by expert; experts without tokens are skipped. For the others it is `svdq::linear` on slices
-of the stacked parts, so every backend of that computes this. `ends` `[experts]` says where each expert's
+of the stacked parts, so every backend of that computes this; a backend that has a launch for all of them
+takes it. `ends` `[experts]` says where each expert's
 tokens end; rows after the last end are zero. With `sparse`, tokens that are all zero are skipped and their
 rows stay zero. As an op, the loop over experts, which looks at data, is one node of a graph. Not here: the
 module (`nn.experts`).
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from svdq_hf.format.parts import PARTS, StoredWeight
+from svdq_hf.kernels.backends import LOOKS_AT_DATA, backend_for
 from svdq_hf.kernels.contract import check_ends, check_experts, check_experts_gradient, check_values_gradient
-from svdq_hf.kernels.linear_op import STORED, TAGS, gradients_of, linear, values_gradient
+from svdq_hf.kernels.linear_op import STORED, gradients_of, linear, values_gradient, with_float32_values
 from svdq_hf.kernels.positions import check_positions
 
 LINEAR = "svdq::expert_linear"
@@ -23,12 +25,13 @@ INPUT_GRADIENT = "svdq::expert_input_gradient"
 VALUES_GRADIENT = "svdq::expert_values_gradient"
 _LAST = "Tensor ends, int in_features, int group, bool sparse"
 
-torch.library.define(LINEAR, f"(Tensor x, {STORED}, {_LAST}) -> Tensor", tags=TAGS)
-torch.library.define(INPUT_GRADIENT, f"(Tensor gradient, {STORED}, {_LAST}) -> Tensor", tags=TAGS)
+UNSAFE = (torch.Tag.cudagraph_unsafe,)  # backward goes from expert to expert, which looks at data
+torch.library.define(LINEAR, f"(Tensor x, {STORED}, {_LAST}) -> Tensor", tags=LOOKS_AT_DATA)
+torch.library.define(INPUT_GRADIENT, f"(Tensor gradient, {STORED}, {_LAST}) -> Tensor", tags=UNSAFE)
 torch.library.define(
     VALUES_GRADIENT,
     "(Tensor x, Tensor gradient, Tensor rows, Tensor columns, Tensor ends) -> Tensor",
-    tags=TAGS,
+    tags=UNSAFE,
 )
 
 
@@ -82,6 +85,9 @@ def _of(stored: StoredWeight, expert: int) -> StoredWeight:
 def _linear(*inputs: Any) -> Tensor:
     x, stored, ends, in_features, group, sparse = ExpertArguments.of(inputs)
     check_experts(x, stored, ends, in_features, group)
+    together = backend_for(x, _of(stored, 0), in_features, group).experts
+    if together is not None:
+        return together(x, with_float32_values(stored), ends, in_features, group)
     y = x.new_zeros(x.shape[0], stored.weight.shape[1])
     for expert, rows in _hit(ends, x, sparse):
         y[rows] = linear(x[rows], *_of(stored, expert), None, in_features, group)

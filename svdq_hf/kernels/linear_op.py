@@ -21,18 +21,14 @@ STORED = (
     "Tensor weight, Tensor weight_scale, Tensor salient_values, Tensor salient_rows, Tensor salient_columns, "
     "Tensor? row_scale, Tensor? column_scale, Tensor? levels"
 )
-TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference kernel looks at positions
 LINEAR = "svdq::linear"
 INPUT_GRADIENT = "svdq::input_gradient"
 
 torch.library.define(
     LINEAR,
     f"(Tensor x, {STORED}, Tensor? bias, int in_features, int group, bool fast=False) -> Tensor",
-    tags=TAGS,
 )
-torch.library.define(
-    INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor", tags=TAGS
-)
+torch.library.define(INPUT_GRADIENT, f"(Tensor gradient, {STORED}, int in_features, int group) -> Tensor")
 
 
 def linear(*inputs: Any) -> Tensor:

@@ -6,11 +6,12 @@ but a state dict, or a user, can put anything into a module. The C library check
 it; the other backends check here. A few positions on a CPU are checked each time. Checking many of them would
 take a quarter of a small layer's time, and on a GPU a check waits for the device: those are checked once for
 each version of the two tensors. So a change that torch does not count (by `.data` or NumPy, after a call) is
-missed.
+missed. While a CUDA graph is captured nothing may wait, and nothing is checked: a call before did it.
 """
 
 from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -35,17 +36,17 @@ def check_positions(rows: Tensor, columns: Tensor, out: int, in_features: int) -
     """Refuse salient positions outside a matrix `[out, in]`, or rows that are not sorted.
 
     Args:
-        rows: `[k]`, int32.
-        columns: `[k]`, int32.
+        rows: `[k]`, int32; of stacked matrices `[experts, k]`.
+        columns: of that shape, int32.
         out: rows of the matrix.
         in_features: columns of the matrix.
 
     Raises:
         ValueError: it names the tensor and the position.
     """
-    if not rows.numel() or rows.is_meta:
+    if not rows.numel() or rows.is_meta or is_capturing(rows):
         return
-    if rows.is_cpu and rows.numel() <= EACH_TIME:
+    if rows.is_cpu and rows.numel() <= EACH_TIME and rows.ndim == 1:
         if not _are_few_and_good(rows.tolist(), columns.tolist(), out, in_features):
             refuse_wrong(rows, columns, out, in_features)
         return
@@ -63,6 +64,11 @@ def check_positions(rows: Tensor, columns: Tensor, out: int, in_features: int) -
     _seen[key] = _Seen(*map(StorageWeakRef, memory))
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured where a tensor `[...]` is."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _key(rows: Tensor, columns: Tensor, out: int, in_features: int) -> tuple[int, ...]:
     """What the result of a check depends on: addresses, number, versions, size of the matrix."""
     places = rows.data_ptr(), columns.data_ptr(), rows.numel()
@@ -73,16 +79,17 @@ def refuse_wrong(rows: Tensor, columns: Tensor, out: int, in_features: int) -> N
     """Check all positions now, whether or not they were checked before.
 
     Args:
-        rows: `[k]`, int32, k > 0.
-        columns: `[k]`, int32.
+        rows: `[k]`, int32, k > 0; of stacked matrices `[experts, k]`.
+        columns: of that shape, int32.
         out: rows of the matrix.
         in_features: columns of the matrix.
 
     Raises:
         ValueError: see `check_positions`.
     """
-    inside = (columns >= 0).all() & (columns < in_features).all() & (rows[0] >= 0) & (rows[-1] < out)
-    if inside & (rows[1:] >= rows[:-1]).all():  # one wait for the device
+    first, last = rows[..., 0], rows[..., -1]
+    inside = (columns >= 0).all() & (columns < in_features).all() & (first >= 0).all() & (last < out).all()
+    if inside & (rows[..., 1:] >= rows[..., :-1]).all():  # one wait for the device
         return
     for name, index, size in (("salient_rows", rows, out), ("salient_columns", columns, in_features)):
         wrong = index[(index < 0) | (index >= size)]

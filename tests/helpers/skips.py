@@ -22,6 +22,10 @@ KNOWN: dict[str, str] = {
     rf"ModuleNotFoundError: No module named '({PEERS})'": "a peer, measured in an environment of its own",
     r"transformers \S+ wants PEFT \S+, and this is \S+": "PEFT's release comes after that of transformers",
     r"of transformers \S+ there is no record: .*": "a model type that is new or differs",
+    r"Triton is not installed": "it has no wheel for this system; the kernels are tested where it has",
+    r"Triton's interpreter has a process of its own": "tests/kernels/test_triton.py starts it",
+    r"nothing is compiled in the interpreter": "it was asked for, and Triton then has no kernels to compile",
+    r"no CUDA device is here": "graphs, compiled calls, training steps; examples/bench_gpu.py runs them",
     r".*/glue/\*/dev\.jsonl: not there; set SVDQ_DATA .*": "data that the repository has not",
 }
 """Reason, the whole of it -> why that is no fault."""
