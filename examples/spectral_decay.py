@@ -38,7 +38,8 @@ from svdq_hf import SpectralDecayCallback, SVDQConfig, quantize_model
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation.spectrum import measure_spectra
 from svdq_hf.evaluation.tasks.classification import score_model
-from svdq_hf.evaluation.tasks.glue import TASKS, load_split, task_of, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS, task_of
 from svdq_hf.evaluation.tasks.perplexity import causal_score, token_ids
 from svdq_hf.training.decayed_layers import linear_layers
 

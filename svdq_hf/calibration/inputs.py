@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
 
 @dataclass
@@ -97,7 +98,7 @@ def collect_inputs(
     ]
     try:
         with evaluating(model):
-            for batch in batches:
+            for batch in hf_logging.tqdm(batches, desc="Calibrating"):
                 masks[:] = masks_of(batch)
                 call(model, batch)
     finally:

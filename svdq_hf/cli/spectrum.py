@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from svdq_hf.cli.options import examples
 from svdq_hf.core.release import how_to_install
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "spectrum",
         help="singular values of a model's layers, and the outliers they make",
-        epilog=f"example: {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **examples(EXAMPLE),
     )
     add = parser.add_argument
     add("folder", help="a model's folder, quantized or not, or the Hub's user/model")
