@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from svdq_hf.nn.linear import SVDQLinear
     from svdq_hf.quantize.convert import set_compute
     from svdq_hf.quantize.footprint import Footprint, LayerFootprint, footprint, read_footprint
+    from svdq_hf.quantize.sensitivity import Sensitivity, sensitivity
     from svdq_hf.training.salient import Trainable, mark_trainable
     from svdq_hf.training.spectral_decay import SpectralDecay
     from svdq_hf.training.spectral_decay_callback import SpectralDecayCallback
@@ -35,6 +36,7 @@ __all__ = [
     "SVDQHfQuantizer",
     "SVDQLinear",
     "Scored",
+    "Sensitivity",
     "SpectralDecay",
     "SpectralDecayCallback",
     "Trainable",
@@ -45,6 +47,7 @@ __all__ = [
     "read_footprint",
     "register_saliency",
     "saliency_names",
+    "sensitivity",
     "set_compute",
 ]
 
@@ -56,6 +59,7 @@ _HOMES = {
     "svdq_hf.nn.linear": ("SVDQLinear",),
     "svdq_hf.quantize.convert": ("set_compute",),
     "svdq_hf.quantize.footprint": ("Footprint", "LayerFootprint", "footprint", "read_footprint"),
+    "svdq_hf.quantize.sensitivity": ("Sensitivity", "sensitivity"),
     "svdq_hf.training.salient": ("Trainable", "mark_trainable"),
     "svdq_hf.training.spectral_decay": ("SpectralDecay",),
     "svdq_hf.training.spectral_decay_callback": ("SpectralDecayCallback",),

@@ -26,11 +26,13 @@ class InputStatistics:
         tokens: how many there were.
         square_sum: diagonal of `X^T X`, `[in]`, float64; None before the first token.
         gram: `X^T X`, `[in, in]`, float32; None where it was not collected.
+        sensitivity: PQI of the layer's weights (`calibration.pqi`), `[out, in]`, float32; None likewise.
     """
 
     tokens: int = 0
     square_sum: Tensor | None = None
     gram: Tensor | None = field(default=None, repr=False)
+    sensitivity: Tensor | None = field(default=None, repr=False)
 
     def add(self, tokens: Tensor, with_gram: bool) -> None:
         """Add the inputs of one call.

@@ -25,12 +25,25 @@ from svdq_hf.cli import (
     lm_eval,
     push,
     quantize,
+    sensitivity,
     spectrum,
 )
 from svdq_hf.cli.options import Parser, examples
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, inspect, compare, chat, bench, export, push, demo, evaluate, spectrum)
+COMMANDS: Final = (
+    quantize,
+    inspect,
+    compare,
+    chat,
+    bench,
+    export,
+    push,
+    demo,
+    evaluate,
+    sensitivity,
+    spectrum,
+)
 """Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"

@@ -3,7 +3,8 @@
 A score is one function, `weight [out, in] -> scores [out, in]`; what else it needs are its
 keyword-only parameters, by name: see `NEEDS`. Sources: `svd` is arXiv 2512.01343 (abs of the rank-8
 part of the weight itself); `awq` and `spqr` are the scores that paper takes from arXiv 2306.00978 and
-2306.03078 (the scores only, not the methods of these names); the others are baselines.
+2306.03078 (the scores only, not the methods of these names); `pqi` is arXiv 2503.01901; the others are
+baselines.
 Not here: how many are kept and where (`core.topk`), and how they are stored (`format.encode`).
 """
 
@@ -26,10 +27,11 @@ NEEDS = {
     "input_norm": "norm of each input over the calibration batches, [in]",
     "input_gram": "X.T @ X over the calibration batches, [in, in]",
     "tokens": "tokens in the calibration batches",
+    "sensitivity": "PQI of each weight: what rounding it costs the loss on the batches, [out, in]",
 }
 """The keyword-only parameters that a score may declare."""
 
-FROM_DATA = ("input_norm", "input_gram", "tokens")
+FROM_DATA = ("input_norm", "input_gram", "tokens", "sensitivity")
 """Those of `NEEDS` that only batches can give."""
 
 OUTLIER = 3.0
@@ -274,3 +276,9 @@ def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
     """abs(W_ij) / sqrt([H^-1]_jj) with H = 2/N X^T X, damped: the root of SpQR's score, in the same order."""
     inverse = damped_inverse(input_gram.double() * (2 / tokens))
     return weight.abs() * inverse.diagonal().rsqrt().float()
+
+
+@register_saliency("pqi")
+def _pqi(weight: Tensor, *, sensitivity: Tensor) -> Tensor:
+    """What the loss on the batches wins, about, if a weight is not rounded; below 0 where rounding helps."""
+    return sensitivity

@@ -3,8 +3,8 @@
 Each layer is quantized at a few numbers of salient weights. The budget goes, piece by piece, to the layer
 where a salient weight lowers the sum of the squared relative errors most. The errors of layers are taken to
 add up, so moving a bit from one layer to another is judged by that sum alone. Rounding is measured without
-error feedback. Not here: the errors of one layer (`quantize.weight`), and which layers there are
-(`quantize.selection`).
+error feedback. With the score "pqi" the budget follows the loss: the largest PQI of all layers are salient.
+Not here: the errors of one layer (`quantize.weight`), and which layers there are (`quantize.selection`).
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
@@ -94,6 +95,8 @@ def spend(
     if config.target_bits is None or config.layer_k is not None:
         return config
     total = _affordable(layers, config, config.target_bits)
+    if "sensitivity" in config.data_needs:
+        return config.replace(layer_k=_by_sensitivity(seen, total))
     even, shared = _same_count(layers, total), _same_share(layers, total)
     measured: dict[str, Measured] = {}
 
@@ -142,6 +145,14 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
         if not left:
             break
     return ks
+
+
+def _by_sensitivity(seen: Mapping[str, InputStatistics], total: int) -> dict[str, int]:
+    """Counts by the layer's name: the `total` weights of the largest PQI in the model are salient."""
+    terms = {name: found.sensitivity for name, found in seen.items() if found.sensitivity is not None}
+    largest = [values.flatten().topk(min(total, values.numel())).values for values in terms.values()]
+    threshold = torch.cat(largest).sort(descending=True).values[total - 1] if total else math.inf
+    return {name: int((values >= threshold).sum()) for name, values in terms.items()}
 
 
 def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:

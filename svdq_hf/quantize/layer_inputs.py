@@ -11,6 +11,7 @@ from torch import nn
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
+from svdq_hf.quantize.sensitivity import pqi
 
 
 def collect_for(
@@ -31,7 +32,7 @@ def collect_for(
         ValueError: data is needed and `batches` is None, or the opposite; the model does not run on batches
             made without data; see also `collect_inputs` and `synthetic_batches`.
     """
-    needs = config.data_needs
+    needs, whole = config.data_needs, model
     if config.synthetic:
         if batches is not None:
             raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
@@ -43,8 +44,13 @@ def collect_for(
         return {}
     if batches is None:
         raise config.no_data()
+    given = list(batches) if "sensitivity" in needs else batches
     try:
-        return collect_inputs(model, layers, batches, gram="input_gram" in needs)
+        seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
+        if "sensitivity" in needs:
+            for name, terms in pqi(whole, layers, config, list(given)).items():
+                seen[name].sensitivity = terms
+        return seen
     except (AttributeError, TypeError) as error:
         if not config.synthetic:
             raise

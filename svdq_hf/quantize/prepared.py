@@ -62,8 +62,8 @@ class Prepared(NormalizedWeight):
         known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
         if self.inputs is not None:
             known |= {"input_norm": self.inputs.norm, "tokens": self.inputs.tokens}
-            if self.inputs.gram is not None:
-                known["input_gram"] = self.inputs.gram
+            found = {"input_gram": self.inputs.gram, "sensitivity": self.inputs.sensitivity}
+            known |= {name: value for name, value in found.items() if value is not None}
         return known
 
 

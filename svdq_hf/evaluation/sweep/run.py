@@ -31,6 +31,7 @@ from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
 from svdq_hf.quantize.layer import matrix_of, quantized_layer
+from svdq_hf.quantize.layer_inputs import collect_for
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import score_weight
 
@@ -102,12 +103,15 @@ class Sweep:
     def _scores(self, key: Key) -> Scores:
         if key.method in BASELINES:
             return {}
-        config = key.config
-        if data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
+        config, inputs = key.config, self.inputs
+        if "sensitivity" in data_needs(key.method):  # which depends on how weights are rounded
+            inputs = collect_for(self.model, self.layers, config, self.evaluate.calibration())
+        elif data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
-            self.inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
+            inputs = collect_inputs(self.model, self.layers, self.evaluate.calibration(), gram=gram)
+            self.inputs = inputs
         return {
-            name: score_weight(matrix_of(module), config, name, self.inputs.get(name))
+            name: score_weight(matrix_of(module), config, name, inputs.get(name))
             for name, module in self.layers.items()
         }
 

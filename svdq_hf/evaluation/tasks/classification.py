@@ -240,10 +240,10 @@ class GlueEvaluator:
         }
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        """Batches of training texts, without labels: token ids and masks `[texts, tokens]`, int64."""
+        """Batches of training texts: token ids and masks `[texts, tokens]`, int64, and labels `[texts]`."""
         train = load_split(self.task, "train", self.data)
         train = train.select(range(min(self.texts, len(train))))
-        encoded = tokenize(self.task, train, self.tokenizer).remove_columns(["label", "position"])
+        encoded = tokenize(self.task, train, self.tokenizer).remove_columns(["position"])
         collate = DataCollatorWithPadding(self.tokenizer)
         rows = list(encoded)
         return [dict(collate(rows[start : start + 32])) for start in range(0, len(rows), 32)]

