@@ -29,6 +29,7 @@ class Pieces:
         first = [source[0] for source in sources]
         self.shape = (len(sources[0]), sum(piece.shape[0] for piece in first), *first[0].shape[1:])
         self.device = first[0].device
+        self.nbytes = sum(piece.nbytes for source in sources for piece in source)
 
     def __iter__(self) -> Iterator[Tensor]:
         for expert in range(self.shape[0]):

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
+from svdq_hf.quantize.expert_stream import Pieces
 from svdq_hf.quantize.footprint import footprint
 from svdq_hf.quantize.footprint_text import sentence
 
@@ -39,7 +40,7 @@ class LoadProgress:
             self.started = time.perf_counter()
             self.bar = hf_logging.tqdm(total=self.total, desc="Quantizing", bar_format=BAR, leave=False)
 
-    def add(self, weight: Tensor) -> None:
+    def add(self, weight: Tensor | Pieces) -> None:
         """A weight was quantized.
 
         Args:
