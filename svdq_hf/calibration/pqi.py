@@ -84,8 +84,9 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _next_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    writes = callable(getattr(model, "can_generate", None)) and model.can_generate()
-    if not isinstance(ids, Tensor) or not writes or getattr(model.config, "is_encoder_decoder", False):
+    config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
+    writes = callable(generates) and bool(generates())
+    if not isinstance(ids, Tensor) or not writes or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"a batch for {type(model).__name__} needs 'labels', since a loss is asked for")
     return ids if mask is None else ids.masked_fill(mask == 0, -100)
 
@@ -135,7 +136,7 @@ def walk(
                 moved.place = place
                 found = loss(model, batch)
                 _check(found)
-                (found / len(batches)).backward()
+                torch.autograd.backward(found / len(batches))
                 yield place, float(found.detach())
 
 
@@ -182,7 +183,7 @@ def _forward(name: str, line: Line, moved: _Moved) -> Callable[[Tensor], Tensor]
     def forward(x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, moved.anchor, name, line, moved)  # type: ignore[no-untyped-call]
         bias = line.module.bias
-        return y if bias is None else y + bias  # type: ignore[operator]
+        return y if bias is None else y + bias
 
     return forward
 

@@ -226,6 +226,6 @@ def _row(name: str, terms: Tensor, first: Tensor) -> LayerSensitivity:
     positive = terms.clamp(min=0).flatten()
     total = float(positive.sum(dtype=torch.float64))
     top = float(positive.topk(max(1, round(TOP * positive.numel()))).values.sum(dtype=torch.float64))
-    sums = [float(one.sum(dtype=torch.float64)) for one in (terms, first)]
+    cost, taylor = (float(one.sum(dtype=torch.float64)) for one in (terms, first))
     out, in_features = terms.shape
-    return LayerSensitivity(name, (out, in_features), *sums, top / total if total else 0.0)
+    return LayerSensitivity(name, (out, in_features), cost, taylor, top / total if total else 0.0)
