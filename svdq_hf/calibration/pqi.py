@@ -167,7 +167,7 @@ def _moving(model: nn.Module, lines: Mapping[str, Line], take: Take) -> Iterator
             for parameter in trained:
                 parameter.requires_grad_(False)
             for name, line in lines.items():
-                line.module.forward = _forward(name, line, moved)  # type: ignore[method-assign]
+                line.module.forward = _forward(name, line, moved)
             with torch.enable_grad():
                 yield moved
         finally:
@@ -183,7 +183,7 @@ def _forward(name: str, line: Line, moved: _Moved) -> Callable[[Tensor], Tensor]
     def forward(x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, moved.anchor, name, line, moved)  # type: ignore[no-untyped-call]
         bias = line.module.bias
-        return y if bias is None else y + bias
+        return y + bias if isinstance(bias, Tensor) else y
 
     return forward
 
