@@ -56,12 +56,14 @@ class Source:
             packed: whether the model must be quantized by svdq.
 
         Raises:
-            ValueError: no such folder, or its name is not UTF-8.
+            ValueError: no such folder, its name is not UTF-8, or it is a GGUF file.
             OSError: the Hub does not have it, or cannot be reached.
         """
         if isinstance(model, Source):
             return model if model.packed is packed else replace(model, packed=packed)
         check_text(model)
+        if str(model).endswith(".gguf") and Path(model).is_file():
+            raise ValueError(f"{model}: a GGUF file, and folders are read here; {FOR_GGUF}")
         name = None if Path(model).is_dir() else str(model)
         return cls(local_folder(model), name, tuple(drop), packed)
 
@@ -231,10 +233,13 @@ class Source:
         return type(self.empty).__name__
 
 
+FOR_GGUF = "quantize one for llama.cpp with: svdq gguf F16.gguf OUT.gguf"
+
+
 def _others(folder: Path) -> str:
     """What a folder without safetensors files has instead, and the remedy."""
     if any(folder.glob("*.gguf")):
-        return "GGUF files are not read; take the model that they were made of"
+        return f"GGUF files are not read; take the model that they were made of, or {FOR_GGUF}"
     return (
         "pickled weights are not read; if you trust them, load the model in Python and save it again, which "
         "writes safetensors: AutoModel.from_pretrained(folder).save_pretrained(new_folder), by its own class"

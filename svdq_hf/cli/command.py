@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, inspect, evaluate, lm-eval, export, push, demo. It parses, calls and prints.
+"""The command `svdq`: quantize, gguf, inspect, evaluate, ... It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 With SVDQ_TRACEBACK=1 in the environment the place of an error is shown as well. Torch and transformers are
@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf.cli import chat, demo, evaluate, export, inspect, lm_eval, push, quantize
+from svdq_hf.cli import chat, demo, evaluate, export, gguf, inspect, lm_eval, push, quantize
 from svdq_hf.cli.options import Parser
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, inspect, chat, export, push, demo, evaluate)
+COMMANDS: Final = (quantize, gguf, inspect, chat, export, push, demo, evaluate)
 """Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"

@@ -1,10 +1,11 @@
 """Levels: the values that codes stand for, in units of the scale (sixteen of 4 bits, eight of 3).
 
-"linear": the code itself. "normal": the levels that lose least of normally distributed weights when
-each group's scale is fitted as well (Lloyd 1982, Max 1960). They are 8-bit integers, so that a byte shuffle
-looks them up and integer kernels stay exact. Code zero means zero in both, since salient weights and padding
-have code zero. "iq4_nl": those of llama.cpp's type of that name, which have no zero and so are for GGUF files
-alone (`integrations.gguf`); no choice of a config. Not here: which scale a group gets (`core.scales`), and codes as bytes (`core.packing`).
+"linear": the code itself. "normal": the levels that lose least of normally distributed weights when each
+group's scale is fitted as well (Lloyd 1982, Max 1960). They are 8-bit integers, so that a byte shuffle looks
+them up and integer kernels stay exact. Code zero means zero in both, since salient weights and padding have
+code zero. "iq4_nl": those of llama.cpp's type of that name, which have no zero and so are for GGUF files
+alone (`integrations.gguf`); no choice of a config. Not here: which scale a group gets (`core.scales`), and
+codes as bytes (`core.packing`).
 """
 
 from functools import cache

@@ -1,9 +1,9 @@
 """Block types of ggml: a matrix rounded to 4 to 8 bits, and the bytes that llama.cpp reads.
 
-Each is codes and scales of a row's blocks. IQ4_NL: sixteen levels of a table, 32 codes and a float16 scale; Q5_0
-and Q8_0: whole numbers, likewise; Q6_K: groups of 16 with int8 scales, 256 codes and a float16 scale for those.
-Nibbles are half-split: byte i holds code i and code i + 16. Source of the layouts: ggml-quants.c and gguf's
-quants.py. Not here: which tensor gets which type (`integrations.gguf.mixture`).
+Each is codes and scales of a row's blocks. IQ4_NL: sixteen levels of a table, 32 codes and a float16 scale;
+Q5_0 and Q8_0: whole numbers, likewise; Q6_K: groups of 16 with int8 scales, 256 codes and a float16 scale for
+those. Nibbles are half-split: byte i holds code i and code i + 16. Source of the layouts: ggml-quants.c and
+gguf's quants.py. Not here: which tensor gets which type (`integrations.gguf.mixture`).
 """
 
 from collections.abc import Callable

@@ -1,15 +1,15 @@
 """Column scales folded into what comes before a matrix, where that is exact.
 
-`W x = (W / c) (c x)`: with a scale for each column a large column does not decide its blocks' scales, and where x
-comes from a norm's weights or from the rows of another matrix, they take c. Pairs that do:
+`W x = (W / c) (c x)`: with a scale for each column a large column does not decide its blocks' scales, and
+where x comes from a norm's weights or from the rows of another matrix, they take c. Pairs that do:
 
 * q, k, v after their norm, gate and up after theirs: all that read the norm share one scale;
 * down after up, whose rows meet it one by one: `down (act(gate x) * (up x))`;
 * the output of attention after v: attention mixes tokens, not columns. Heads that share values share scales.
 
-That needs to know the model's graph, which a GGUF file does not hold: pairs are found in those architectures of
-llama.cpp (its `src/models`) whose layers are read here to be so, and only in a layer that has no tensor but known
-ones. Elsewhere nothing is folded. Not here: what the scales are good for (`core.column_scale`).
+That needs to know the model's graph, which a GGUF file does not hold: pairs are found in those architectures
+of llama.cpp (its `src/models`) whose layers are read here to be so, and only in a layer that has no tensor
+but known ones. Elsewhere nothing is folded. Not here: what the scales are good for (`core.column_scale`).
 """
 
 from collections.abc import Iterator
@@ -148,9 +148,8 @@ def scale_of(model: ModelFile, fold: Fold) -> tuple[Tensor, Tensor]:
         fold: the pair.
 
     Returns:
-        What the readers' columns are divided by, `[in]`, and what the rows before are multiplied by, `[rows]`:
-        the same, but for heads that share values. Powers of two would lose nothing; these are bfloat16, so
-        that a product with one is rounded in float32 alone.
+        What the readers' columns are divided by, `[in]`, and what the rows before are multiplied by,
+        `[rows]`: the same, but for heads that share values.
     """
     weights = torch.cat([model.weight(name) for name in fold.readers])
     if fold.heads is None:

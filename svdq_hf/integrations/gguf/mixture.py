@@ -1,9 +1,9 @@
 """Which block type each tensor gets: the mixture of llama.cpp's own IQ4_NL files, byte for byte as large.
 
-Most matrices are IQ4_NL. What costs quality most has more bits: the output (or the embedding that it is tied to),
-the values where four or more heads share them, and the first eighth of ffn_down. Where llama.cpp takes Q5_K,
-this takes Q5_0, of 5.5 bits as well. Source: `llama_tensor_get_type_impl` of llama-quant.cpp. Not here: how a
-type rounds (`integrations.gguf.block_types`).
+Most matrices are IQ4_NL. What costs quality most has more bits: the output (or the embedding that it is tied
+to), the values where four or more heads share them, and the first eighth of ffn_down. Where llama.cpp takes
+Q5_K, this takes Q5_0, of 5.5 bits as well. Source: `llama_tensor_get_type_impl` of llama-quant.cpp. Not here:
+how a type rounds (`integrations.gguf.block_types`).
 """
 
 import re
@@ -51,22 +51,16 @@ def block_type(model: ModelFile, name: str) -> BlockType | None:
 
 def _of_layer(model: ModelFile, layer: int, what: str) -> BlockType:
     """The block type of a matrix of a layer."""
-    eight_experts = model.count("expert_count") == 8
+    eight_experts = model.first_count("expert_count") == 8
     if what in ("attn_v", "attn_qkv", "attn_kv_b", "attn_k") and eight_experts:
         return Q8_0
     if what in ("attn_v", "attn_qkv", "attn_kv_b") and _heads_per_value(model) >= SHARED_HEADS:
         return Q5_0
-    if what.startswith("ffn_down") and layer < _whole(model.count("block_count")) // FIRST_DOWN:
+    if what.startswith("ffn_down") and layer < model.first_count("block_count") // FIRST_DOWN:
         return Q5_0
     return Q5_0 if what == "attn_output" and eight_experts else IQ4_NL
 
 
 def _heads_per_value(model: ModelFile) -> int:
-    heads = _whole(model.count("attention.head_count"))
-    shared = model.count("attention.head_count_kv", heads)
-    return heads // max(1, _whole(shared))
-
-
-def _whole(count: int | list[int]) -> int:
-    """A number that layers may differ in: that of the first."""
-    return count[0] if isinstance(count, list) else count
+    heads = model.first_count("attention.head_count")
+    return heads // max(1, model.first_count("attention.head_count_kv", heads))

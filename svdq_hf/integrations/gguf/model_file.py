@@ -1,7 +1,7 @@
 """A model in a GGUF file, opened and checked: its metadata, and its weights in float32.
 
-GGUF is the format of llama.cpp and Ollama. A file here is one that llama.cpp's converter has made, of 16 or 32
-bits; `gguf`, its own package, reads it. Not here: writing one (`integrations.gguf.written_file`).
+GGUF is the format of llama.cpp and Ollama. A file here is one that llama.cpp's converter has made, of 16 or
+32 bits; `gguf`, its own package, reads it. Not here: writing one (`integrations.gguf.written_file`).
 """
 
 from collections.abc import Mapping
@@ -68,6 +68,11 @@ class ModelFile:
         """
         found: int | list[int] = self.metadata(f"{self.architecture}.{key}", default)
         return found
+
+    def first_count(self, key: str, default: int = 0) -> int:
+        """Likewise; where layers differ, that of the first."""
+        found = self.count(key, default)
+        return found[0] if isinstance(found, list) else found
 
     @cached_property
     def architecture(self) -> str:

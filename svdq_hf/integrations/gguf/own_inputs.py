@@ -1,4 +1,4 @@
-"""Inputs of a GGUF file's matrices, made without data: text that the model writes itself, run by transformers.
+"""Inputs of a GGUF file's matrices, without data: the model writes text itself, run by transformers.
 
 For error feedback. Not here: the text (`calibration.synthetic`), and the feedback (`core.error_feedback`).
 """
@@ -30,8 +30,20 @@ def input_grams(model: ModelFile) -> dict[str, Tensor]:
     """
     runnable = _loaded(model)
     layers = _layers(model, runnable)
-    seen = collect_inputs(runnable, layers, synthetic_batches(runnable), gram=True)
-    return {name: found.gram for name, found in seen.items() if found.gram is not None}
+    watched = {name: layer for name, layer in layers.items() if _source_of(name, layers) == name}
+    seen = collect_inputs(runnable, watched, synthetic_batches(runnable), gram=True)
+    return {name: gram for name in layers if (gram := seen[_source_of(name, layers)].gram) is not None}
+
+
+SAME_INPUTS = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+"""Matrices that read what another one reads, in every architecture that has both."""
+
+
+def _source_of(name: str, layers: dict[str, nn.Module]) -> str:
+    """The matrix whose inputs are watched for another: itself, or the one that reads the same."""
+    layer, what, _ = name.rsplit(".", 2)
+    other = f"{layer}.{SAME_INPUTS.get(what, what)}.weight"
+    return other if other in layers else name
 
 
 def _loaded(model: ModelFile) -> Any:
@@ -51,7 +63,7 @@ def _layers(model: ModelFile, runnable: nn.Module) -> dict[str, nn.Module]:
     import gguf
 
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[model.architecture], int(model.metadata(model.key("block_count"))))
+    names = gguf.get_tensor_name_map(numbers[model.architecture], model.first_count("block_count"))
     found: dict[str, nn.Module] = {}
     for path, module in runnable.named_modules():
         if isinstance(module, nn.Linear):

@@ -1,8 +1,9 @@
-"""A GGUF file of 16 bits -> one of 4.5, which llama.cpp and Ollama run: better bytes, in their own type IQ4_NL.
+"""A GGUF file of 16 bits -> one of 4.5, of llama.cpp's own type IQ4_NL, which Ollama runs as well.
 
-Their quantizer weighs errors by a guess where it has no data, and has no column scales. Here scales are those of
-least squared error over size and sign, and columns are made even where that can be folded into what comes before.
-A tensor at a time: memory is a few times that of the largest. Not here: the types (`integrations.gguf.mixture`).
+Their quantizer weighs errors by a guess where it has no data, and has no column scales. Here scales are those
+of least squared error over size and sign, and columns are made even where that can be folded into what comes
+before. A tensor at a time: memory is a few times that of the largest. Not here: the types
+(`integrations.gguf.mixture`).
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """A GGUF file that is written: a header, another file's metadata byte by byte, and tensors in turn.
 
-Copied and not parsed: a vocabulary may hold text that is not UTF-8, and keys of releases to come. The file has
-a hidden name until it is complete. Source: docs/gguf.md of github.com/ggml-org/ggml. Not here: what the
+Copied and not parsed: a vocabulary may hold text that is not UTF-8, and keys of releases to come. The file
+has a hidden name until it is complete. Source: docs/gguf.md of github.com/ggml-org/ggml. Not here: what the
 tensors are (`integrations.gguf.quantize`).
 """
 
