@@ -16,8 +16,11 @@ MATRICES = ["token_embd.weight", "output.weight"] + [
 ]
 
 
-def llama(**choices):
-    """A Llama of two layers whose columns differ in size, as those of trained models do."""
+def llama(*, spread=1.0, **choices):
+    """A Llama of two layers whose columns differ in size, as those of trained models do.
+
+    spread: standard deviation of the logarithms of the columns' sizes.
+    """
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": SHARED, "max_position_embeddings": 128}
     config = hf.LlamaConfig(**{**sizes, **heads, "vocab_size": VOCABULARY, **choices})
@@ -25,8 +28,8 @@ def llama(**choices):
     model = hf.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            spread = torch.exp(torch.randn(weight.shape[-1]))
-            weight.copy_(spread if weight.ndim == 1 else torch.randn_like(weight) * spread * 0.05)
+            sizes = torch.exp(spread * torch.randn(weight.shape[-1]))
+            weight.copy_(sizes if weight.ndim == 1 else torch.randn_like(weight) * sizes * 0.05)
             if "embed" in name or "lm_head" in name:
                 weight.copy_(torch.randn_like(weight))
     return model

@@ -95,7 +95,7 @@ class ModelFile:
             name: of a tensor of 16 or 32 bits.
 
         Returns:
-            A copy, of `shape(name)`.
+            A copy, `[out, in]` for a matrix, `[out]` for a norm or a bias, `[experts, out, in]` for experts.
 
         Raises:
             ValueError: it has a NaN or an infinity.
