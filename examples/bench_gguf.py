@@ -32,7 +32,8 @@ OURS: dict[str, dict[str, bool]] = {
     "svdq, error feedback": {"error_feedback": True},
 }
 THEIRS = ("IQ4_NL", "IQ4_XS", "Q4_0", "Q4_K_M")
-THREADS = 2
+THREADS = 1
+"""More wait for one another in busy loops, which is slow where other work is done at the same time."""
 
 
 class Row(NamedTuple):

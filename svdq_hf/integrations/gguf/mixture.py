@@ -2,7 +2,7 @@
 
 Most matrices are IQ4_NL. What costs quality most has more bits: the output (or the embedding that it is tied
 to), the values where four or more heads share them, and the first eighth of ffn_down. Where llama.cpp takes
-Q5_K, this takes Q5_0, of 5.5 bits as well. Source: `llama_tensor_get_type_impl` of llama-quant.cpp. Not here:
+Q5_K, this takes Q5_0, of 5.5 bits as well. Source: llama_tensor_get_type_impl in llama-quant.cpp. Not here:
 how a type rounds (`integrations.gguf.block_types`).
 """
 

@@ -1,7 +1,7 @@
 """A model in a GGUF file, opened and checked: its metadata, and its weights in float32.
 
 GGUF is the format of llama.cpp and Ollama. A file here is one that llama.cpp's converter has made, of 16 or
-32 bits; `gguf`, its own package, reads it. Not here: writing one (`integrations.gguf.written_file`).
+32 bits; its own package, gguf, reads it. Not here: writing one (`integrations.gguf.written_file`).
 """
 
 from collections.abc import Mapping

