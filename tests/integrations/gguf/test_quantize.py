@@ -1,6 +1,7 @@
 """GGUF to GGUF: what is written loads, is near what was read, and else there is one line and no file."""
 
 import json
+import sys
 
 import gguf
 import numpy as np
@@ -163,6 +164,12 @@ def test_an_output_that_is_there_or_has_no_folder_is_refused_first(tmp_path, cap
     assert (tmp_path / "out.gguf").read_text() == "mine"
     assert main(["gguf", "none.gguf", str(tmp_path / "no" / "out.gguf")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_without_the_package_gguf_the_error_says_what_to_install(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        quantize_gguf(source, tmp_path / "out.gguf")
 
 
 def test_what_a_killed_run_left_is_replaced(source, tmp_path):
