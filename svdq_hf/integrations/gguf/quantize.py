@@ -1,9 +1,8 @@
 """A GGUF file of 16 bits -> one of 4.5, of llama.cpp's own type IQ4_NL, which Ollama runs as well.
 
-Their quantizer weighs errors by a guess where it has no data, and has no column scales. Here scales are those
-of least squared error over size and sign, and columns are made even where that can be folded into what comes
-before. A tensor at a time: memory is a few times that of the largest. Not here: the types
-(`integrations.gguf.mixture`).
+What llama.cpp's quantizer has not without data: scales are searched over size and sign, and columns are made
+even where that can be folded into what comes before. A tensor at a time: memory is a few times that of the
+largest. Not here: the types (`integrations.gguf.mixture`).
 """
 
 from collections import Counter
