@@ -1,4 +1,4 @@
-"""`examples/bench_gguf.py` on log probabilities and texts made by hand; llama.cpp is asked where it is there."""
+"""`examples/bench_gguf.py` on numbers and texts made by hand; llama.cpp is asked where it is there."""
 
 import importlib.util
 import json
