@@ -51,11 +51,8 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     """Least squared error over the scale's size and sign.
 
     For levels q the best scale is `s = <w, q> / <q, q>`, and the error that remains is `|w|^2 - s <w, q>`.
-    So each candidate is judged by its levels, with the scale that suits them best: one reduction less. With
-    llama.cpp's levels each squared error counts by the weight's size, a mean of plain least squares and of
-    llama.cpp's rule, which takes the square: KL and change of loss are lower than with either (measured).
+    So each candidate is judged by its levels, with the scale that suits them best: one reduction less.
     """
-    size = unit.abs() if grid.levels == "iq4_nl" else None
     top, bottom = grid.table[-1], grid.table[0]
     beyond = 0.5 if grid.levels == "linear" else 0.0  # what rounds to the outermost level still
     deviation = unit.square().mean(-1, keepdim=True).sqrt()
@@ -63,14 +60,12 @@ def _mse(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     best_gain = torch.zeros_like(deviation)
     best = torch.zeros_like(deviation)
     scaled, product = torch.empty_like(unit), torch.empty_like(unit)
-    least = 1.0 if size is None else 1e-9  # a group of zeros; one weight alone has size 1
 
     def judge(inverse_scale: Tensor) -> None:
         nonlocal best, best_gain
         level = nearest(torch.mul(unit, inverse_scale, out=scaled), grid.levels, grid.bits)
-        counted = level if size is None else level * size
-        along = torch.mul(unit, counted, out=product).sum(-1, keepdim=True)
-        square = torch.mul(level, counted, out=product).sum(-1, keepdim=True).clamp_(min=least)
+        along = torch.mul(unit, level, out=product).sum(-1, keepdim=True)
+        square = torch.mul(level, level, out=product).sum(-1, keepdim=True).clamp_(min=1)
         gain = along.square() / square
         best = torch.where(gain > best_gain, along / square, best)
         best_gain = torch.maximum(gain, best_gain)
