@@ -1,7 +1,14 @@
 # The commands of CONTRIBUTING.md; PYTHON=... chooses another interpreter.
 PYTHON ?= python
 
-.PHONY: style check test-fast test fuzz
+.PHONY: help style check test-fast test fuzz
+
+help:
+	@echo "make style      format and mend what ruff can mend (it changes files)"
+	@echo "make check      ruff, format, mypy: what must be clean"
+	@echo "make test-fast  the tests without the slow ones"
+	@echo "make test       all tests"
+	@echo "make fuzz       damaged files, senseless arguments: about a quarter of an hour"
 
 style:
 	$(PYTHON) -m ruff check --fix .

@@ -40,7 +40,7 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.config.choices import VERSION_1
 from svdq_hf.evaluation.report.tables import change, number, small
 from svdq_hf.evaluation.tasks.classification import classifier
-from svdq_hf.evaluation.tasks.glue import task_of
+from svdq_hf.evaluation.tasks.glue_tasks import task_of
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.quantize.selection import layers_to_convert
 

@@ -1,6 +1,7 @@
 """What quantizing costs and keeps: the table "Measured" of the README.
 
     python examples/bench_quantize.py            # about five minutes, Markdown on standard output
+    python examples/bench_quantize.py --busy     # one part of it: MiniLM beside busy processes
 
 Each figure is taken in a process of its own. Answers are checked before anything is timed. The 200
 sentences are the first 50 of four columns of GLUE's dev sets, found in $SVDQ_DATA or ../shared/data.
@@ -95,6 +96,32 @@ def load() -> None:
     row("bits per weight on disk, mean; most above 4.25 + 96 k / (out in)",
         f"{stored.bits_per_weight:.3f}; {over:.3f}", "<= 0.02 above")  # fmt: skip
     row("reading a folder's footprint (`svdq inspect` without the imports)", f"{inspecting:.3f} s", "<= 1 s")
+
+
+def busy() -> None:
+    """MiniLM quantized in a fresh process, as many threads as torch takes, beside none and some busy ones."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for others in (0, 1, os.cpu_count() or 1):
+        spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+        try:
+            text = subprocess.run(
+                [sys.executable, __file__, "--once"],
+                check=True, capture_output=True, text=True, env=environment,
+            ).stdout  # fmt: skip
+        finally:
+            for one in spinning:
+                one.kill()
+        wall, processor = json.loads(text)
+        row(f"MiniLM quantized while loading, beside {others} busy processes",
+            f"{wall:.1f} s ({processor:.1f} s of processor time)", "<= 3 s beside one")  # fmt: skip
+
+
+def once() -> None:
+    """Print the seconds, and those of the processor, that loading and quantizing MiniLM takes."""
+    AutoModel.from_pretrained(default_model())  # imports its code
+    started, used = time.perf_counter(), time.process_time()
+    AutoModel.from_pretrained(default_model(), quantization_config=SVDQConfig())
+    print(json.dumps([time.perf_counter() - started, time.process_time() - used]))
 
 
 def sentences() -> None:
@@ -209,14 +236,15 @@ def row(what: str, value: str, asked: str) -> None:
 def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n\n| what | measured | asked |\n|---|---|---|", flush=True)  # fmt: skip
-    for part in ("choice", "load", "sentences", "memory"):
+    for part in ("choice", "load", "busy", "sentences", "memory"):
         subprocess.run([sys.executable, __file__, f"--{part}"], check=True)
 
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
     parts = {
-        "--choice": choice, "--load": load, "--sentences": sentences, "--memory": memory,
+        "--choice": choice, "--load": load, "--busy": busy, "--once": once,
+        "--sentences": sentences, "--memory": memory,
         "--write-llama": write_llama, "--peak": peak,
     }  # fmt: skip
     parts[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation.tasks.classification import finetune, score_model
-from svdq_hf.evaluation.tasks.glue import TASKS, load_split, task_of, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS, task_of
 
 RENAMED = {
     r"^encoder\.layer": "transformer.layer",

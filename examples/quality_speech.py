@@ -5,24 +5,18 @@ with a text; nothing is searched. Needs the program espeak-ng (Debian's package 
 """
 
 import itertools
-import shutil
-import subprocess
-import tempfile
-import wave
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_tasks import divergence_sum, log_probabilities, read_text
 from torch import Tensor
 from torch.nn import functional as F
 
-WORDS = 50
-"""Of a clip: less than the 30 seconds that a Whisper model hears, at `SPEED`."""
-SPEED = 150
-"""Words in a minute."""
-START = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+from svdq_hf.evaluation.comparison.log_probabilities import divergences, log_probabilities
+from svdq_hf.evaluation.comparison.sound import clips, spoken
+from svdq_hf.evaluation.comparison.speech import START
+from svdq_hf.evaluation.comparison.windows import read_text
 
 
 class SpeechTask:
@@ -50,7 +44,7 @@ class SpeechTask:
             loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
             right, n = right + int((logits.argmax(-1) == wanted).sum()), n + wanted.numel()
             if known:
-                divergence += divergence_sum(self.reference[place], logits)
+                divergence += float(divergences(self.reference[place], logits).sum())
             else:
                 self.reference.append(log_probabilities(logits))
         return {"n": n, "loss": loss / n, "kl": divergence / n, "metrics": {"right": right / n}}
@@ -62,17 +56,6 @@ class SpeechTask:
     def sample(self) -> list[Any]:
         """The first clip."""
         return self.batches[:1]
-
-
-def clips(text: str) -> list[str]:
-    """The text in pieces of `WORDS` words, the rest left out.
-
-    >>> [len(clip.split()) for clip in clips("so " * 120)]
-    [50, 50]
-    """
-    words = text.split()
-    whole = len(words) // WORDS * WORDS
-    return [" ".join(words[start : start + WORDS]) for start in range(0, whole, WORDS)]
 
 
 def enough(sizes: Iterable[int], total: int) -> int:
@@ -91,33 +74,3 @@ def heard(text: str, tokenizer: Any, listen: Any) -> dict[str, Tensor]:
     ids = tokenizer.convert_tokens_to_ids(list(START))
     ids += tokenizer(" " + text, add_special_tokens=False)["input_ids"]
     return {"input_features": features, "decoder_input_ids": torch.tensor([ids])}
-
-
-def spoken(text: str) -> Tensor:
-    """A text as a wave of 16 kHz, float32, -1 to 1.
-
-    Raises:
-        ValueError: the program espeak-ng is not installed.
-    """
-    if shutil.which("espeak-ng") is None:
-        raise ValueError("speech needs the program espeak-ng: apt-get install espeak-ng")
-    with tempfile.TemporaryDirectory() as folder:
-        file, told = Path(folder, "speech.wav"), Path(folder, "text.txt")
-        told.write_text(text, encoding="utf-8")
-        options = ["-v", "en-us", "-s", str(SPEED), "-w", str(file), "-f", str(told)]
-        subprocess.run(["espeak-ng", *options], check=True)
-        with wave.open(str(file)) as sound:
-            rate, data = sound.getframerate(), sound.readframes(sound.getnframes())
-    return resampled(torch.frombuffer(bytearray(data), dtype=torch.int16).float() / 2**15, rate, 16000)
-
-
-def resampled(sound: Tensor, rate: int, wanted: int) -> Tensor:
-    """A wave `[samples]` at a lower rate, by leaving out the frequencies that it cannot hold.
-
-    >>> tone = torch.sin(torch.arange(200) * torch.pi / 10)
-    >>> bool((resampled(tone, 200, 100) - tone[::2]).abs().max() < 1e-5)
-    True
-    """
-    samples = round(sound.numel() * wanted / rate)
-    spectrum = torch.fft.rfft(sound)[: samples // 2 + 1]
-    return torch.fft.irfft(spectrum, samples) * (samples / sound.numel())

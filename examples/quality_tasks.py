@@ -4,7 +4,6 @@ Loss and KL from the FP32 model, in nats; batches for the methods that need data
 look at single layers with. Not here: methods (`quality_peers`), cells and tables (`bench_quality`).
 """
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from svdq_hf.evaluation.comparison.log_probabilities import divergences, log_probabilities
+from svdq_hf.evaluation.comparison.windows import read_text, windows_of
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator
 from svdq_hf.evaluation.tasks.perplexity import token_ids
 
@@ -45,15 +46,9 @@ class TextTask:
         if tokens + held > ids.numel():
             raise ValueError(f"{file}: {ids.numel()} tokens, fewer than {tokens} to score and {held} to hold")
         self.name = f"{file.stem}, {tokens} tokens, context {context}"
-        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.first = torch.tensor(first, dtype=ids.dtype)
-        self.windows = self._windows(ids[:tokens], context)
-        self.held = self._windows(ids[-held:], context)
+        self.windows = windows_of(ids[:tokens], context, tokenizer.bos_token_id)
+        self.held = windows_of(ids[-held:], context, tokenizer.bos_token_id)
         self.reference: list[Tensor] = []
-
-    def _windows(self, ids: Tensor, context: int) -> list[Tensor]:
-        parts = ids.split(context - self.first.numel())
-        return [torch.cat([self.first, part])[None] for part in parts if part.numel() > 1]
 
     def __call__(self, model: Any) -> dict[str, Any]:
         """Mean loss and KL in nats over all tokens, and the loss of each window."""
@@ -62,7 +57,7 @@ class TextTask:
             logits = model(input_ids=window).logits[0, :-1]
             losses.append(float(F.cross_entropy(logits.float(), window[0, 1:])))
             if known:
-                divergence += divergence_sum(self.reference[place], logits)
+                divergence += float(divergences(self.reference[place], logits).sum())
             else:
                 self.reference.append(log_probabilities(logits))
         sizes = torch.tensor([window.numel() - 1 for window in self.windows])
@@ -99,26 +94,3 @@ class GlueTask:
         """The longest texts, one by one."""
         rows = self.evaluate.encoded.remove_columns(["label", "position"]).select(range(3))
         return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """`[positions, vocabulary]` in half precision: exact enough near 0, where the probability is."""
-    parts = [F.log_softmax(part.float(), -1).half() for part in logits.split(128)]
-    return torch.cat(parts)
-
-
-def divergence_sum(reference: Tensor, logits: Tensor) -> float:
-    """Sum over positions of the KL from a reference's log-probabilities, in nats."""
-    total = 0.0
-    for known, part in zip(reference.split(128), logits.split(128), strict=True):
-        log_p = F.log_softmax(known.float(), -1)  # half precision left the sum a little off 1
-        total += float((log_p.exp() * (log_p - F.log_softmax(part.float(), -1))).sum(dtype=torch.float64))
-    return total
-
-
-def read_text(file: Path) -> str:
-    """A plain text, or the texts of a .jsonl file: of each line "text", or else all there is, in order."""
-    if file.suffix != ".jsonl":
-        return file.read_text(encoding="utf-8")
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return "\n\n".join(line["text"] if "text" in line else "".join(line.values()) for line in lines)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from svdq_hf.quantize.convert import set_compute
     from svdq_hf.quantize.footprint import Footprint, LayerFootprint, footprint, read_footprint
     from svdq_hf.training.salient import Trainable, mark_trainable
+    from svdq_hf.training.spectral_decay import SpectralDecay
+    from svdq_hf.training.spectral_decay_callback import SpectralDecayCallback
 
 __version__ = VERSION
 
@@ -35,6 +37,8 @@ __all__ = [
     "SVDQHfQuantizer",
     "SVDQLinear",
     "Scored",
+    "SpectralDecay",
+    "SpectralDecayCallback",
     "Trainable",
     "dequantize_model",
     "footprint",
@@ -57,6 +61,8 @@ _HOMES = {
     "svdq_hf.quantize.convert": ("set_compute",),
     "svdq_hf.quantize.footprint": ("Footprint", "LayerFootprint", "footprint", "read_footprint"),
     "svdq_hf.training.salient": ("Trainable", "mark_trainable"),
+    "svdq_hf.training.spectral_decay": ("SpectralDecay",),
+    "svdq_hf.training.spectral_decay_callback": ("SpectralDecayCallback",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

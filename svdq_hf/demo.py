@@ -105,7 +105,12 @@ def run_demo(config: SVDQConfig, out: str | Path | None = None) -> DemoResult:
             raise ValueError(f"{folder} is there already and not empty; name another folder")
         quantized.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_card(folder, base_model=BASE_MODEL, base_card=read_text(source / README, "replace"))
+        write_card(
+            folder,
+            base_model=BASE_MODEL,
+            base_card=read_text(source / README, "replace"),
+            bytes_before=folder_bytes(source),
+        )
         reloaded = AutoModel.from_pretrained(folder)
         size = folder_bytes(folder)
         texts = [sentence for pair in SENTENCES for sentence in pair]

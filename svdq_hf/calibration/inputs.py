@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
 
 @dataclass
@@ -97,8 +98,8 @@ def collect_inputs(
     ]
     try:
         with evaluating(model):
-            for batch in batches:
-                masks[:] = _masks(batch)
+            for batch in hf_logging.tqdm(batches, desc="Calibrating"):
+                masks[:] = masks_of(batch)
                 call(model, batch)
     finally:
         for hook in hooks:
@@ -123,11 +124,11 @@ class _Recorder:
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         tokens = x.reshape(-1, x.shape[-1])
-        mask = _mask_of(self.name, tuple(x.shape[:-1]), self.masks)
+        mask = mask_of(self.name, tuple(x.shape[:-1]), self.masks)
         self.statistics.add(tokens if mask is None else tokens[mask.reshape(-1).to(x.device)], self.gram)
 
 
-def _masks(batch: Any) -> list[Tensor]:
+def masks_of(batch: Any) -> list[Tensor]:
     """The batch's masks `[batch, tokens]`, True where a token counts: encoder's, then decoder's."""
     if not isinstance(batch, Mapping):
         return []
@@ -135,7 +136,7 @@ def _masks(batch: Any) -> list[Tensor]:
     return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.ndim == 2]
 
 
-def _mask_of(name: str, shape: tuple[int, ...], masks: list[Tensor]) -> Tensor | None:
+def mask_of(name: str, shape: tuple[int, ...], masks: list[Tensor]) -> Tensor | None:
     """The mask that fits inputs of `shape`: `[batch, tokens]`, or both flattened to one dimension.
 
     Where encoder and decoder have the same length, a decoder's layer takes the decoder's mask, unless

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import evaluating
 
@@ -100,6 +101,7 @@ def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tens
     with torch.random.fork_rng(), evaluating(model):
         torch.manual_seed(seed)
         # The model's own generation config may have penalties.
+        bar = hf_logging.tqdm(total=length - 1, desc="Writing calibration text", unit="token")
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             written: Tensor = model.generate(
@@ -112,7 +114,20 @@ def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tens
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
                 pad_token_id=0,
+                stopping_criteria=[_counter(bar)],
             )
         finally:
             model.generation_config = own
+            bar.close()
     return written
+
+
+def _counter(bar: Any) -> StoppingCriteria:
+    """A stopping criterion that never stops, and advances a bar with each token."""
+
+    class Counter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            bar.update()
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    return Counter()

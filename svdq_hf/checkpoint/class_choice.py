@@ -1,20 +1,17 @@
 """Choice of the class of a folder's model: the one that config.json names, or one that has its tensors.
 
-Not here: what a class does with a folder's tensors (`checkpoint.accounting`).
+Not here: what a class does with a folder's tensors (`checkpoint.accounting`), and making the model
+(`quantize.empty_model`).
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-from transformers import AutoModel, PreTrainedModel, initialization
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from svdq_hf.checkpoint.accounting import Account
-from svdq_hf.format.files import REMEDY
+from svdq_hf.quantize.empty_model import built
 
 HEADED = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "SPEECH_SEQ_2_SEQ", "CTC",
@@ -29,53 +26,6 @@ class Choice(NamedTuple):
 
     kind: Any
     model: Any
-
-
-def named_class(architectures: object) -> Any:
-    """The first transformers class that config.json's `architectures` name; AutoModel where none is one."""
-    for name in architectures if isinstance(architectures, list) else ():
-        candidate = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
-            return candidate
-    return AutoModel
-
-
-def built(kind: Any, config: Any) -> Any:
-    """A model on the meta device, without weights, as `from_pretrained` builds it first.
-
-    Raises:
-        ValueError: the config has numbers that are no sizes, which are named; and what transformers raises.
-    """
-    build = kind.from_config if kind is AutoModel else kind
-    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # of newer releases
-    try:
-        with torch.device("meta"), safe():
-            return build(config)
-    except Exception as error:
-        strange = [f"{key}={value}" for key, value in sizes(config.to_diff_dict()) if value < 1]
-        if not strange:
-            raise
-        name = getattr(kind, "__name__", kind)
-        raise ValueError(
-            f"{getattr(config, '_name_or_path', '')}/config.json: no {name} can be made of it "
-            f"({type(error).__name__}: {error}); {', '.join(strange)} is no size; {REMEDY}"
-        ) from error
-
-
-def sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """The numbers of a config that say how large something is, those of its parts too.
-
-    >>> list(sizes({"hidden_size": 0, "pad_token_id": 0, "text_config": {"num_attention_heads": 4}}))
-    [('hidden_size', 0), ('num_attention_heads', 4)]
-    """
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from sizes(value)
-        elif type(value) is int and _SIZE.search(key):
-            yield key, value
-
-
-_SIZE = re.compile(r"(_size|_dim|_heads|_layers|_positions|_experts)$|^(num|n)_|^d_")
 
 
 def choose(config: Any, accounted: Callable[[Any], Account]) -> Choice | None:

@@ -10,12 +10,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from svdq_hf.format.files import REMEDY
 from svdq_hf.hub.client import COMPANIONS, PICKLES
+from svdq_hf.hub.module_list import module_folders
 
-MODULES = "modules.json"
 _WITH_WEIGHTS = {
     "Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling", "WordEmbeddings", "StaticEmbedding",
     "SparseStaticEmbedding", "SparseAutoEncoder", "IDF",
@@ -56,32 +55,6 @@ def copy_companions(source: Path, target: Path) -> None:
 def _copy(file: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, place)
-
-
-def module_folders(source: Path) -> dict[str, str]:
-    """The modules beside the transformer of a sentence-transformers model.
-
-    Args:
-        source: folder of the model.
-
-    Returns:
-        Class by folder, as modules.json lists them.
-
-    Raises:
-        ValueError: modules.json is damaged, or names a folder elsewhere.
-    """
-    file = source / MODULES
-    if not file.is_file():
-        return {}
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        found = {str(one["path"]): str(one["type"]).rpartition(".")[2] for one in entries}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: damaged ({error!r}); {REMEDY}") from error
-    for path in found:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
-            raise ValueError(f"{file}: names {path!r}, which is no folder beside it; {REMEDY}")
-    return {path: kind for path, kind in found.items() if PurePosixPath(path).parts}
 
 
 def check_modules(source: Path) -> None:

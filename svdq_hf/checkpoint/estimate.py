@@ -8,15 +8,17 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from svdq_hf.checkpoint.folders import (
     A_CONFIG,
     A_SIZE,
     A_SOURCE,
     SHARD_SIZE,
+    check_dtype,
     check_target,
     check_workers,
     free_bytes,
@@ -75,14 +77,28 @@ class Estimate:
         return {**told, **(self.footprint.to_dict() if self.footprint is not None else {})}
 
 
+class Sizing(TypedDict, total=False):
+    """What `estimate_checkpoint` takes beside a model, a folder and a config.
+
+    Attributes:
+        shard_size: size of a file of the output, such as "500MB".
+        workers: processes that would share the work.
+        batches: calibration batches that the run would have; only whether there are any is looked at.
+        dtype: of what stays dense, such as "bfloat16"; None: as in the files.
+    """
+
+    shard_size: str
+    workers: int
+    batches: Iterable[Any] | None
+    dtype: str | None
+
+
 @checked_arguments(model=A_SOURCE, config=A_CONFIG, shard_size=A_SIZE)
 def estimate_checkpoint(
     model: str | Path | Source,
     out: str | Path,
     config: SVDQConfig,
-    *,
-    shard_size: str = SHARD_SIZE,
-    workers: int = 1,
+    **run: Unpack[Sizing],
 ) -> Estimate:
     """Estimate `quantize_checkpoint` with the same arguments; writes nothing.
 
@@ -90,22 +106,23 @@ def estimate_checkpoint(
         model: a folder, the Hub's user/model, or a `Source`.
         out: folder of the output.
         config: how the model would be quantized.
-        shard_size: size of a file of the output, such as "500MB".
-        workers: processes that would share the work.
+        **run: see `Sizing`.
 
     Raises:
         TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
         ValueError: what `quantize_checkpoint` would refuse before its work starts, or in a sampled layer.
     """
     check_target(out)
+    workers, dtype = run.get("workers", 1), run.get("dtype")
     check_workers(workers)
-    size, source = parse_size(shard_size), Source.resolve(model)
+    check_dtype(dtype)
+    size, source = parse_size(run.get("shard_size", SHARD_SIZE)), Source.resolve(model)
     work = unfinished_folder(out)
     check_own(work)
     source.check()
     before, free = source.bytes, free_bytes(Path(out).absolute().parent)
     try:
-        plan = make_plan(source, config, size)
+        plan = make_plan(source, config, size, dtype, has_data=run.get("batches") is not None)
     except Unstreamable as reason:
         after = reason.footprint
         disk = after.total_bytes if after is not None else before

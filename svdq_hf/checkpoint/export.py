@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from svdq_hf.checkpoint.companion_files import copy_companions
-from svdq_hf.checkpoint.folders import A_SOURCE, REPORT_FILE, check_target, put_in_place
+from svdq_hf.checkpoint.folders import A_SOURCE, check_target, put_in_place
 from svdq_hf.checkpoint.load import load_complete
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.unfinished import work_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE_DTYPES, QUANT_METHOD
 from svdq_hf.core.arguments import checked_arguments
-from svdq_hf.format.files import folder_bytes
+from svdq_hf.format.files import REPORT_FILE, folder_bytes
 from svdq_hf.hub.readme import README, base_metadata, merge, read_text
 
 DTYPES = COMPUTE_DTYPES

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from svdq_hf.checkpoint.streaming.byte_ranges import readable
+from svdq_hf.config.choices import COMPUTE_DTYPES
 
-REPORT_FILE = "svdq_report.json"
 SHARD_SIZE = "1GB"
 """Default size of a file; a run that is cut off loses its work on one file."""
 
@@ -124,6 +124,16 @@ def check_workers(workers: int) -> None:
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: must be 1 or more")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that what stays dense cannot have.
+
+    Raises:
+        ValueError: it names the dtype and the possible ones.
+    """
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {COMPUTE_DTYPES}")
 
 
 def parse_size(text: str) -> int:

@@ -9,27 +9,27 @@ that was interrupted goes on; otherwise it is quantized in memory.
 import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from accelerate import PartialState
 
-from svdq_hf.checkpoint.accounting import listed
 from svdq_hf.checkpoint.companion_files import copy_companions
 from svdq_hf.checkpoint.folders import (
     A_CONFIG,
     A_SIZE,
     A_SOURCE,
-    REPORT_FILE,
     SHARD_SIZE,
     check_disk,
+    check_dtype,
     check_target,
     check_workers,
     parse_size,
     put_in_place,
 )
-from svdq_hf.checkpoint.load import load_complete
+from svdq_hf.checkpoint.in_memory import checked_batches, quantized_in_memory
 from svdq_hf.checkpoint.source import Source
 from svdq_hf.checkpoint.streaming.plan import make_plan
 from svdq_hf.checkpoint.streaming.resume import stream
@@ -37,15 +37,15 @@ from svdq_hf.checkpoint.streaming.unit import Unstreamable
 from svdq_hf.checkpoint.unfinished import unfinished_folder, work_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
-from svdq_hf.format.files import folder_bytes
+from svdq_hf.format.files import REPORT_FILE, folder_bytes
 from svdq_hf.hub.card import write_card
 from svdq_hf.hub.card_facts import dense_layers
 from svdq_hf.hub.readme import README, read_text
-from svdq_hf.integrations.transformers.in_memory import quantize_model
+from svdq_hf.integrations.transformers.in_memory import AS_BATCHES
 from svdq_hf.quantize.footprint import Footprint, read_footprint
 from svdq_hf.quantize.selection import all_names, kept_by_name, linear_layers, unmatched
 
-NAMES_SHOWN = 6
+KINDS_SHOWN = 6
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,32 @@ class Result:
     dense: tuple[str, ...] | None
 
 
-@checked_arguments(model=A_SOURCE, config=A_CONFIG, shard_size=A_SIZE)
+class Run(TypedDict, total=False):
+    """What `quantize_checkpoint` takes beside a model, a folder and a config.
+
+    Attributes:
+        shard_size: size of a file of the output, such as "500MB"; a run that is cut off keeps whole files.
+        workers: processes that share the work and this process's threads.
+        restart: whether to discard what an earlier run for the same output, cut off, has done.
+        batches: calibration batches, where the config needs data; the model is then quantized in memory.
+        dtype: of what stays dense, such as "bfloat16"; None: as in the files.
+        base_model: name on the Hub of the model that is quantized, for the card; None: known only of a name.
+    """
+
+    shard_size: str
+    workers: int
+    restart: bool
+    batches: Iterable[Any] | None
+    dtype: str | None
+    base_model: str | None
+
+
+@checked_arguments(model=A_SOURCE, config=A_CONFIG, shard_size=A_SIZE, batches=AS_BATCHES)
 def quantize_checkpoint(
     model: str | Path | Source,
     out: str | Path,
     config: SVDQConfig,
-    *,
-    shard_size: str = SHARD_SIZE,
-    workers: int = 1,
-    restart: bool = False,
+    **run: Unpack[Run],
 ) -> Footprint:
     """Quantize a model into a folder.
 
@@ -86,9 +103,7 @@ def quantize_checkpoint(
         model: a folder, the Hub's user/model, or a `Source`.
         out: folder to write; must not exist, or be empty.
         config: how the model is quantized.
-        shard_size: size of a file of the output, such as "500MB"; a run that is cut off keeps whole files.
-        workers: processes that share the work and this process's threads.
-        restart: whether to discard what an earlier run for `out`, cut off, has done.
+        **run: see `Run`.
 
     Returns:
         The footprint of the output.
@@ -102,19 +117,14 @@ def quantize_checkpoint(
         RuntimeError: a worker died.
         OSError: the disk is full, the model is not there, or another run is at work for `out`.
     """
-    return quantize_source(
-        model, out, config, shard_size=shard_size, workers=workers, restart=restart
-    ).footprint
+    return quantize_source(model, out, config, **run).footprint
 
 
 def quantize_source(
     model: str | Path | Source,
     out: str | Path,
     config: SVDQConfig,
-    *,
-    shard_size: str = SHARD_SIZE,
-    workers: int = 1,
-    restart: bool = False,
+    **run: Unpack[Run],
 ) -> Result:
     """`quantize_checkpoint` with everything it has found out.
 
@@ -122,9 +132,7 @@ def quantize_source(
         model: a folder, the Hub's user/model, or a `Source`.
         out: folder to write.
         config: how the model is quantized.
-        shard_size: size of a file of the output.
-        workers: processes that share the work.
-        restart: whether to discard what an earlier run has done.
+        **run: see `Run`.
 
     Returns:
         Footprint, bytes, and layers that stayed dense.
@@ -134,18 +142,25 @@ def quantize_source(
     """
     target = Path(out).absolute()
     check_target(out)
-    size = parse_size(shard_size)
+    shard_size, workers, restart = (
+        run.get("shard_size", SHARD_SIZE),
+        run.get("workers", 1),
+        run.get("restart", False),
+    )
+    size, dtype = parse_size(shard_size), run.get("dtype")
     check_workers(workers)
+    check_dtype(dtype)
+    batches = checked_batches(config, run.get("batches"))
     source = Source.resolve(model)
     source.check()
     found: list[Result] = []
 
     def finish(work: Path) -> None:
-        found.append(_finish(source, work))
+        found.append(_finish(source, work, run.get("base_model")))
         put_in_place(work, target)
 
     try:
-        plan = make_plan(source, config, size)
+        plan = make_plan(source, config, size, dtype, has_data=batches is not None)
     except Unstreamable as reason:
         unused = "" if workers == 1 else "; workers are not used"
         logger.warning("%s is quantized in memory, not streamed: %s%s", source, reason, unused)
@@ -154,7 +169,8 @@ def quantize_source(
             weighs = reason.footprint.total_bytes if reason.footprint is not None else source.bytes
             check_disk(target.parent, weighs)
             with work_folder(out, restart=restart) as work:
-                _quantized(source, config).save_pretrained(work, max_shard_size=shard_size)
+                made = quantized_in_memory(source, config, batches, dtype)
+                made.save_pretrained(work, max_shard_size=shard_size)
                 finish(work)
         state.wait_for_everyone()
     else:
@@ -162,17 +178,20 @@ def quantize_source(
     return found[0] if found else _result(source, target)  # of `accelerate launch`, one process finishes
 
 
-def _finish(source: Source, work: Path) -> Result:
+def _finish(source: Source, work: Path, base_model: str | None) -> Result:
     """Check what was written, and add companion files, report and model card."""
     source.check_written(work)
     copy_companions(source.folder, work)
     result = _result(source, work)
-    (work / REPORT_FILE).write_text(json.dumps(result.footprint.to_dict(), indent=1) + "\n")
+    sizes = {"bytes_before": result.bytes_before, "bytes_after": result.bytes_after}
+    report = {**sizes, **result.footprint.to_dict()}
+    (work / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     write_card(
         work,
         footprint=result.footprint,
         dense=result.dense,
-        base_model=source.name,
+        bytes_before=result.bytes_before,
+        base_model=base_model or source.name,
         base_card=read_text(source.folder / README, "replace"),
     )
     return result
@@ -209,22 +228,10 @@ def check_names(model: str | Path | Source, config: SVDQConfig) -> dict[str, lis
         kinds: dict[str, str] = {}  # layers that differ by a number only are one kind
         for name in names:
             kinds.setdefault(re.sub(r"\d+", "#", name), name)
-        shown = list(kinds.values())[:NAMES_SHOWN]
+        shown = list(kinds.values())[:KINDS_SHOWN]
         raise ValueError(
             f"{', '.join(map(repr, unknown))} matches no linear layer of {source}; there are "
             f"{', '.join(shown)}{', ...' if len(shown) < len(names) else ''} (a name matches from the start, "
             "as a part between dots, as an end, or as a regular expression like '.*attention.*')"
         )
     return kept_by_name(names, config)
-
-
-def _quantized(source: Source, config: SVDQConfig) -> Any:
-    """The model, quantized in memory; a config with synthetic batches runs the dense model first."""
-    choices = {} if config.synthetic else {"quantization_config": config}
-    named = config.modules_to_not_convert or ()
-    model, new = load_complete(source.kind, source.folder, named=named, **choices)
-    if new:
-        logger.warning(
-            "%s: %s not in its files, and random in the quantized model: train it", source, listed(new)
-        )
-    return quantize_model(model, config) if config.synthetic else model

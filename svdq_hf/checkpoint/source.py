@@ -15,13 +15,14 @@ from typing import Any
 from transformers import AutoConfig, AutoModel
 
 from svdq_hf.checkpoint.accounting import Account, account, listed, split_dropped, unwritten
-from svdq_hf.checkpoint.class_choice import Choice, built, choose, named_class, whole_class
+from svdq_hf.checkpoint.class_choice import Choice, choose, whole_class
 from svdq_hf.checkpoint.companion_files import check_modules
 from svdq_hf.checkpoint.folders import check_text
 from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
 from svdq_hf.format.files import REMEDY, folder_bytes, weight_files
 from svdq_hf.format.names import weight_of_part
 from svdq_hf.hub.client import local_folder
+from svdq_hf.quantize.empty_model import built, named_class
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.cli.options import add_choices, check_there, config_of, examples
 from svdq_hf.config.choices import CHOICES
 
 PROMPT = "> "
@@ -22,8 +22,11 @@ SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
+    shown = examples(
+        'svdq chat FOLDER --prompt "Why is the sky blue?"', "svdq chat user/model --quantize --preset best"
+    )
     parser: argparse.ArgumentParser = commands.add_parser(
-        "chat", help="talk to a causal model, quantized or not, and see its tokens a second"
+        "chat", help="talk to a causal model, quantized or not, and see its tokens a second", **shown
     )
     parser.add_argument("folder", help="a model's folder, or the Hub's user/model")
     parser.add_argument("--prompt", help="one question; without it, a conversation until /quit or Ctrl-D")
@@ -50,6 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     given = [name for name in ("preset", *CHOICES) if getattr(options, name, None) is not None]
     if given and not options.quantize:
         raise ValueError(f"{', '.join(given)}: for quantizing; give --quantize as well, or leave it out")
+    check_there(options.folder)
     chat = _loaded(options)
     if options.prompt is None:
         _converse(chat)

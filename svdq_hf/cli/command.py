@@ -1,4 +1,4 @@
-"""The command `svdq`: quantize, gguf, inspect, evaluate, ... It parses, calls and prints.
+"""The command `svdq` and its subcommands, a module each in `COMMANDS`. It parses, calls and prints.
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 With SVDQ_TRACEBACK=1 in the environment the place of an error is shown as well. Torch and transformers are
@@ -14,11 +14,24 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from svdq_hf.cli import chat, demo, evaluate, export, gguf, inspect, lm_eval, push, quantize
-from svdq_hf.cli.options import Parser
+from svdq_hf.cli import (
+    bench,
+    chat,
+    compare,
+    demo,
+    evaluate,
+    export,
+    gguf,
+    inspect,
+    lm_eval,
+    push,
+    quantize,
+    spectrum,
+)
+from svdq_hf.cli.options import Parser, examples
 from svdq_hf.core.release import VERSION
 
-COMMANDS: Final = (quantize, gguf, inspect, chat, export, push, demo, evaluate)
+COMMANDS: Final = (quantize, gguf, inspect, compare, chat, bench, export, push, demo, evaluate, spectrum)
 """Modules of the commands: `add` makes the parser, `run` returns what `--json` prints."""
 
 TRACEBACK = "SVDQ_TRACEBACK"
@@ -35,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        _parser().print_help()
+        return 0
     if list(arguments[:1]) == [lm_eval.NAME]:
         return _harness(arguments[1:])
     options = _parse(arguments)
@@ -69,7 +85,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="svdq", description="Data-free low-bit quantization for Transformers.")
+    shown = examples("svdq demo", "svdq quantize MODEL OUT --preset best", "svdq inspect OUT")
+    parser = Parser(prog="svdq", description="Data-free low-bit quantization for Transformers.", **shown)
     parser.add_argument("--version", action="version", version=f"svdq_hf {VERSION}")
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -91,9 +108,14 @@ def _harness(arguments: Sequence[str]) -> int:
 
 
 def _disable_progress_bars() -> None:
-    from transformers.utils import logging
+    """Switch off the Hub's bars, which transformers goes by when it is imported; and its own if it was."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # it lists no names
 
-    logging.disable_progress_bar()
+    disable_progress_bars()
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> str:

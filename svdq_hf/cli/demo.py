@@ -6,7 +6,7 @@ Not here: the work itself (`svdq_hf.demo`).
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from svdq_hf.cli.options import add_choices, config_of
+from svdq_hf.cli.options import add_choices, config_of, examples
 
 if TYPE_CHECKING:
     from svdq_hf.config import SVDQConfig
@@ -17,8 +17,9 @@ MEGABYTE = 10**6
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
+    shown = examples("svdq demo", "svdq demo --out minilm-4bit --embeddings")
     parser: argparse.ArgumentParser = commands.add_parser(
-        "demo", help="the whole round on the embedded all-MiniLM-L6-v2"
+        "demo", help="the whole round on the embedded all-MiniLM-L6-v2", **shown
     )
     parser.add_argument("--out", help="folder to keep the quantized model in")
     add_choices(parser, "demo")
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 def _show(result: "DemoResult", config: "SVDQConfig") -> None:
     from svdq_hf.cli.tables import console, sentences_table
 
-    dense = "" if config.embeddings else "; embeddings stay FP32"
+    dense = "" if config.embeddings else "; embeddings stay FP32, --embeddings quantizes them too"
     screen = console()
     screen.print(sentences_table(result))
     screen.print(

@@ -6,7 +6,7 @@ Not here: the work itself (`checkpoint.export`).
 import argparse
 from typing import Any
 
-from svdq_hf.cli.options import add_drop
+from svdq_hf.cli.options import add_drop, check_there, examples
 from svdq_hf.config.choices import COMPUTE_DTYPES
 
 MEGABYTE = 10**6
@@ -14,8 +14,9 @@ MEGABYTE = 10**6
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
+    shown = examples("svdq export minilm-4bit minilm-dense", "svdq export FOLDER OUT --dtype float16")
     parser: argparse.ArgumentParser = commands.add_parser(
-        "export", help="a quantized folder -> a plain checkpoint for other engines"
+        "export", help="a quantized folder -> a plain checkpoint for other engines", **shown
     )
     parser.add_argument("folder", help="a quantized folder, or the Hub's user/model")
     parser.add_argument("out", help="folder to write; must not be there, or be empty")
@@ -30,6 +31,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Export, and print the size; returns what `--json` prints."""
+    check_there(options.folder)
     from svdq_hf.checkpoint import Source, export_dense
 
     source = Source.resolve(options.folder, drop=options.drop, packed=True)

@@ -7,13 +7,18 @@ import argparse
 import time
 from typing import Any
 
+from svdq_hf.cli.options import examples
+
 MEGABYTE = 10**6
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser to those of `svdq`."""
+    shown = examples(
+        "svdq gguf model-f16.gguf model-IQ4_NL.gguf", "svdq gguf F16.gguf OUT.gguf --error-feedback"
+    )
     parser: argparse.ArgumentParser = commands.add_parser(
-        "gguf", help="a GGUF file of F16 or BF16 -> one of IQ4_NL for llama.cpp and Ollama"
+        "gguf", help="a GGUF file of F16 or BF16 -> one of IQ4_NL for llama.cpp and Ollama", **shown
     )
     parser.add_argument("model", help="GGUF file of F16, BF16 or F32, by llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("out", help="GGUF file to write; must not be there")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from svdq_hf.cli.options import examples
 from svdq_hf.core.release import how_to_install
 
 NAME: Final = "lm-eval"
@@ -12,7 +13,8 @@ NAME: Final = "lm-eval"
 def add(commands: Any) -> None:
     """Add the command's line to `svdq --help`; what follows its name is passed on unparsed."""
     told = "EleutherAI's harness, which takes all that follows: svdq lm-eval run --model hf ..."
-    commands.add_parser(NAME, help=told)
+    shown = examples("svdq lm-eval run --model hf --model_args pretrained=FOLDER --tasks hellaswag")
+    commands.add_parser(NAME, help=told, **shown)
 
 
 def run(arguments: Sequence[str]) -> None:

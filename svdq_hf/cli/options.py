@@ -1,16 +1,20 @@
-"""Options of the commands, made from the table of choices; and a parser that suggests the nearest word.
+"""Options of the commands, made from the table of choices; a parser that suggests the nearest word; examples.
 
 Imports neither torch nor transformers. Not here: the choices themselves (`config.choices`).
 """
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from svdq_hf.config.choices import CHOICES, Choice, Option
+from svdq_hf.config.choices import CHOICES, DATA, Choice, Option
 from svdq_hf.config.presets import PRESETS
+
+NO_PRESET = "default"
+"""The word for no preset, where several configs are asked for."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,11 +42,13 @@ def _hint(message: str, options: Iterable[str]) -> str:
         word, known = strange[1], list(options)
     else:
         return ""
+    if word in PRESETS and PRESETS[word].needs_data:
+        return f"; {word} needs data: svdq quantize MODEL OUT --preset {word} --calibration FILE"
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
+def add_choices(parser: argparse.ArgumentParser, command: str, *, several_presets: bool = False) -> None:
     """Add options for the choices of SVDQConfig that a command takes.
 
     An option that is not given is absent from the result, so that the config's defaults hold.
@@ -50,11 +56,27 @@ def add_choices(parser: argparse.ArgumentParser, command: str) -> None:
     Args:
         parser: the command's parser.
         command: its name.
+        several_presets: whether `--preset` may be given again, for another config.
     """
     group = parser.add_argument_group("choices")
-    presets = {name: preset for name, preset in PRESETS.items() if not preset.needs_data}
-    told = "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
-    group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+    takes_data = command == "quantize" and not several_presets
+    presets = [name for name, preset in PRESETS.items() if takes_data or not preset.needs_data]
+    told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
+    if several_presets:
+        more = f"start from a preset, and once more from another; {NO_PRESET}: SVDQConfig(); {told}"
+        group.add_argument("--preset", choices=[NO_PRESET, *presets], action="append", help=more)
+    else:
+        group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+    add_rows(group, command)
+
+
+def add_rows(group: Any, command: str) -> None:
+    """Add an option for each row of the table of choices that a command takes.
+
+    Args:
+        group: of a parser.
+        command: its name.
+    """
     for name, row in CHOICES.items():
         if row.option is not None and command in row.option.commands:
             group.add_argument(
@@ -75,19 +97,17 @@ def option_name(name: str, option: Option) -> str:
     return option.name or "--" + name.replace("_", "-")
 
 
-def several(name: str, default: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
+def several(name: str) -> dict[str, Any]:
     """Keywords for argparse's `add_argument`, for an option that takes several values of one choice.
 
     Args:
         name: of the choice.
-        default: the values compared where the option is not given.
     """
     row = CHOICES[name]
     option = row.option or Option()
     return {
         "nargs": "+",
         "type": option.parse,
-        "default": default,
         "choices": option.values or None,
         "metavar": name.upper() if option.values else None,
     }
@@ -108,6 +128,17 @@ def _help(row: Choice, option: Option) -> str:
     return (text + shown).replace("%", "%%")
 
 
+def given_choices(options: argparse.Namespace, names: Iterable[str] = tuple(CHOICES)) -> dict[str, Any]:
+    """The choices that were given on the command line, as SVDQConfig takes them.
+
+    Args:
+        options: the parsed command line.
+        names: of the choices to look for.
+    """
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return given | ({"error_feedback": True} if given.get("error_feedback") == DATA else {})
+
+
 def config_of(options: argparse.Namespace) -> Any:
     """The SVDQConfig that the options express.
 
@@ -119,11 +150,43 @@ def config_of(options: argparse.Namespace) -> Any:
     """
     from svdq_hf.config import SVDQConfig
 
-    given = {name: getattr(options, name) for name in CHOICES if hasattr(options, name)}
+    given = given_choices(options)
     if "target_bits" in given and "k" in given:
         raise ValueError("--target-bits spends salient weights instead of --k: give one of them")
-    changes = PRESETS[options.preset].changes if options.preset else {}
+    changes = {} if options.preset in (None, NO_PRESET) else PRESETS[options.preset].changes
     return SVDQConfig(**{**changes, **given})
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    r"""Keywords for argparse's `add_parser`: examples below the help.
+
+    Args:
+        lines: commands as they are typed.
+
+    >>> examples("svdq demo")["epilog"]
+    'example:\n  svdq demo'
+    """
+    told = "\n".join(f"  {line}" for line in lines)
+    return {
+        "epilog": f"example{'s' * (len(lines) > 1)}:\n{told}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def check_there(model: str) -> None:
+    """Refuse a model that is not there, before anything large is imported.
+
+    Args:
+        model: a folder, or the Hub's user/model, which is downloaded.
+
+    Raises:
+        ValueError: neither a folder nor a name that the Hub could have.
+        OSError: the Hub does not have it, or cannot be reached.
+    """
+    if not os.path.isdir(model):
+        from svdq_hf.hub.client import local_folder
+
+        local_folder(model)
 
 
 def add_drop(parser: argparse.ArgumentParser) -> None:

@@ -4,16 +4,18 @@ Not here: the tables of an evaluation's report (`evaluation.report.tables`).
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_hf.checkpoint.estimate import Estimate
-from svdq_hf.checkpoint.streaming.byte_ranges import readable
-from svdq_hf.demo import SENTENCES, DemoResult
-from svdq_hf.quantize.footprint import Footprint, dense_bytes
+if TYPE_CHECKING:  # torch is imported by who makes what is shown here
+    from svdq_hf.checkpoint.estimate import Estimate
+    from svdq_hf.demo import DemoResult
+    from svdq_hf.quantize.footprint import Footprint, LayerFootprint
 
 
 def console() -> Console:
@@ -22,17 +24,29 @@ def console() -> Console:
     return Console(width=None if terminal else 120, soft_wrap=not terminal)
 
 
-def layer_table(result: Footprint) -> Table:
-    """A row for each quantized layer: shape, k, bits, and what was measured."""
-    facts = list(dict.fromkeys(fact for layer in result.layers for fact in layer.facts))
-    table = Table(title="quantized layers", box=SIMPLE_HEAD)
+WIDE = 100
+"""Columns from which on a table of layers has all that was measured; below, the relative error alone."""
+
+
+def layer_table(layers: Sequence["LayerFootprint"], width: int = WIDE, *, how: str = "layers") -> Table:
+    """A row for each quantized layer: shape, k, bits, and what was measured.
+
+    Args:
+        layers: in the order of the rows.
+        width: of the screen, in columns.
+        how: title.
+    """
+    measured = list(dict.fromkeys(fact for layer in layers for fact in layer.facts))
+    facts = measured if width >= WIDE else [fact for fact in measured if fact == "relative_error"]
+    table = Table(title=how, box=SIMPLE_HEAD, padding=(0, 1) if width >= WIDE else (0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for title in ("out x in", "k", "bits/weight", *(fact.replace("_", " ") for fact in facts)):
+    titles = [fact.replace("_", " ") for fact in facts] if width >= WIDE else ["error"] * len(facts)
+    for title in ("out x in", "k", "bits", *titles):
         table.add_column(plain(title), justify="right")
-    for layer in result.layers:
-        measured = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
-        shape = " x ".join(map(str, layer.shape))
-        table.add_row(plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *measured)
+    for layer in layers:
+        values = (f"{layer.facts[fact]:.4f}" if fact in layer.facts else "-" for fact in facts)
+        shape = (" x " if width >= WIDE else "x").join(map(str, layer.shape))
+        table.add_row(plain(layer.name), shape, str(layer.k), f"{layer.bits_per_weight:.3f}", *values)
     return table
 
 
@@ -41,27 +55,22 @@ def plain(text: str) -> Text:
     return Text("".join(character if character.isprintable() else "?" for character in text))
 
 
-def totals_table(result: Footprint) -> Table:
-    """The sums over a model."""
+def totals_table(result: "Footprint") -> Table:
+    """The sums over a model, what is dense in it, and its worst layer."""
+    from svdq_hf.quantize.footprint_text import rows
+
     table = Table(title="totals", box=SIMPLE_HEAD, show_header=False)
-    errors = [layer.facts["relative_error"] for layer in result.layers if "relative_error" in layer.facts]
-    rows = {
-        "quantized layers": str(len(result.layers)),
-        "weights in them": f"{result.weights:,}",
-        "bits per weight": f"{result.bits_per_weight:.3f}",
-        "kept in FP32": f"{result.salient_share:.3%}",
-        "their bytes": f"{result.quantized_bytes:,} (in FP32 {dense_bytes(result.layers):,})",
-        "dense bytes": f"{result.dense_bytes:,}",
-    }
-    if errors:
-        rows["relative error"] = f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
-    for row in rows.items():
-        table.add_row(*row)
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    for title, text in rows(result, options=True).items():
+        table.add_row(title, plain(text))
     return table
 
 
-def sentences_table(result: DemoResult) -> Table:
+def sentences_table(result: "DemoResult") -> Table:
     """The demo's similarities, a row for each pair of sentences."""
+    from svdq_hf.demo import SENTENCES
+
     table = Table(title="similarity of two sentences (cosine)", box=SIMPLE_HEAD)
     table.add_column("sentences", overflow="fold")
     table.add_column("FP32", justify="right")
@@ -71,8 +80,10 @@ def sentences_table(result: DemoResult) -> Table:
     return table
 
 
-def estimate_table(result: Estimate) -> Table:
+def estimate_table(result: "Estimate") -> Table:
     """What a run would take: sizes, time, memory, disk."""
+    from svdq_hf.checkpoint.streaming.byte_ranges import readable
+
     table = Table(title="nothing was written", box=SIMPLE_HEAD, show_header=False)
     after = result.footprint
     rows = {"before": readable(result.bytes_before)}

@@ -70,9 +70,46 @@ def check_stored(stored: Mapping[str, Any]) -> None:
         )
     method = stored.get("quant_method", QUANT_METHOD)
     require(method == QUANT_METHOD, "quant_method", method, repr(QUANT_METHOD))
-    known = list(CHOICES)
     for key, value in stored.items():
         if key not in STORED_ONLY:
-            close = difflib.get_close_matches(key.lower(), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            known, meant = list(CHOICES), _meant(key)
+            hint = f"; did you mean {meant!r}?" if meant else ""
             raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")
+
+
+ELSEWHERE = {
+    "skip": "modules_to_not_convert",
+    "skip_modules": "modules_to_not_convert",
+    "exclude": "modules_to_not_convert",
+    "ignore": "modules_to_not_convert",
+    "ignored_layers": "modules_to_not_convert",
+    "llm_int8_skip_modules": "modules_to_not_convert",
+    "load_in_4bit": "bits",
+    "load_in_8bit": "bits",
+    "wbits": "bits",
+    "w_bit": "bits",
+    "nbits": "bits",
+    "weight_bits": "bits",
+    "block_size": "group_size",
+    "q_group_size": "group_size",
+    "dtype": "compute_dtype",
+    "torch_dtype": "compute_dtype",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "damp_percent": "damping",
+    "quantize_lm_head": "lm_head",
+    "method": "saliency",
+    "score": "saliency",
+    "top_k": "k",
+}
+"""What a choice is called by other methods (bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors), or on the
+command line."""
+
+
+def _meant(key: str) -> str | None:
+    """The choice that was probably meant by an unknown key.
+
+    >>> _meant("skip"), _meant("groupsize"), _meant("zzz")
+    ('modules_to_not_convert', 'group_size', None)
+    """
+    close = difflib.get_close_matches(key.lower(), [*CHOICES, *ELSEWHERE], n=1)
+    return ELSEWHERE.get(close[0], close[0]) if close else None

@@ -21,8 +21,14 @@ from svdq_hf.core.grid_values import (
 
 QUANT_METHOD = "svdq"
 SYNTHETIC = "synthetic"
+DATA = "data"
+"""What the command line calls `error_feedback=True`."""
 COMPUTE = ("exact", "fast")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+EVERY = ("quantize", "demo", "evaluate")
+"""The commands that quantize."""
 
 
 class Check(NamedTuple):
@@ -204,20 +210,29 @@ CHOICES: dict[str, Choice] = {
         "later columns make good what rounding lost, as in GPTQ",
         since=2,
         option=Option(
-            values=(SYNTHETIC,),
-            more="the model makes the batches, which takes minutes",
-            commands=("quantize",),
+            values=(DATA, SYNTHETIC),
+            more="with --calibration's data, or with batches that the model makes, which takes minutes",
+            commands=("quantize", "evaluate"),
         ),
     ),
-    "lm_head": Choice(False, _FLAG, "the output head is quantized too", since=2, of="files"),
-    "embeddings": Choice(False, _FLAG, "the input embedding is quantized too", since=4, of="files"),
+    "lm_head": Choice(
+        False, _FLAG, "the output head is quantized too", since=2, of="files", option=Option(commands=EVERY)
+    ),
+    "embeddings": Choice(
+        False,
+        _FLAG,
+        "the input embedding is quantized too",
+        since=4,
+        of="files",
+        option=Option(commands=EVERY),
+    ),
     "target_bits": Choice(
         None,
         _BUDGET,
         "stored bits per weight, spent layer by layer instead of k",
         since=4,
         of="files",
-        option=Option(float),
+        option=Option(float, commands=EVERY),
     ),
     "layer_k": Choice(
         None, _LAYER_K, "k of single layers, by name; others have k", since=4, of="files", option=None
@@ -226,7 +241,7 @@ CHOICES: dict[str, Choice] = {
         None,
         _NAMES,
         "more modules to keep dense, by name",
-        option=Option(name="--skip", repeats=True, more="may be given again"),
+        option=Option(name="--skip", repeats=True, more="may be given again", commands=EVERY),
     ),
     "compute_dtype": Choice(
         None, _DTYPE, "dtype the layers compute in", option=Option(values=COMPUTE_DTYPES)
@@ -237,7 +252,7 @@ CHOICES: dict[str, Choice] = {
         _DAMPING,
         "of error feedback: how little the batches are trusted, from 0 on",
         stored=False,
-        option=Option(float, commands=("quantize",)),
+        option=Option(float, commands=("quantize", "evaluate")),
     ),
     "compute": Choice(
         "exact",

@@ -162,7 +162,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
 
     @classmethod
     def calibrated(cls, **choices: Any) -> "SVDQConfig":
-        """For those who have data, about 4.25 bits per weight.
+        """For those who have data, at 4.21 to 4.24 bits per weight (in layers 384 wide and wider).
 
         Use: `quantize_model(model, SVDQConfig.calibrated(), batches)`.
 

@@ -1,4 +1,4 @@
-"""Evaluation: measures what quantizing costs, on tasks, in sweeps over configs, with a report.
+"""Evaluation: what quantizing costs: one model beside another, and sweeps over configs with a report.
 
 >>> from svdq_hf.evaluation import EvaluationRequest
 >>> EvaluationRequest("rte", model=["rte-seed0"], out="report").tokens
@@ -9,12 +9,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from svdq_hf.evaluation.comparison.result import ComparedModel, ComparisonResult, Flips, Quality
+    from svdq_hf.evaluation.comparison.run import compare
+    from svdq_hf.evaluation.comparison.statistics import Estimate
     from svdq_hf.evaluation.request import EvaluationRequest, EvaluationResult
     from svdq_hf.evaluation.run import evaluate
 
-__all__ = ["EvaluationRequest", "EvaluationResult", "evaluate"]
+__all__ = [
+    "ComparedModel",
+    "ComparisonResult",
+    "Estimate",
+    "EvaluationRequest",
+    "EvaluationResult",
+    "Flips",
+    "Quality",
+    "compare",
+    "evaluate",
+]
 
-_PLACES = {"EvaluationRequest": "request", "EvaluationResult": "request", "evaluate": "run"}
+_PLACES = {
+    "ComparedModel": "comparison.result",
+    "ComparisonResult": "comparison.result",
+    "Estimate": "comparison.statistics",
+    "EvaluationRequest": "request",
+    "EvaluationResult": "request",
+    "Flips": "comparison.result",
+    "Quality": "comparison.result",
+    "compare": "comparison.run",
+    "evaluate": "run",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -3,37 +3,38 @@
 The fields have the names of the command line's options. Not here: the run (`evaluation.run`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from svdq_hf.core.packing import RANGES
-from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
-from svdq_hf.evaluation.sweep.plan import SweepPlan, with_bits
-
-PERPLEXITY = "perplexity"
-"""The only task outside GLUE: its data is a text."""
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, PERPLEXITY, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.plan import SweepPlan, contestant, with_bits
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """An evaluation of dense models, quantized in each of several ways.
+    """An evaluation of dense models, quantized in each of several ways, and of quantized ones as they are.
 
     Args:
         task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or perplexity.
-        model: folders of the dense models, e.g. one per seed; cells are stored under a folder's name.
+        model: folders of the models, e.g. one per seed; cells are stored under a folder's name.
         out: folder of the cells and the report; a run that was stopped goes on there.
         data: folder with TASK/train.jsonl and TASK/dev.jsonl (or tsv, csv, parquet); None: the Hub.
         text: for perplexity: a text file.
         context: for perplexity: tokens the model sees at once; None: 1024, or fewer where it takes fewer.
         tokens: for perplexity: how many tokens of the text are scored.
         k: salient weights of a layer, or shares below 1.
-        saliency: scores to compare.
+        saliency: scores to compare; none where only presets are.
         grid: grids of scales, by their names in `GRID_NAMES`.
         bits: bits of codes, on each grid: 3, 4 or 8.
         rank: ranks of the svd score.
         seeds: number of seeds of the random choice.
+        preset: whole configs to compare: names of presets, or "default"; each quantizes the model as a
+            user's would, head and embedding too where it says so.
+        choices: of SVDQConfig, beside those of each preset.
         metric_script: a local copy of the evaluate library's metric "glue"; None: the package's own code.
 
     Raises:
@@ -57,11 +58,16 @@ class EvaluationRequest:
     bits: Sequence[int] = (4,)
     rank: Sequence[int] = RANKS
     seeds: int = SEEDS
+    preset: Sequence[str] = ()
+    choices: Mapping[str, Any] = field(default_factory=dict)
     metric_script: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "k", "saliency", "grid", "bits", "rank"):
-            _check_several(name, getattr(self, name))
+        _check_each("task", [self.task], [*TASKS, PERPLEXITY])
+        for name in ("model", "k", "saliency", "grid", "bits", "rank", "preset"):
+            _check_several(name, getattr(self, name), optional=name in ("saliency", "preset"))
+        if not (self.saliency or self.preset):
+            raise ValueError("saliency and preset are both empty: name at least one of them")
         for name in ("out", "data", "text", "metric_script"):
             _check_path(name, getattr(self, name), optional=name != "out")
         for name in ("tokens", "seeds"):
@@ -79,6 +85,7 @@ class EvaluationRequest:
             grids=[with_bits(GRID_NAMES[grid], bits) for bits in self.bits for grid in self.grid],
             seeds=self.seeds,
             ranks=self.rank,
+            contestants=dict(contestant(preset, self.choices) for preset in self.preset),
         )
 
 
@@ -102,10 +109,10 @@ class EvaluationResult:
         return {"cells": self.cells, "seconds": self.seconds, "report": files}
 
 
-def _check_several(name: str, value: Any) -> None:
+def _check_several(name: str, value: Any, *, optional: bool) -> None:
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name}={value!r}: must be a list; for one of them write [{value!r}]")
-    if not value:
+    if not value and not optional:
         raise ValueError(f"{name}={value!r}: must have at least one")
 
 

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from svdq_hf.evaluation.request import PERPLEXITY, EvaluationRequest, EvaluationResult
+from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.evaluation.request import EvaluationRequest, EvaluationResult
+from svdq_hf.evaluation.sweep.defaults import PERPLEXITY
 from svdq_hf.hub.client import local_folder
 
 
@@ -30,12 +32,12 @@ def evaluate(request: EvaluationRequest) -> EvaluationResult:
     """
     if not isinstance(request, EvaluationRequest):
         raise TypeError(f"evaluate takes an EvaluationRequest, not {type(request).__name__}")
+    folders = _folders(request)
     from datasets import disable_progress_bars
 
     from svdq_hf.evaluation.report.report import write_report
     from svdq_hf.evaluation.sweep.store import check_inputs, model_facts
 
-    folders = _folders(request)
     disable_progress_bars()  # one bar, that of the cells, is enough
     out, started = Path(request.out), time.perf_counter()
     models = {name: model_facts(folder) for name, folder in folders.items()}
@@ -46,9 +48,12 @@ def evaluate(request: EvaluationRequest) -> EvaluationResult:
 
 
 def _run_model(request: EvaluationRequest, name: str, folder: Path) -> int:
+    from svdq_hf.evaluation.sweep.cell import run_stored
     from svdq_hf.evaluation.sweep.run import Sweep
 
     model, evaluator = _load(request, folder)
+    if getattr(model, "quantization_method", None) == QUANT_METHOD:
+        return run_stored(model, name, evaluator, Path(request.out))
     try:
         return Sweep(model, name, evaluator, request.plan, Path(request.out)).run()
     except ValueError as error:
@@ -71,11 +76,16 @@ def _data_facts(request: EvaluationRequest) -> dict[str, Any]:
     from svdq_hf.evaluation.tasks.glue import load_split
 
     facts = {"dev examples": digest(map(str, load_split(request.task, "dev", request.data)))}
-    if any(data_needs(method) for method in request.saliency):
+    if any(data_needs(method) for method in request.saliency) or _needs_data(request):
         train = load_split(request.task, "train", request.data)
         seen = train.select(range(min(CALIBRATION_TEXTS, len(train))))
         facts["train examples"] = digest(map(str, seen))
     return facts
+
+
+def _needs_data(request: EvaluationRequest) -> bool:
+    """Whether a whole config that is compared needs data."""
+    return any(one.data_needs and not one.synthetic for one in request.plan.contestants.values())
 
 
 def _text(request: EvaluationRequest) -> str:
@@ -86,13 +96,9 @@ def _text(request: EvaluationRequest) -> str:
 
 
 def _folders(request: EvaluationRequest) -> dict[str, Path]:
-    """Name and folder of each model; a wrong task, text or model is refused before anything is loaded."""
+    """Name and folder of each model; a wrong text or model is refused before anything is loaded."""
     if request.task == PERPLEXITY:
         _text(request)
-    else:
-        from svdq_hf.evaluation.tasks.glue import task_of
-
-        task_of(request.task)
     given: dict[str, str | Path] = {}
     for model in request.model:
         name = Path(os.path.abspath(model)).name
@@ -106,7 +112,7 @@ def _folders(request: EvaluationRequest) -> dict[str, Path]:
 
 
 def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
-    """A dense model and its evaluator."""
+    """A model and its evaluator."""
     from transformers import AutoTokenizer
 
     if request.task == PERPLEXITY:
@@ -121,7 +127,8 @@ def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
 def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from svdq_hf.evaluation.tasks.perplexity import PerplexityEvaluator, context_of
+    from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator
+    from svdq_hf.evaluation.tasks.perplexity import context_of
 
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM

@@ -67,7 +67,8 @@ def _largest(parts: Mapping[str, Tensor]) -> float:
     bound = torch.tensor(float(-RANGES[bits_of(parts["weight"])][0]), device="cpu")  # not a context's
     for name in ("levels", "weight_scale", "row_scale", "column_scale"):
         if name in parts and parts[name].numel():
-            bound = bound * parts[name].float().abs().max().cpu()
+            ends = torch.stack(torch.aminmax(parts[name]))  # no copy of them all
+            bound = bound * ends.float().abs().max().cpu()
     return float(bound)
 
 

@@ -1,6 +1,7 @@
 """Safetensors files of a folder: found and opened; a missing, truncated or damaged one is named in the error.
 
-The library does not name the file that it cannot read. Not here: the tensors' names
+The library does not name the file that it cannot read. Torch is imported when a tensor is read, not to find a
+file, so that a folder that is not there is told at once. Not here: the tensors' names
 (`integrations.transformers.checkpoint_headers`), and reading bytes (`checkpoint.streaming.byte_ranges`).
 """
 
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REPORT_FILE = "svdq_report.json"
+"""What `svdq quantize` measured, beside the model."""
 REMEDY = "download or copy the model again"
 
 
@@ -114,14 +116,6 @@ def folder_bytes(folder: str | Path) -> int:
         ValueError: see `weight_files`.
     """
     return sum(file.stat().st_size for file in weight_files(folder))
-
-
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-"""torch dtypes by their names in safetensors."""
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -8,14 +8,13 @@ own card; nothing is guessed. Not here: merging it into an existing README.md (`
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-import transformers
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from transformers.models.auto import modeling_auto
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
@@ -23,21 +22,10 @@ from svdq_hf.core.release import VERSION, install_command
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.card_facts import fact_rows
 from svdq_hf.hub.markdown import code, plain, table
-from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, read_text
+from svdq_hf.hub.measured import measured_lines
+from svdq_hf.hub.readme import README, RESULTS, base_metadata, merge, metadata_of, read_text
+from svdq_hf.hub.usage import usage
 from svdq_hf.quantize.footprint import Footprint
-
-_AUTO_CLASSES = {
-    "AutoModel": "MODEL_MAPPING_NAMES",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-}
 
 _LOADING = """\
 ## {bits}-bit weights, by svdq_hf
@@ -50,10 +38,7 @@ The most salient weights of each linear layer are in FP32, the rest in {bits} bi
 ```
 
 ```python
-import svdq_hf  # registers "svdq" with transformers
-from transformers import {auto}
-
-model = {auto}.from_pretrained("{name}"){note}
+{usage}
 ```
 """
 
@@ -79,6 +64,7 @@ class Described(TypedDict, total=False):
         repo_id: where the model will be on the Hub; None: not known yet.
         footprint: of the folder, where it was read already.
         dense: its linear layers that stayed dense, as `dense_layers` returns them; None: not known.
+        bytes_before: of the dense model's files; where it is absent the folder's report is looked at.
     """
 
     base_model: str | None
@@ -87,6 +73,7 @@ class Described(TypedDict, total=False):
     repo_id: str | None
     footprint: Footprint
     dense: Sequence[str] | None
+    bytes_before: int
 
 
 @checked_arguments(folder="of a quantized model that is saved")
@@ -117,7 +104,10 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
         ValueError: the folder holds no quantized model, a result is not a finite number, or
             `existing` cannot be merged.
     """
-    base_model, repo_id = known.get("base_model"), known.get("repo_id")
+    base_model, repo_id = checked_name(known.get("base_model")), known.get("repo_id")
+    stated = metadata_of(existing).get("base_model", base_model) if base_model else None
+    if base_model and stated != base_model:
+        raise ValueError(f"{README} has base_model: {stated}, not {base_model}; change it there")
     base_card, results = known.get("base_card", ""), known.get("results", ())
     config = _config(folder)
     named = config.get("architectures")
@@ -134,31 +124,32 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
         bits=bits,
         install=install_command(),
         version=VERSION,
-        auto=auto_class(architecture),
-        name=repo_id or "user/model",
-        note="" if repo_id else "  # the name of this repository, or a folder",
+        usage=usage(folder, architecture, repo_id),
     )
     section = [loading, *table(("", ""), facts.items())]
+    measured = measured_lines(folder)
+    section += ["", *measured] if measured else []
     if results:
         rows = [(plain(one.task), plain(one.dataset), plain(one.metric), f"{one.value:g}") for one in results]
         section += ["", "## Evaluation", "", *table(CardResult._fields, rows)]
     return merge(existing, metadata, "\n".join(section))
 
 
-def auto_class(architecture: str) -> str:
-    """The Auto class that loads an architecture of transformers; without one, the architecture itself.
+def checked_name(base_model: str | None) -> str | None:
+    """A base model's name, refused where it is none that the Hub could have.
 
-    Args:
-        architecture: name of a model class.
-
-    >>> auto_class("BertForMaskedLM")
-    'AutoModelForMaskedLM'
+    Raises:
+        ValueError: it is a folder, or no user/model.
     """
-    for auto, mappings in _AUTO_CLASSES.items():
-        for names in getattr(modeling_auto, mappings).values():
-            if architecture in ((names,) if isinstance(names, str) else names):
-                return auto
-    return architecture if hasattr(transformers, architecture) else "AutoModel"
+    if base_model is not None and (base_model.count("/") > 1 or not _NAME.fullmatch(base_model)):
+        raise ValueError(
+            f"base_model={base_model!r}: must be a name on the Hub, user/model; a folder's name says nothing "
+            "to readers of the card"
+        )
+    return base_model
+
+
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def _config(folder: str | Path) -> dict[str, Any]:

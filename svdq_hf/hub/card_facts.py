@@ -3,6 +3,7 @@
 Not here: the card around the table (`hub.card`).
 """
 
+import json
 import logging
 import re
 from collections import Counter
@@ -10,17 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import saliency_names, score_needs
+from svdq_hf.format.files import REPORT_FILE
 from svdq_hf.hub.markdown import code
 from svdq_hf.nn.expert_layouts import stacks_of
+from svdq_hf.quantize.empty_model import built, named_class
 from svdq_hf.quantize.footprint import Footprint, read_footprint
+from svdq_hf.quantize.footprint_text import megabytes
 from svdq_hf.quantize.selection import layers_to_convert, weights_of
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def fact_rows(
     known = known or {}
     weights: Footprint = known["footprint"] if "footprint" in known else read_footprint(folder)
     rows = {
+        "size": _sizes(folder, weights, known),
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
         "k, weights in FP32": f"{_k(choices, weights)}, {weights.salient_share:.3%} of all",
         "score": _score(choices),
@@ -62,6 +65,22 @@ def fact_rows(
     if dense is not None:
         rows["linear layers kept dense"] = ", ".join(map(_row_of, dense)) or "none"
     return rows
+
+
+def _sizes(folder: str | Path, weights: Footprint, known: Mapping[str, Any]) -> str:
+    """Size after, and before where it is known."""
+    before = known.get("bytes_before") or _reported(Path(folder) / REPORT_FILE)
+    after = megabytes(weights.total_bytes)
+    return after if before is None else f"{megabytes(before)} before, {after} now"
+
+
+def _reported(file: Path) -> int | None:
+    """Size of the dense model as the report of `svdq quantize` has it."""
+    try:
+        size = json.loads(file.read_text(encoding="utf-8"))["bytes_before"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if type(size) is int and size > 0 else None
 
 
 def _score(choices: SVDQConfig) -> str:
@@ -136,9 +155,8 @@ def _row_of(layers: str) -> str:
 
 def _model_without_weights(folder: str | Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    name = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(f"transformers has no model {name!r}")
-    with torch.device("meta"):
-        return model_class(config)  # type: ignore[no-any-return]
+    kind = named_class(config.architectures)
+    if kind is AutoModel:
+        raise ValueError(f"transformers has no model {config.architectures!r}")
+    model: nn.Module = built(kind, config)
+    return model

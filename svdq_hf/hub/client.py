@@ -4,7 +4,6 @@ Not here: uploads (`hub.push`).
 """
 
 import glob
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 of release 2, httpx of 1
 
 from svdq_hf.format.files import check_is_folder
+from svdq_hf.hub.module_list import module_folders
 from svdq_hf.hub.readme import README
 
 
@@ -50,13 +50,11 @@ def local_folder(model: str | Path) -> Path:
 
 
 def _module_patterns(folder: Path) -> list[str]:
-    """Patterns for all files of a sentence-transformers model's modules, which modules.json lists."""
+    """Patterns for all files of a sentence-transformers model's modules."""
     try:
-        entries = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        paths = [one["path"] for one in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # which is told where it matters
+        return [f"{glob.escape(path)}/*" for path in module_folders(folder)]
+    except ValueError:  # which is told where it matters
         return []
-    return [f"{glob.escape(path)}/*" for path in paths if isinstance(path, str) and path.strip("./")]
 
 
 OTHER_WEIGHTS = ["consolidated*"]

@@ -49,6 +49,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     replace: bool = False,
+    base_model: str | None = None,
 ) -> str:
     """Upload the quantized model in a folder to the Hub.
 
@@ -65,6 +66,7 @@ def push_folder(
         commit_message: None: a default text.
         replace: whether the repository may hold another model now; all of its files are removed then, but
             stay in its history.
+        base_model: name on the Hub of the model that was quantized, for the card; None: as the card has it.
 
     Returns:
         The repository's URL.
@@ -79,8 +81,8 @@ def push_folder(
     weights = read_footprint(folder)
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id}: a model's name on the Hub is user/model")
-    if not Path(folder, README).exists():
-        write_card(folder, footprint=weights)
+    if base_model is not None or not Path(folder, README).exists():
+        write_card(folder, footprint=weights, base_model=base_model, repo_id=repo_id)
     if not (token or get_token()):
         raise PermissionError(f"{repo_id}: no token to push with; run `hf auth login`, or set HF_TOKEN")
     with explained(repo_id):
@@ -98,6 +100,7 @@ class Push(TypedDict, total=False):
     revision: str | None
     commit_message: str | None
     replace: bool
+    base_model: str | None
 
 
 @checked_arguments(model="load it first, or push_folder(folder, repo_id)", repo_id=_REPOSITORY)
@@ -142,7 +145,9 @@ def push_model(
         written = _check_saved(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        base_model, base_card = _base(model, choices.get("token"))
+        named = choices.pop("base_model", None)
+        found, base_card = _base(model, choices.get("token"))
+        base_model = named or found
         write_card(
             folder,
             base_model=base_model,

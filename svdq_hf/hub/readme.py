@@ -102,6 +102,18 @@ def metadata_of(text: str) -> dict[str, Any]:
     return found or {}
 
 
+NO_BASE = "its README.md names no base model, by which it is found on the Hub: --base-model user/model"
+
+
+def names_base(folder: str | Path) -> bool:
+    """Whether the metadata of a folder's README.md name the base model.
+
+    Args:
+        folder: of a model.
+    """
+    return bool(metadata_of(read_text(Path(folder) / README)).get("base_model"))
+
+
 def base_metadata(card: str, base_model: str | None) -> dict[str, Any]:
     """Metadata of a quantized model that come from its base model's card.
 

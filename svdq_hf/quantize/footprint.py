@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,18 @@ from svdq_hf.format.metadata import numbers, stored_facts
 from svdq_hf.format.names import part_key, weight_of_part
 from svdq_hf.format.parts import OPTIONAL, PARTS
 from svdq_hf.nn.inventory import packed_weights
+from svdq_hf.quantize.dense_tensors import DenseTensor, dense_tensors, stored_dense_tensors
+from svdq_hf.quantize.footprint_text import as_html, as_text, megabytes
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+class _Entry(NamedTuple):
+    """A tensor in a file's header."""
+
+    shape: list[int]
+    bytes: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -69,19 +79,21 @@ class LayerFootprint:
         return 8 * self.stored_bytes / self.weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Footprint:
-    """Sizes of a whole model.
+    """Sizes of a whole model; printed it is a table of about ten lines, the totals first.
 
     Attributes:
         layers: the quantized layers.
         dense_bytes: bytes of everything else.
         dense_weights: numbers in everything else.
+        dense: the tensors that everything else is made of, the largest first.
     """
 
     layers: list[LayerFootprint]
     dense_bytes: int
     dense_weights: int = field(default=0, compare=False)
+    dense: tuple[DenseTensor, ...] = field(default=(), compare=False)
 
     @property
     def weights(self) -> int:
@@ -107,6 +119,16 @@ class Footprint:
     def salient_share(self) -> float:
         """Share of the weights in quantized layers that stay in FP32."""
         return sum(layer.salient for layer in self.layers) / self.weights if self.weights else 0.0
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        size, bits = megabytes(self.total_bytes), self.bits_per_weight
+        return f"<Footprint: {len(self.layers)} layers, {bits:.3f} bits per weight, {size}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Totals and layers, in types that JSON has."""
@@ -152,9 +174,13 @@ def footprint(model: nn.Module) -> Footprint:
         k = parts["salient_values"].shape[-1]
         count = experts[0] if experts else None
         layers.append(LayerFootprint(name, out, in_features, k, size, facts, count))
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    rest = [tensor for key, tensor in tensors.items() if key not in counted]
-    return Footprint(layers, sum(one.nbytes for one in rest), sum(one.numel() for one in rest))
+    names: dict[int, str] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in counted and names.setdefault(id(tensor), name) == name:
+            rest[name] = tensor
+    sizes = sum(one.nbytes for one in rest.values()), sum(one.numel() for one in rest.values())
+    return Footprint(layers, *sizes, dense_tensors(model, rest))
 
 
 @checked_arguments(folder="of a model in memory it is footprint(model)")
@@ -182,23 +208,25 @@ def read_footprint(folder: str | Path) -> Footprint:
         )
     layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
     quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
-    dense = [entry for name, entry in tensors.items() if name not in quantized]
-    return Footprint(layers, sum(size for _, size in dense), sum(math.prod(shape) for shape, _ in dense))
+    dense = {name: entry for name, entry in tensors.items() if name not in quantized}
+    sizes = sum(one.bytes for one in dense.values()), sum(math.prod(one.shape) for one in dense.values())
+    rest = {name: (one.bytes, one.dtype) for name, one in dense.items()}
+    return Footprint(layers, *sizes, stored_dense_tensors(folder, rest))
 
 
 def _stored_layer(
     name: str,
     stacked: bool,
-    tensors: Mapping[str, tuple[list[int], int]],
+    tensors: Mapping[str, _Entry],
     facts: Mapping[str, dict[str, Any]],
 ) -> LayerFootprint:
     keys = {part: part_key(name, part, stacked=stacked) for part in PARTS}
-    there = {part: tensors[key][1] for part, key in keys.items() if key in tensors}
+    there = {part: tensors[key].bytes for part, key in keys.items() if key in tensors}
     missing = [part for part in PARTS if part not in there and part not in OPTIONAL]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing")
     size = sum(there.values())
-    shapes = {part: tensors[keys[part]][0] for part in ("weight", "salient_values")}
+    shapes = {part: tensors[keys[part]].shape for part in ("weight", "salient_values")}
     if stacked and any(len(shape) < 2 for shape in shapes.values()):
         raise ValueError(f"{name}: {shapes} are no stacks of experts")
     experts = shapes["weight"][0] if stacked else None
@@ -215,14 +243,15 @@ def _stored_layer(
     return LayerFootprint(name, packed[0], in_features, k[0], size, numbers(fact), experts)
 
 
-def _header(file: Path) -> dict[str, tuple[list[int], int]]:
-    """Shape and bytes of each tensor of a file."""
+def _header(file: Path) -> dict[str, _Entry]:
+    """Each tensor of a file."""
     with open_tensors(file) as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
-        return {
-            name: (part.get_shape(), math.prod(part.get_shape()) * _ITEM_BYTES.get(part.get_dtype(), 1))
-            for name, part in slices.items()
-        }
+        return {name: _entry(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+
+
+def _entry(shape: list[int], dtype: str) -> _Entry:
+    return _Entry(shape, math.prod(shape) * _ITEM_BYTES.get(dtype, 1), dtype)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

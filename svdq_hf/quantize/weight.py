@@ -20,6 +20,7 @@ from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.parts import PartSpec, part_specs, stack_specs
 from svdq_hf.quantize.expert_stream import LazyStack, Pieces
 from svdq_hf.quantize.prepared import Prepared, choose, score
+from svdq_hf.quantize.threads import threads_for
 
 SMALLEST_TOP = 2.0**-110
 """Least size of a matrix's largest weight. Its row's scale, `top / 8 / 127`, is then 2**6 times the smallest
@@ -134,7 +135,7 @@ def _prepared(
 ) -> Iterator[Prepared]:
     """Context manager: a checked weight, ready to be quantized; errors in the block name the layer."""
     check_weight(name, weight)
-    with _errors_name_the_layer(name, weight):
+    with _errors_name_the_layer(name, weight), threads_for(weight.numel()):
         yield Prepared(weight, config, inputs)
 
 

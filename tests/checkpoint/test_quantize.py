@@ -14,9 +14,8 @@ from transformers import BertForMaskedLM, BertModel
 
 from svdq_hf import SVDQConfig, read_footprint
 from svdq_hf.checkpoint.export import export_dense
-from svdq_hf.checkpoint.folders import REPORT_FILE
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
-from svdq_hf.format.files import full_disk_named
+from svdq_hf.format.files import REPORT_FILE, folder_bytes, full_disk_named
 from svdq_hf.format.metadata import tags
 from svdq_hf.hub.client import local_folder
 from svdq_hf.hub.readme import metadata_of, own_text
@@ -47,7 +46,8 @@ def test_folder_holds_model_report_and_companions(source, tmp_path):
         "README.md",
         REPORT_FILE,
     }
-    assert json.loads((out / REPORT_FILE).read_text()) == result.to_dict()
+    sizes = {"bytes_before": folder_bytes(source), "bytes_after": folder_bytes(out)}
+    assert json.loads((out / REPORT_FILE).read_text()) == {**sizes, **result.to_dict()}
     assert read_footprint(out) == result
 
 

@@ -1,5 +1,7 @@
+import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -17,12 +19,12 @@ import svdq_hf.cli
 import svdq_hf.hub.client
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.checkpoint.folders import SHARD_SIZE
-from svdq_hf.checkpoint.source import named_class
-from svdq_hf.cli.command import _parse, main
+from svdq_hf.cli.command import COMMANDS, _parse, main
 from svdq_hf.cli.evaluate import EXAMPLE
 from svdq_hf.cli.options import config_of, option_name
 from svdq_hf.config.choices import CHOICES, Option
 from svdq_hf.hub.readme import metadata_of
+from svdq_hf.quantize.empty_model import named_class
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["quantize", source, out]) == 0
     assert "bits per weight" in capsys.readouterr().out
-    assert main(["inspect", out]) == 0
+    assert main(["inspect", out, "--all"]) == 0
     printed = capsys.readouterr().out
     for layer in BertModel.from_pretrained(out).state_dict():
         if layer.endswith(".weight_scale"):
@@ -101,8 +103,7 @@ def test_tables_name_every_layer_and_the_totals(source, tmp_path, capsys):
         (["quantize", "./nowhere", "out"], "./nowhere: no such folder"),
         (["inspect", "./nowhere"], "./nowhere: no such folder"),
         (["evaluate", "--task", "rte", "--model", "./nowhere", "--out", "o"], "./nowhere: no such folder"),
-        (["evaluate", "--task", "rt", "--model", "./nowhere", "--out", "o"], "must be one of"),
-        (["evaluate", "--task", "perplexity", "--model", "./nowhere", "--out", "o"], "needs a text file"),
+        (["evaluate", "--task", "perplexity", "--model", ".", "--out", "o"], "needs a text file"),
         (["demo", "--k", "-3"], "k=-3: must be an int from 0 on"),
         (["demo", "--target-bits", "0"], "target_bits=0.0: must be None or a number of bits above 0"),
         (["demo", "--saliency", "svdd"], "saliency='svdd': must be one of"),
@@ -139,7 +140,6 @@ def test_error_feedback_without_data_is_a_choice(source, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["quantise"],
         ["quantize", "model"],
         ["demo", "--k", "many"],
@@ -182,7 +182,7 @@ def test_names_of_a_stranger_are_printed_as_they_are(source, tmp_path, capsys):
     tensors = load_file(file)
     renamed = {name.replace("pooler", "x[/red]\x1b[31m"): tensor for name, tensor in tensors.items()}
     save_file(renamed, file)
-    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out), "--all"]) == 0
     printed = capsys.readouterr().out
     assert "x[/red]?[31m.dense" in printed
     assert "\x1b" not in printed
@@ -382,7 +382,10 @@ def test_console_script_is_the_entry_point_of_the_package(monkeypatch, capsys):
     assert project["project"]["scripts"] == {"svdq": "svdq_hf.cli:main"}
     monkeypatch.setattr(sys, "argv", ["svdq", "inspect", "./nowhere"])
     assert svdq_hf.cli.main() == 1
-    assert capsys.readouterr().err == "svdq inspect: ./nowhere: no such folder\n"
+    assert (
+        capsys.readouterr().err
+        == "svdq inspect: ./nowhere: no such folder (and not a Hub name, which is user/model)\n"
+    )
 
 
 def test_a_result_that_is_larger_is_said(source, tmp_path, capsys):
@@ -421,6 +424,8 @@ COMMAND = (
         (["quantize", "model", "out", "--grup-size", "64"], 2, "--grup-size 64; did you mean --group-size?"),
         (["quantize", "model", "out", "--levels", "norml"], 2, "did you mean normal?"),
         (["quantize", "model", "out", "--zzz"], 2, "unrecognized arguments: --zzz\n"),
+        (["evaluate", "--task", "rt", "--model", "m", "--out", "o"], 2, "did you mean rte?"),
+        ([], 0, "svdq quantize MODEL OUT --preset best"),
     ],
 )
 def test_parsing_imports_no_torch_and_a_typo_is_told_what_was_meant(arguments, code, said):
@@ -428,6 +433,49 @@ def test_parsing_imports_no_torch_and_a_typo_is_told_what_was_meant(arguments, c
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect"],
+        ["quantize", "out"],
+        ["export", "out"],
+        ["push", "user/model"],
+        ["chat"],
+        ["evaluate", "--task", "rte", "--out", "o", "--model"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_is_not_there_is_told_without_torch(arguments):
+    place = 1 if arguments[0] != "evaluate" else len(arguments)
+    command = [*arguments[:place], "./nowhere", *arguments[place:]]
+    done = subprocess.run([sys.executable, "-c", COMMAND, *command], capture_output=True, text=True)
+    assert (done.returncode, "nowhere: no such folder" in done.stderr) == (1, True)
+    assert "torch" not in done.stdout
+    assert "transformers" not in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_every_command_has_examples_that_parse(command):
+    name = command.__name__.rpartition(".")[2]
+    shown = _parse([name, *required(command)]).parser.epilog
+    lines = [line.strip() for line in shown.splitlines()[1:]]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, _parse(arguments).command) == ("svdq", name)
+
+
+def required(command) -> list[str]:
+    """A command line with all that a command must be given."""
+    parser = command.add(argparse.ArgumentParser().add_subparsers())
+    given = []
+    for action in parser._actions:
+        if action.required:
+            value = next(iter(action.choices)) if action.choices else "x"
+            given += [*action.option_strings[:1], value]
+    return given
 
 
 @pytest.mark.parametrize("command", ["quantize", "demo"])

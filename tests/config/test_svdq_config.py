@@ -13,6 +13,7 @@ import torch
 
 import svdq_hf
 from svdq_hf.config import SVDQConfig
+from svdq_hf.config.checks import ELSEWHERE
 from svdq_hf.config.choices import CHOICES, QUANT_METHOD
 from svdq_hf.config.chosen import Chosen
 from svdq_hf.config.presets import PRESETS
@@ -441,3 +442,23 @@ def test_the_table_needs_neither_torch_nor_transformers():
         [sys.executable, "-c", code, str(Path(svdq_hf.__file__).parent)], capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("skip", "modules_to_not_convert"),
+        ("llm_int8_skip_modules", "modules_to_not_convert"),
+        ("load_in_4bit", "bits"),
+        ("q_group_size", "group_size"),
+        ("groupsize", "group_size"),
+    ],
+)
+def test_a_key_of_another_method_is_told_by_our_name(key, meant):
+    with pytest.raises(ValueError, match=rf"{key}=1: .*; did you mean '{meant}'\?$"):
+        SVDQConfig(**{key: 1})
+
+
+def test_the_names_of_others_stand_for_choices_and_are_none():
+    assert set(ELSEWHERE.values()) <= CHOICES.keys()
+    assert not ELSEWHERE.keys() & CHOICES.keys()

@@ -232,3 +232,12 @@ def test_rank_beyond_that_of_the_matrix_is_finite():
     outlier = torch.randn(8, 70).index_put((torch.tensor(2), torch.tensor(69)), torch.tensor(1e38))
     for weight in (constant, zero_row, outlier):
         assert torch.isfinite(principal(weight, 8).matrix()).all()
+
+
+def test_fewer_triplets_are_the_leading_ones_with_the_ratio_at_their_end():
+    found = principal(torch.diag(torch.tensor([8.0, 4.0, 3.0, 1.0])), 3)
+    fewer = found.leading(2)
+    assert fewer.s.tolist() == pytest.approx([8.0, 4.0])
+    assert fewer.sigma_ratio == pytest.approx(0.75)
+    assert found.leading(9) is found
+    assert found.leading(2).contiguous().u.is_contiguous()

@@ -18,13 +18,14 @@ FLOORS = (
     {"nn"},
     {"quantize"},
     {"integrations", "training", "hub"},
-    {"checkpoint", "evaluation"},
+    {"checkpoint"},
+    {"evaluation"},
     {"cli"},
 )
 """From the lowest on: a package imports only from lower ones."""
 OUTSIDE = {"__init__", "__main__", "adapters", "card", "demo"}
 """Flat files: the door of the package, and public paths into it."""
-MOST_FLAT_FILES, MOST_PACKAGES, MOST_FLOORS = 6, 13, 8
+MOST_FLAT_FILES, MOST_PACKAGES, MOST_FLOORS = 6, 13, 9
 MOST_PARAMETERS = 6
 SIGNATURES_OF_OTHERS = {
     "integrations/vllm/plugin.py:create_weights": "vLLM calls it",

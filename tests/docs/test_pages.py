@@ -122,3 +122,12 @@ def test_a_preset_sets_what_its_row_says(preset):
     assert row is not None
     said = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", row[0])}
     assert SVDQConfig(**said) == getattr(SVDQConfig, preset)()
+
+
+def test_make_alone_only_tells_its_targets():
+    """It must change no file; each target that CONTRIBUTING names is told."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    targets = [line.removesuffix(":") for line in lines if re.fullmatch(r"[a-z-]+:", line)]
+    assert targets[0] == "help"
+    told = re.findall(r'^\t@echo "make (\S+)', (ROOT / "Makefile").read_text(), flags=re.M)
+    assert told == targets[1:]

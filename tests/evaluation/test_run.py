@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from statistics import fmean
 from unittest.mock import ANY
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import transformers as hf
 from transformers import AutoTokenizer
 
-from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.cli import evaluate as options_of_evaluate
 from svdq_hf.cli.command import main
 from svdq_hf.demo import default_model
@@ -195,13 +196,55 @@ def test_tokenizer_without_padding_token_is_told_what_to_set(tmp_path, rte):
     assert (code, f"{folder}: the tokenizer has no padding token" in said) == (1, True)
 
 
-def test_quantized_folder_is_refused_with_the_remedy(tmp_path, perplexity):
-    folder = tmp_path / "quantized"
-    gpt2(folder)
-    model = quantize_model(hf.GPT2LMHeadModel.from_pretrained(folder), SVDQConfig(k=4))
-    model.save_pretrained(folder)
-    code, said = perplexity(str(folder))
-    assert (code, "quantized already" in said, "`svdq export`" in said) == (1, True, True)
+def test_quantized_folder_is_evaluated_as_it_is(tmp_path, perplexity):
+    gpt2(tmp_path / "dense")
+    choices = SVDQConfig(k=4, saliency="magnitude", lm_head=True)
+    model = quantize_model(hf.GPT2LMHeadModel.from_pretrained(tmp_path / "dense"), choices)
+    folder = saved(tmp_path / "quantized", model)
+    assert perplexity(folder) == perplexity(folder) == (0, "")  # once
+    (cell,) = cells(tmp_path)
+    assert (cell["model"], cell["method"], cell["k"]) == ("quantized", "as stored", 4)
+    assert cell["grid"] == "as stored: bits=4, saliency=magnitude, k=4, lm_head=True"
+    assert cell["bits_per_weight"] == footprint(model).bits_per_weight
+    assert (cell["kl"], set(cell["relative_error"])) == (None, {one.name for one in footprint(model).layers})
+
+
+def test_folder_of_another_method_is_refused_with_the_remedy(tmp_path, rte):
+    model = saved(tmp_path / "model", hf.BertForSequenceClassification(hf.BertConfig(**BERT)))
+    assert rte(model)[0] == 0
+    quantized = hf.BertForSequenceClassification.from_pretrained(model, quantization_config=SVDQConfig(k=1))
+    folder = saved(tmp_path / "again", quantized)
+    assert rte(folder)[0] == 0
+    assert {cell["method"] for cell in cells(tmp_path) if cell["model"] == "again"} == {"as stored"}
+
+
+def test_presets_are_contestants_with_further_choices(tmp_path, perplexity, text):
+    folder = gpt2(tmp_path / "model")
+    more = ["--preset", "best", "calibrated", "--damping", "1"]
+    out = ["--out", str(tmp_path / "out"), "--json"]
+    command = ["evaluate", "--task", "perplexity", "--text", str(text), "--model", folder, *more, *out]
+    assert main(command) == 0
+    found = {cell["method"]: cell for cell in cells(tmp_path)}
+    assert list(found) == ["fp32", "best, damping=1.0", "calibrated, damping=1.0"]  # and no scores
+    assert {cell["grid"] for cell in found.values()} == {None, "presets"}
+    best = quantize_model(hf.GPT2LMHeadModel.from_pretrained(folder), SVDQConfig.best())
+    assert found["best, damping=1.0"]["bits_per_weight"] == footprint(best).bits_per_weight
+    assert all(0 < found[name]["kl"] == pytest.approx(fmean(found[name]["kl_each"]), 1e-3) for name in
+               ("best, damping=1.0", "calibrated, damping=1.0"))  # fmt: skip
+
+
+def test_a_choice_alone_is_one_of_the_default_config_and_scores_may_stand_beside_it():
+    parser = argparse.ArgumentParser()
+    options_of_evaluate.add(parser.add_subparsers())
+
+    def asked(*given):
+        options = parser.parse_args(["evaluate", "--task", "rte", "--model", "m", "--out", "o", *given])
+        plan = options_of_evaluate.request_of(options).plan
+        return list(plan.contestants), len(plan.methods)
+
+    assert asked("--lm-head", "--error-feedback", "data") == (["default, error_feedback, lm_head"], 0)
+    assert asked("--preset", "small", "--k", "64") == (["small"], 6)
+    assert asked("--k", "64") == asked() == ([], 6)
 
 
 def test_an_evaluation_from_python_is_that_of_the_command(tmp_path, text, perplexity):
@@ -235,13 +278,15 @@ def test_the_defaults_of_the_command_are_those_of_a_request():
     [
         ({"model": "m"}, TypeError, r"model='m': must be a list; for one of them write \['m'\]"),
         ({"k": 64}, TypeError, r"k=64: must be a list"),
-        ({"saliency": []}, ValueError, r"saliency=\[\]: must have at least one"),
         ({"saliency": ["svdd"]}, ValueError, "saliency='svdd': must be one of"),
         ({"k": [-1]}, ValueError, "k=-1: must be"),
         ({"grid": ["group 64"]}, ValueError, "grid='group 64': must be one of"),
         ({"bits": [5]}, ValueError, "bits=5: must be one of"),
         ({"seeds": 0}, ValueError, "seeds=0: must be a whole number from 1 on"),
         ({"tokens": "9"}, ValueError, "tokens='9': must be a whole number"),
+        ({"saliency": []}, ValueError, "saliency and preset are both empty"),
+        ({"preset": ["bst"]}, ValueError, "preset='bst': must be one of"),
+        ({"task": "rt"}, ValueError, "task='rt': must be one of"),
         ({"out": None}, TypeError, "out=None: must be a path"),
         ({"data": 3}, TypeError, "data=3: must be a path"),
     ],

@@ -9,12 +9,13 @@ import pytest
 import tiny_models as tiny
 import torch
 from places import EXAMPLES
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.demo import default_model
+from svdq_hf.evaluation.comparison.answers import Reference
+from svdq_hf.evaluation.comparison.windows import CausalWindows
 
 sys.path.insert(0, str(EXAMPLES))
 import bench_quality as bq  # examples are no package
@@ -101,6 +102,19 @@ def test_text_scores_each_token_once(text, first, n, monkeypatch):
         assert abs(task(model)["kl"]) < KL_FLOOR
 
 
+def test_figures_are_those_of_svdq_compare(task, tmp_path):
+    ids = torch.cat([window[0, 1:] for window in task.windows])
+    measure = CausalWindows(ids, 16, Letters.bos_token_id, Reference(tmp_path))
+    dense, other = tiny.FAMILIES["llama-untied"].loud_model(), tiny.llama()
+    with torch.no_grad():
+        theirs = [task(model) for model in (dense, other)]
+    ours = [measure(model) for model in (dense, other)]
+    for one, two in zip(theirs, ours, strict=True):
+        assert two.n == one["n"]
+        assert float(two.loss.mean()) == pytest.approx(one["loss"], rel=1e-6)
+        assert float(two.kl.mean()) == pytest.approx(one["kl"], rel=1e-9)
+
+
 def test_calibration_is_not_what_is_scored(text):
     text.write_text("a" * 40 + "b" * 40)
     task = tasks.TextTask(text, Letters(), context=16, tokens=40, held=40)
@@ -108,20 +122,6 @@ def test_calibration_is_not_what_is_scored(text):
     assert not scored & held
     with pytest.raises(ValueError, match="80 tokens, fewer than 41 to score and 40 to hold"):
         tasks.TextTask(text, Letters(), context=16, tokens=41, held=40)
-
-
-def test_divergence_is_the_kl_of_the_reference():
-    reference, other = torch.randn(2, 200, 50).unbind()
-    found = tasks.divergence_sum(tasks.log_probabilities(reference), other)
-    log_p, log_q = (F.log_softmax(logits.double(), -1) for logits in (reference, other))
-    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    assert found == pytest.approx(expected, rel=1e-3)
-
-
-def test_text_of_json_lines(tmp_path):
-    file = tmp_path / "c4.jsonl"
-    file.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert tasks.read_text(file) == "one\n\ntwo"
 
 
 def test_glue_task(tmp_path):

@@ -1,6 +1,5 @@
 """The quality bench's speech: what is heard, what is scored, and a tiny Whisper on it."""
 
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(EXAMPLES))
 import bench_quality as bq  # examples are no package
 import quality_speech as speech
+
+from svdq_hf.evaluation.comparison import sound
 
 LAST = 3
 
@@ -34,7 +35,7 @@ def listen(sound, **about):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    monkeypatch.setattr(speech, "WORDS", 5)
+    monkeypatch.setattr(sound, "WORDS", 5)
     monkeypatch.setattr(speech, "spoken", lambda text: torch.linspace(0, 1, 8 * 20) * len(text))
     file = tmp_path / "read.txt"
     file.write_text("the quick brown fox jumps over the lazy dog and runs away from it all today " * 2)
@@ -82,16 +83,3 @@ def test_cells_of_a_speech_model(task, tmp_path):
 def test_a_text_that_is_too_short_is_refused(task, tmp_path):
     with pytest.raises(ValueError, match="fewer than 7 to score and 500 to hold"):
         speech.SpeechTask(tmp_path / "read.txt", Words(), listen, tokens=7, held=500)
-
-
-def test_the_program_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="apt-get install espeak-ng"):
-        speech.spoken("hello")
-
-
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng reads aloud")
-def test_speech_is_a_wave_of_16_khz():
-    sound = speech.spoken("one two three four five six seven")
-    assert 1.5 < sound.numel() / 16000 < 6
-    assert 0.1 < float(sound.abs().max()) <= 1.2

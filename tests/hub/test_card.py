@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.format.metadata import tags
-from svdq_hf.hub.card import CardResult, auto_class, model_card, write_card
+from svdq_hf.hub.card import CardResult, model_card, write_card
 from svdq_hf.hub.readme import BEGIN, END, base_metadata, merge, metadata_of, own_text, read_text, section_of
+from svdq_hf.hub.usage import auto_class
 from svdq_hf.quantize.footprint import read_footprint
 
 BASE = """---
@@ -120,6 +121,7 @@ def test_body_tells_how_to_load_and_what_was_done(folder):
     assert rows(card) == {
         "---": "---",
         "base model": "`org/llama`",
+        "size": f"{weights.total_bytes / 1e6:.1f} MB",
         "layers quantized": f"14, of {weights.weights:,} weights",
         "k, weights in FP32": f"16 per layer, {weights.salient_share:.3%} of all",
         "score": "`svd`, rank 4",
@@ -179,7 +181,8 @@ def test_evaluation_is_a_table_and_model_index(folder):
 
 def test_names_of_strangers_cannot_break_out_of_the_section(folder):
     nasty = f"a|b`{END}\n---\n<script>"
-    card = model_card(folder, base_model=nasty, results=[CardResult(nasty, nasty, nasty, 1.0)])
+    stated = f"---\n{yaml.safe_dump({'base_model': nasty})}---\n"
+    card = model_card(folder, base_card=stated, results=[CardResult(nasty, nasty, nasty, 1.0)])
     assert (card.count(BEGIN), section_of(card).count("<")) == (1, 0)
     assert metadata_of(card)["base_model"] == nasty  # YAML quotes it
     assert own_text(card) == ""
@@ -326,3 +329,26 @@ def test_names_of_dense_layers_and_numbers_are_right_in_every_family(family, tmp
         name, _, count = cell.replace("`", "").partition(" x ")
         dense[short_name(name.replace("*", "0"))] += int(count or 1)
     assert {name: count for name, count in dense.items() if name} == FAMILIES[family].dense
+
+
+def test_size_before_and_after_is_told_where_it_is_known(folder):
+    assert rows(model_card(folder, bytes_before=2_500_000))["size"].startswith("2.5 MB before, ")
+    (folder / "svdq_report.json").write_text('{"bytes_before": 3000000}')
+    try:
+        assert rows(model_card(folder))["size"].startswith("3.0 MB before, ")
+        (folder / "svdq_report.json").write_text('{"bytes_before": "x"}')
+        assert "before" not in rows(model_card(folder))["size"]
+    finally:
+        (folder / "svdq_report.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["./folder", "/abs/folder", "a/b/c", "~/model", ""])
+def test_a_folder_is_no_base_model(name, folder):
+    with pytest.raises(ValueError, match=r"must be a name on the Hub, user/model"):
+        model_card(folder, base_model=name)
+
+
+def test_a_base_model_that_the_card_contradicts_is_refused(folder):
+    existing = "---\nbase_model: org/one\n---\n"
+    with pytest.raises(ValueError, match=r"README.md has base_model: org/one, not org/two; change it there"):
+        model_card(folder, existing=existing, base_model="org/two")

@@ -385,6 +385,26 @@ def test_svdq_push_prints_the_url(server, folder, capsys):
     assert on_hub(server, "alice/other") == on_disk(folder)
 
 
+def test_svdq_push_asks_for_the_base_model_where_the_card_names_none(server, folder, capsys):
+    assert main(["push", str(folder), "alice/model"]) == 0
+    assert "names no base model" in capsys.readouterr().err
+    assert main(["push", str(folder), "alice/model", "--base-model", "./local"]) == 1
+    assert "must be a name on the Hub, user/model" in capsys.readouterr().err
+    assert main(["push", str(folder), "alice/model", "--base-model", "org/base"]) == 0
+    assert capsys.readouterr().err == ""
+    assert "base_model: org/base" in (folder / "README.md").read_text()
+    assert on_hub(server, "alice/model") == on_disk(folder)
+
+
+def test_svdq_inspect_takes_a_name_on_the_hub(server, folder, capsys):
+    assert main(["push", str(folder), "alice/model", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--json"]) == 0
+    local = capsys.readouterr().out
+    assert main(["inspect", "alice/model", "--json"]) == 0
+    assert capsys.readouterr().out == local
+
+
 def test_svdq_push_says_in_one_line_what_is_wrong(server, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     assert main(["push", str(folder), "alice/model"]) == 1

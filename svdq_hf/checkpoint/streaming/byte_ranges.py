@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svdq_hf.format.files import DTYPES, INDEX, REMEDY, WEIGHTS, open_tensors, read_index, weight_files
+from svdq_hf.format.dtypes import DTYPES
+from svdq_hf.format.files import INDEX, REMEDY, WEIGHTS, open_tensors, read_index, weight_files
 from svdq_hf.format.parts import PartSpec
 
 PIECE = 1 << 24

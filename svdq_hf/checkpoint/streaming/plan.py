@@ -121,20 +121,24 @@ class StreamPlan:
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan:
+def make_plan(
+    source: Source, config: SVDQConfig, shard_size: int, dtype: str | None = None, *, has_data: bool = False
+) -> StreamPlan:
     """Plan how a model is quantized file by file.
 
     Args:
         source: the model's folder.
         config: how it is quantized.
         shard_size: about how many bytes a file of the output has.
+        dtype: of what stays dense; None: as in the files.
+        has_data: whether there are calibration batches.
 
     Raises:
         Unstreamable: it must be quantized in memory.
         ValueError: it cannot be quantized at all: see `tensor_places` and `load_complete`.
     """
     kind = source.kind
-    _check_usual(source, config)
+    _check_usual(source, config, has_data=has_data)
     files = tuple(sorted({place.file for place in source.places.values()}))
     try:
         model, _ = load_complete(
@@ -143,6 +147,7 @@ def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan
             named=config.modules_to_not_convert or (),
             quantization_config=config,
             device_map={"": "meta"},
+            dtype=dtype or "auto",
         )
     except (RuntimeError, NotImplementedError) as error:  # if it is of the model, memory tells it as well
         raise Unstreamable(f"it cannot be planned ({error})") from error
@@ -158,12 +163,14 @@ def make_plan(source: Source, config: SVDQConfig, shard_size: int) -> StreamPlan
     return StreamPlan(model, config, files, _shards(units, shard_size))
 
 
-def _check_usual(source: Source, config: SVDQConfig) -> None:
+def _check_usual(source: Source, config: SVDQConfig, *, has_data: bool) -> None:
     """Refuse configs and models that are never streamed, whatever the files hold."""
     if config.synthetic:
         raise Unstreamable("its error feedback runs the dense model")
     if config.target_bits is not None and config.layer_k is None:
         raise Unstreamable("its budget is spent over all layers, which are measured first")
+    if has_data:
+        raise Unstreamable("calibration runs the dense model")
     if config.data_needs:
         raise config.no_data()
     model_config = getattr(source.kind, "config_class", None)

@@ -21,7 +21,8 @@ from svdq_hf.checkpoint.streaming.plan import Shard
 from svdq_hf.checkpoint.streaming.unit import Unit
 from svdq_hf.checkpoint.unfinished import model_folder
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.files import DTYPES, _sync, write_atomically
+from svdq_hf.format.dtypes import DTYPES
+from svdq_hf.format.files import _sync, write_atomically
 from svdq_hf.format.names import WeightName
 from svdq_hf.quantize.expert_stream import LazyStack
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight

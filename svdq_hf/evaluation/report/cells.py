@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from svdq_hf.evaluation.sweep.defaults import PRESETS_GRID, STORED
+
 # Baselines first, the method this package is named after next, chance last.
 METHOD_ORDER: Final = ("fp32", "none", "svd", "magnitude", "relative", "awq", "spqr")
 
@@ -22,7 +24,7 @@ class Cell:
         model: name of the model's folder.
         method: a score, or "fp32" (dense) or "none" (nothing salient).
         k: salient weights of a layer, or a share below 1.
-        n: number of examples.
+        n: number of examples, or of tokens.
         metrics: value by the metric's name.
         grid: name of the grid of scales; None of "fp32".
         model_seed: fine-tuning seed in the model's name.
@@ -32,7 +34,7 @@ class Cell:
         correct: 1 or 0 for each example.
         loss: mean, in nats (mean squared error in a regression).
         kl: mean KL from FP32, in nats.
-        kl_each: KL of each example.
+        kl_each: KL of each example or token.
         majority: number of examples that have the commonest label.
         bits_per_weight: stored bits in the quantized layers.
         relative_error: of each layer's weight, by its name.
@@ -116,6 +118,16 @@ class Group:
         return any(cell.right is not None for cell in self.cells)
 
     @property
+    def unit(self) -> str:
+        """What `n` counts: tokens in perplexity, examples elsewhere."""
+        return "tokens" if "perplexity" in self.metrics else "examples"
+
+    @property
+    def of_presets(self) -> bool:
+        """Whether the cells are of whole configs, each with a k of its own, or of a quantized folder."""
+        return is_whole(self.grid)
+
+    @property
     def ks(self) -> list[float]:
         """The numbers of salient weights that the cells have, without the baselines."""
         return sorted({cell.k for cell in self.cells if cell.method not in ("fp32", "none")})
@@ -128,6 +140,11 @@ class Group:
     def of(self, method: str, k: float | None = None) -> list[Cell]:
         """The cells of a method (and of one k): one per model seed, or several where the score is random."""
         return [cell for cell in self.cells if cell.method == method and k in (None, cell.k)]
+
+
+def is_whole(grid: str | None) -> bool:
+    """Whether what stands for a cell's grid says that a whole config was evaluated, or a quantized folder."""
+    return grid == PRESETS_GRID or (grid or "").startswith(STORED)
 
 
 def family(model: str) -> str:
@@ -175,7 +192,7 @@ def _checked(group: Group) -> Group:
     sizes = sorted({cell.n for cell in group.cells})
     if len(sizes) > 1:
         raise ValueError(
-            f"task {group.task}, model {group.family}: cells over {sizes} examples cannot share a table; "
+            f"task {group.task}, model {group.family}: cells over {sizes} {group.unit} cannot share a table; "
             "evaluate each size into its own folder"
         )
     return group

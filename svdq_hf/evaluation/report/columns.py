@@ -69,10 +69,10 @@ def claims(rows: Iterable[OverlapRow]) -> list[str]:
 
 
 def setting(group: Group) -> str:
-    """A group in one line: task, model, grid, seeds, examples."""
+    """A group in one line: task, model, grid, seeds, examples or tokens."""
     seeds = sorted({cell.model_seed for cell in group.cells if cell.model_seed is not None})
     models = f"model seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    parts = [group.task, group.family, group.grid or "", models, f"{group.cells[0].n} examples"]
+    parts = [group.task, group.family, group.grid or "", models, f"{group.cells[0].n} {group.unit}"]
     return "; ".join(part for part in parts if part)
 
 
@@ -113,15 +113,15 @@ def _main_columns(group: Group, rows: Sequence[Row]) -> list[Column[Row]]:
     tests = [column for column in _TESTS if any(column.sort(row) is not None for row in rows)]
     right, tests = ([_RIGHT], [_WILSON, *tests]) if group.counts_right else ([], [])
     loss = "change of loss (nats)" if "perplexity" in group.metrics else "change of loss"
-    costs: list[Column[Row]] = [
-        Column("KL from FP32", lambda row: small(row.kl), lambda row: row.kl),
-        *([_KL_TEST] if any(row.kl_against_magnitude for row in rows) else []),
-        Column(loss, lambda row: change(row.loss_change), lambda row: row.loss_change),
+    costs: list[Column[Row]] = [  # first: on a phone what is on the right is scrolled away
         Column(
             "bits per weight", lambda row: number(row.bits_per_weight, 2), lambda row: row.bits_per_weight
         ),
+        Column(loss, lambda row: change(row.loss_change), lambda row: row.loss_change),
+        Column("KL from FP32", lambda row: small(row.kl), lambda row: row.kl),
     ]
-    return [*always, *right, *scores, *seeds, *tests, *costs]
+    against = [_KL_TEST] if any(row.kl_against_magnitude for row in rows) else []
+    return [*always, *costs, *right, *scores, *seeds, *tests, *against]
 
 
 def _score(name: str) -> Column[Row]:

@@ -77,10 +77,25 @@ def lettering(text: str) -> str:
     return short.replace("\\", "/").replace("$", r"\$")
 
 
+def widened(axes: Axes, least: float) -> None:
+    """Make the y axis span at least so much, about its middle: what is smaller is noise, and looks like it.
+
+    Args:
+        axes: drawn already.
+        least: difference of the two ends.
+    """
+    low, high = axes.get_ylim()
+    more = max(0.0, least - (high - low)) / 2
+    axes.set_ylim(low - more, high + more)
+
+
 def written_out(axes: Axes) -> None:
-    """Make the y axis logarithmic with plain numbers, three in each decade where there are few decades."""
+    """Make the y axis logarithmic, of a decade at least, with plain numbers, three in each decade of few."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    more = max(1.0, (10 / (high / low)) ** 0.5)
+    low, high = low / more, high * more
+    axes.set_ylim(low, high)
     subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -5,7 +5,6 @@ Layers are listed in the order of the data, top to bottom; the part that all nam
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +12,7 @@ from svdq_hf.evaluation.report.cells import Cell, Group, Overlap
 from svdq_hf.evaluation.report.drawing import blank, lettering, style
 from svdq_hf.evaluation.report.palette import Look
 from svdq_hf.evaluation.report.rows import NAMES
+from svdq_hf.evaluation.report.short_names import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,18 +72,6 @@ def error_picture(group: Group, looks: Mapping[str, Look]) -> "Figure | None":
         _name(axes, layers, 0.0)
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, columnspacing=1.2, handlelength=1.6)
     return figure
-
-
-def short_names(layers: Sequence[str]) -> list[str]:
-    """Names without the parts that all of them start with.
-
-    >>> short_names(["encoder.layer.0.query", "encoder.layer.0.key", "encoder.layer.10.key"])
-    ['0.query', '0.key', '10.key']
-    """
-    parts = [layer.split(".") for layer in layers]
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*(part[:-1] for part in parts), strict=False))
-    shared = len(list(same)) if len(parts) > 1 else 0
-    return [".".join(part[shared:]) for part in parts]
 
 
 def _means(pairs: Iterable[tuple[tuple[str, float], float]]) -> dict[tuple[str, float], float]:

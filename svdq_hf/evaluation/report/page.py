@@ -110,7 +110,8 @@ def _picture(picture: Picture) -> str:
 
 def _table(table: Table, note: bool = True) -> str:
     numeric = [_is_numeric(column) for column in zip(*table.entries, strict=True)]
-    head = "".join(_head(title, number) for title, number in zip(table.titles, numeric, strict=True))
+    made = _head if table.sortable else _plain_head
+    head = "".join(made(title, number) for title, number in zip(table.titles, numeric, strict=True))
     rows = "\n".join(_row(entries, numeric) for entries in table.entries)
     texts = [table.caption] * note + table.notes
     notes = "".join(f'<p class="note">{escape(text)}</p>\n' for text in texts)
@@ -127,6 +128,10 @@ def _is_numeric(column: Iterable[Entry]) -> bool:
 def _head(title: str, numeric: bool) -> str:
     kind = " data-numbers" if numeric else ' class="words"'
     return f'<th scope="col" aria-sort="none"{kind}><button type="button">{escape(title)}</button></th>'
+
+
+def _plain_head(title: str, numeric: bool) -> str:
+    return f'<th scope="col" class="{"" if numeric else "words "}still">{escape(title)}</th>'
 
 
 def _row(entries: Iterable[Entry], numeric: Iterable[bool]) -> str:

@@ -33,12 +33,15 @@ tr:last-child td { border-bottom: 0; }
 th { background: var(--head); vertical-align: bottom; padding: 0; }
 th button { all: unset; box-sizing: border-box; width: 100%; padding: .4rem .5rem; cursor: pointer;
   font-weight: 600; text-align: inherit; white-space: normal; overflow-wrap: normal; }
+th.still { padding: .4rem .5rem; font-weight: 600; white-space: normal; overflow-wrap: break-word; }
 th button::after { content: "\\2195"; color: var(--quiet); padding-left: .3em; font-weight: 400; }
 th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--mark); }
 th[aria-sort=descending] button::after { content: "\\2193"; color: var(--mark); }
 .words { text-align: left; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
 th:first-child { background: var(--head); }
+@media (max-width: 600px) { td:first-child { white-space: normal; min-width: 5.5rem; overflow-wrap: normal; }
+  th, td { padding: .3rem .35rem; } }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px;
   align-items: start; }
 figure { margin: 0; max-width: 560px; }

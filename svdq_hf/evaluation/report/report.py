@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from svdq_hf.evaluation.report.cells import Cell, Group, Overlap, groups
+from svdq_hf.evaluation.report.cells import Cell, Group, Overlap, groups, is_whole
 from svdq_hf.evaluation.report.columns import claims, main_table, overlap_table, runs_table
 from svdq_hf.evaluation.report.drawing import save, svg
 from svdq_hf.evaluation.report.layer_plots import error_picture, overlap_picture
@@ -80,6 +80,8 @@ def _sections(
 
 
 def _group_figures(group: Group, cells: Iterable[Cell]) -> dict[str, "Figure"]:
+    if group.of_presets:  # each row has a k of its own: there is nothing to draw against
+        return {}
     look = looks(cell.method for cell in cells)
     rows = main_rows(group)
     drawn = {
@@ -135,11 +137,16 @@ def _name(parts: Iterable[str], taken: set[str]) -> str:
 def _contents(cells: Sequence[Cell]) -> str:
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     models = {cell.model for cell in cells}
-    methods = {cell.method for cell in cells} - {"fp32", "none"}
-    return (
-        f"{len(cells)} runs: {len(models)} model{'s' * (len(models) != 1)} on {listing(tasks)}, "
-        f"{len(methods)} way{'s' * (len(methods) != 1)} to choose the weights that stay in FP32."
-    )
+    whole = [cell for cell in cells if is_whole(cell.grid)]
+    methods = {cell.method for cell in cells if cell not in whole} - {"fp32", "none"}
+    configs = len({(cell.method, cell.grid) for cell in whole})
+    counts = {
+        f"{len(methods)} way{'s' * (len(methods) != 1)} to choose the weights that stay in FP32": methods,
+        f"{configs} whole config{'s' * (configs != 1)}": configs,
+    }
+    told = ", ".join(text for text, count in counts.items() if count)
+    on = f"{len(cells)} runs: {len(models)} model{'s' * (len(models) != 1)} on {listing(tasks)}"
+    return ", ".join(filter(None, [on, told])) + "."
 
 
 def _markdown(opening: Iterable[str], sections: Sequence[Section]) -> str:

@@ -98,6 +98,8 @@ class OverlapRow:
 def main_rows(group: Group) -> list[Row]:
     """Rows of the main table: FP32, nothing salient, then each method by k."""
     found = [_row(group, cells) for cells in _pools(group)]
+    if group.of_presets:  # whose ks say nothing beside each other
+        return found
     baselines = [row for row in found if row.method in NAMES]
     return baselines + sorted((row for row in found if row.method not in NAMES), key=lambda row: row.k)
 
@@ -120,21 +122,27 @@ def _share(counts: Sequence[int | None], n: int) -> float | None:
 def missing(group: Group, rows: Sequence[Row]) -> list[str]:
     """Notes on what the data lacks: baselines, some of the ks, some of the seeds."""
     there = set(group.methods)
-    notes = [f"No row {NAMES.get(name, name)}: not in the data." for name in _BASELINES if name not in there]
+    wanted = _BASELINES[:1] if group.of_presets else _BASELINES
+    notes = [f"No row {NAMES.get(name, name)}: not in the data." for name in wanted if name not in there]
     for method in ("magnitude", "random"):
         ks = [k for k in group.ks if not group.of(method, k)]
         if method in there and ks:
             notes.append(f"No row {method} at k = {', '.join(f'{k:g}' for k in ks)}: not in the data.")
-    dense = next((row for row in rows if row.method == "fp32"), None)
-    if dense and dense.interval and dense.majority and dense.interval.low <= dense.majority:
-        notes.append(
-            f"FP32 itself is not distinguishable from always giving the commonest answer "
-            f"({dense.majority:.1%} right): right answers rank nothing here, KL does."
-        )
     most = max(row.seeds for row in rows)
     return notes + [
         f"{row.label} at k = {row.k:g} has {row.seeds} of {most} models." for row in rows if row.seeds < most
     ]
+
+
+def caveat(rows: Sequence[Row]) -> str | None:
+    """The sentence that comes before all others: where the dense model itself has learnt nothing."""
+    dense = next((row for row in rows if row.method == "fp32"), None)
+    if dense and dense.interval and dense.majority and dense.interval.low <= dense.majority:
+        return (
+            "Caveat: FP32 itself is not distinguishable from always giving the commonest answer "
+            f"({dense.majority:.1%} right): right answers rank nothing here, KL does."
+        )
+    return None
 
 
 _BASELINES: Final = ("fp32", "none", "magnitude", "random")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from svdq_hf.evaluation.report.cells import Group
-from svdq_hf.evaluation.report.drawing import blank, lettering, style, written_out
+from svdq_hf.evaluation.report.drawing import blank, lettering, style, widened, written_out
 from svdq_hf.evaluation.report.palette import Look
 from svdq_hf.evaluation.report.rows import NAMES, Row
 
@@ -49,6 +49,7 @@ def score_picture(group: Group, rows: Sequence[Row], looks: Mapping[str, Look]) 
         _levels(axes, rows, looks, score)
         _curves(axes, rows, looks, score)
         _bars(axes, [row for row in rows if row.method in barred], looks, ends)
+        widened(axes, _least(group, rows))
         _finish(figure, axes, group, lettering(name))
     return figure
 
@@ -78,6 +79,15 @@ def kl_picture(group: Group, rows: Sequence[Row], looks: Mapping[str, Look]) -> 
         written_out(axes)
         _finish(figure, axes, group, "KL (nats)")
     return figure
+
+
+SMALLEST: Final = 0.05
+"""The least that an axis of scores spans: a share of FP32's perplexity, five points of any other score."""
+
+
+def _least(group: Group, rows: Sequence[Row]) -> float:
+    dense = next((_finite(row.scores.get(group.headline)) for row in rows if row.method == "fp32"), None)
+    return SMALLEST * (abs(dense) if group.unit == "tokens" and dense else 1.0)
 
 
 def _finite(value: float | None) -> float | None:

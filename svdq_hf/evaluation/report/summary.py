@@ -11,7 +11,7 @@ from typing import Final
 
 from svdq_hf.evaluation.report.cells import Group
 from svdq_hf.evaluation.report.compare import Comparison, Distance, compare
-from svdq_hf.evaluation.report.rows import NAMES, Row
+from svdq_hf.evaluation.report.rows import NAMES, Row, caveat
 from svdq_hf.evaluation.report.statistics import Verdict
 from svdq_hf.evaluation.report.tables import chance, listing, small
 
@@ -19,8 +19,47 @@ RIVALS: Final = ("awq", "spqr")  # which the paper has behind svd at high k
 
 
 def sentences(group: Group, rows: Sequence[Row]) -> list[str]:
-    """The sentences about the main table of a group."""
-    return [*_closest(group, rows), *_certain(group, rows), *_against_magnitude(group, rows), *_rivals(group)]
+    """The sentences about the main table of a group; first what all others depend on, then the verdict."""
+    first = caveat(rows)
+    return [
+        *([] if first is None else [first]),
+        *_verdict(group, rows),
+        *_closest(group, rows),
+        *_certain(group, rows),
+        *_against_magnitude(group, rows),
+        *_rivals(group),
+    ]
+
+
+VERDICTS: Final = ((0.01, "next to nothing"), (0.05, "little"), (0.15, "noticeably"), (math.inf, "much"))
+"""How a rise of perplexity is called, up to which share: 0.05 nats of loss are 5 %."""
+
+
+def _verdict(group: Group, rows: Sequence[Row]) -> Iterator[str]:
+    """What quantizing costs in perplexity: of the best row, and of the one with nothing salient."""
+    known = [row for row in rows if row.loss_change is not None and math.isfinite(row.loss_change)]
+    dense = next((row for row in rows if row.method == "fp32"), None)
+    if group.unit != "tokens" or not known or dense is None:
+        return
+    told = known if group.of_presets else [min(known, key=_loss)]
+    base = [row for row in known if row.method == "none" and row not in told]
+    before = dense.scores["perplexity"]
+    names = [row.label if group.of_presets else _names([row], []) for row in (*told, *base)]
+    costs = "; ".join(_cost(row, before, name) for row, name in zip([*told, *base], names, strict=True))
+    yield f"Verdict, over {dense.n} tokens: {costs}."
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row.loss_change is None else row.loss_change
+
+
+def _cost(row: Row, dense: float, name: str) -> str:
+    """The cost of a row in words: its perplexity beside the dense model's."""
+    rise = math.expm1(_loss(row))
+    word = next(word for most, word in VERDICTS if rise < most)
+    bits = "" if row.bits_per_weight is None else f", {row.bits_per_weight:.2f} bits"
+    told = f"{rise:+.1%}" + ("" if rise < 0 else f", {word}")
+    return f"{name}{bits}: perplexity {dense:.2f} to {dense * (1 + rise):.2f} ({told})"
 
 
 def _closest(group: Group, rows: Sequence[Row]) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Column(Generic[R]):
 
 @dataclass(frozen=True)
 class Table:
-    """A complete table: titles, entries, caption, notes, and records with unrounded numbers."""
+    """A complete table: titles, entries, caption, notes, records with unrounded numbers, whether it sorts."""
 
     name: str
     titles: list[str]
@@ -47,6 +47,7 @@ class Table:
     caption: str
     notes: list[str] = field(default_factory=list)
     records: list[Mapping[str, object]] = field(default_factory=list)
+    sortable: bool = True
 
     def markdown(self) -> str:
         """The table with its caption and notes in GitHub's Markdown."""

@@ -3,15 +3,16 @@
 Only which cells there are and the config of each; `evaluation.sweep.run` computes them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import VERSION_1
+from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.saliency import check_name, score_needs
-from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, RANKS, SEEDS
+from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, PRESETS_GRID, RANKS, SEEDS
 
 DEFAULT, OURS, PAPERS = GRID_NAMES.values()
 GRIDS: dict[str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ class SweepPlan:
         grids: names of `GRIDS`.
         seeds: number of seeds of the random choice.
         ranks: ranks of the svd score.
+        contestants: whole configs by name, each of which quantizes the model as a user's would.
 
     Raises:
         ValueError: an unknown score or grid, or an impossible k or rank.
@@ -60,6 +62,7 @@ class SweepPlan:
     grids: Sequence[str] = (OURS, PAPERS)
     seeds: int = SEEDS
     ranks: Sequence[int] = RANKS
+    contestants: Mapping[str, SVDQConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -73,8 +76,12 @@ class SweepPlan:
             SVDQConfig(rank=rank)
 
     def cells(self) -> Iterator["Key"]:
-        """The key of every cell: the baselines first, then method by method."""
+        """The key of every cell: FP32, whole configs, nothing salient, then method by method."""
         yield Key("fp32", None, 0, 0, None)
+        for name, config in self.contestants.items():
+            yield Key(name, PRESETS_GRID, config.k, 0, None)
+        if not self.methods:
+            return
         yield from (Key("none", grid, 0, 0, None) for grid in self.grids)
         for method in self.methods:
             needs = score_needs(method)
@@ -84,12 +91,32 @@ class SweepPlan:
                 yield Key(method, grid, k, seed, rank)
 
 
+def contestant(preset: str, choices: Mapping[str, Any]) -> tuple[str, SVDQConfig]:
+    """A whole config and its name in tables.
+
+    Args:
+        preset: of `PRESETS`, or "default".
+        choices: others than the preset's.
+
+    Raises:
+        ValueError: an unknown preset, or an impossible choice.
+
+    >>> contestant("best", {"lm_head": True, "bits": 3})[0]
+    'best, lm_head, bits=3'
+    """
+    if preset != DEFAULT and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: must be one of {[DEFAULT, *PRESETS]}")
+    changes = {} if preset == DEFAULT else PRESETS[preset].changes
+    more = [name if value is True else f"{name}={value}" for name, value in choices.items()]
+    return ", ".join([preset, *more]), SVDQConfig(**{**changes, **choices})
+
+
 class Key(NamedTuple):
     """What identifies a cell among those of one task and model.
 
     Attributes:
-        method: a score, or "fp32" (dense) or "none" (nothing salient).
-        grid: name of the grid of scales; None of "fp32".
+        method: a score, "fp32" (dense), "none" (nothing salient), or the name of a whole config.
+        grid: name of the grid of scales, or `PRESETS_GRID` of a whole config; None of "fp32".
         k: salient weights of a layer, or a share below 1.
         seed: of the random choice.
         rank: of the svd score; None for other scores.

@@ -2,17 +2,18 @@
 
 A cell is one JSON line of OUT/cells.jsonl, written when it is computed; a run that was killed goes on
 where it stopped. Each layer is scored once per method (one SVD, one pass over calibration data),
-whatever the number of k's. The models that are evaluated are real quantized ones. Not here: what a task
-is (`evaluation.tasks`), and what is made of the cells (`evaluation.report`).
+whatever the number of k's. The models that are evaluated are real quantized ones. Not here: what a cell holds
+(`evaluation.sweep.cell`), what a task is (`evaluation.tasks`), and what is made of the cells
+(`evaluation.report`).
 """
 
+import copy
 import logging
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored, data_needs
 from svdq_hf.core.topk import salient_count, top_positions
+from svdq_hf.evaluation.sweep.cell import Evaluator, measured, write_cell
+from svdq_hf.evaluation.sweep.defaults import PRESETS_GRID
 from svdq_hf.evaluation.sweep.plan import BASELINES, Key, SweepPlan
-from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished, whole_lines
+from svdq_hf.evaluation.sweep.store import OVERLAPS, append, finished, whole_lines
+from svdq_hf.integrations.transformers.in_memory import quantize_model
 from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
@@ -31,18 +35,6 @@ from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import score_weight
 
 logger = logging.getLogger(__name__)
-
-
-class Evaluator(Protocol):
-    """Evaluates a model on a task; the first model it gets is the FP32 reference for the others."""
-
-    task: str
-
-    def __call__(self, model: Any) -> dict[str, Any]:
-        """The results of a cell: n, right, correct, majority, metrics, loss, kl and kl_each."""
-
-    def calibration(self) -> Iterable[Any]:
-        """Batches for the scores that need data."""
 
 
 Scores = Mapping[str, Scored]
@@ -98,6 +90,9 @@ class Sweep:
             if key.method == "fp32":
                 self._write(key, reference, None, seconds)
                 continue
+            if key.grid == PRESETS_GRID:
+                self._run_contestant(key)
+                continue
             if scored[0] != key.scoring:
                 scored = (key.scoring, {})  # let go of the old scores before there are new ones
                 scored = (key.scoring, self._scores(key))
@@ -133,6 +128,21 @@ class Sweep:
         seconds = {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized}
         self._write(key, {**result, "bits_per_weight": bits}, errors, seconds)
 
+    def _run_contestant(self, key: Key) -> None:
+        """Evaluate a copy of the model that is quantized as a whole, heads and embeddings too."""
+        started = time.perf_counter()
+        config = self.plan.contestants[key.method]
+        needs = config.data_needs and not config.synthetic
+        model = quantize_model(
+            copy.deepcopy(self.model), config, self.evaluate.calibration() if needs else None
+        )
+        quantized = time.perf_counter()
+        self._write(
+            key,
+            *measured(model, self.evaluate),
+            {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized},
+        )
+
     def _write(
         self,
         key: Key,
@@ -141,12 +151,8 @@ class Sweep:
         seconds: dict[str, float],
     ) -> None:
         dense = {"bits_per_weight": 32.0, "kl": None, "kl_each": None} if key.method == "fp32" else {}
-        line = {
-            "task": self.evaluate.task, "model": self.name, "model_seed": model_seed(self.name),
-            "method": key.method, "grid": key.grid, "k": key.k, "rank": key.rank, "score_seed": key.seed,
-            "relative_error": errors, "seconds": seconds, **result, **dense,
-        }  # fmt: skip
-        append(self.out / CELLS, [line])
+        about = {"task": self.evaluate.task, "model": self.name}
+        write_cell(self.out, key, {**about, "relative_error": errors, "seconds": seconds, **result, **dense})
 
     def _compare(self, key: Key, scores: Scores, ranks: Sequence[int] | None = None) -> None:
         """Write the overlap of a method's choice with svd's, for each rank and every k."""
@@ -223,13 +229,3 @@ def overlap(a: Tensor, b: Tensor, numel: int) -> dict[str, float]:
     common = int(torch.isin(a, b).sum())
     union = a.numel() + b.numel() - common
     return {"iou": common / union, "share": common / a.numel(), "chance": b.numel() / numel}
-
-
-def model_seed(name: str) -> int | None:
-    """The fine-tuning seed at the end of a model's name; None where there is none.
-
-    >>> model_seed("minilm-rte-seed2"), model_seed("minilm")
-    (2, None)
-    """
-    found = re.search(r"seed(\d+)$", name)
-    return int(found[1]) if found else None

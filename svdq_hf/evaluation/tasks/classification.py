@@ -20,8 +20,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging as hf_logging
 
-from svdq_hf.evaluation.tasks.glue import load_split, measure, task_of, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, measure, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import task_of
 
 CALIBRATION_TEXTS = 128
 """Texts of the training split, from its start, for the scores that need data."""
@@ -145,6 +147,7 @@ def finetune(
             warmup_steps=0.1,
             lr_scheduler_type="linear",
             train_sampling_strategy="group_by_length",
+            disable_tqdm=not hf_logging.is_progress_bar_enabled(),
         )
         trainer = Trainer(
             model=model,
@@ -188,8 +191,7 @@ def _arguments(folder: str, **choices: Any) -> TrainingArguments:
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
-        **choices,
+        **{"disable_tqdm": True, **choices},
     )
 
 

@@ -1,19 +1,19 @@
-"""GLUE (arXiv 1804.07461): its tasks as rows of one table, their data and their metrics.
+"""GLUE (arXiv 1804.07461): the data of its tasks, and their metrics.
 
 Data comes from the Hub ("nyu-mll/glue") or from a folder `DIR/<task>/` with `train*` and `dev*` (or
-`validation*`) files as jsonl, tsv, csv or parquet. Not here: models, which are fine-tuned and scored in
-`evaluation.tasks.classification`.
+`validation*`) files as jsonl, tsv, csv or parquet. Not here: the table of tasks
+(`evaluation.tasks.glue_tasks`); models, which are fine-tuned and scored in `evaluation.tasks.classification`.
 """
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from svdq_hf.core.release import how_to_install
+from svdq_hf.evaluation.tasks.glue_tasks import Task, task_of
 
 try:
     import datasets
@@ -22,35 +22,6 @@ try:
 except ImportError as error:
     raise ImportError(f"evaluation needs an extra: {how_to_install('evaluate')}") from error
 
-
-@dataclass(frozen=True)
-class Task:
-    """One GLUE task.
-
-    Attributes:
-        columns: its text columns.
-        labels: number of labels; 1: a regression.
-        metrics: names of `METRICS`.
-        dev: name of its dev split on the Hub.
-    """
-
-    columns: tuple[str, ...]
-    labels: int = 2
-    metrics: tuple[str, ...] = ("accuracy",)
-    dev: str = "validation"
-
-
-TASKS = {
-    "cola": Task(("sentence",), metrics=("matthews_correlation",)),
-    "mnli": Task(("premise", "hypothesis"), labels=3, dev="validation_matched"),
-    "mrpc": Task(("sentence1", "sentence2"), metrics=("accuracy", "f1")),
-    "qnli": Task(("question", "sentence")),
-    "qqp": Task(("question1", "question2"), metrics=("accuracy", "f1")),
-    "rte": Task(("sentence1", "sentence2")),
-    "sst2": Task(("sentence",)),
-    "stsb": Task(("sentence1", "sentence2"), labels=1, metrics=("pearson", "spearmanr")),
-}
-"""Source: Wang et al., GLUE (2019). To add a task is to add a row."""
 
 METRICS = {
     "accuracy": lambda labels, found: sk.accuracy_score(labels, found),
@@ -94,17 +65,6 @@ def measure(
 FORMATS = {"jsonl": "json", "json": "json", "tsv": "csv", "csv": "csv", "parquet": "parquet"}
 LONGEST = 256
 """Tokens an input is cut to; 128 and more for RTE's longest pairs."""
-
-
-def task_of(name: str) -> Task:
-    """The task of a name.
-
-    Raises:
-        ValueError: unknown task; it lists the known ones.
-    """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r}: must be one of {sorted(TASKS)}")
-    return TASKS[name]
 
 
 def load_split(name: str, split: str, data: str | Path | None = None) -> Any:

@@ -5,18 +5,23 @@ token is scored once, in the first window that has it. So every scored token has
 tokens before it, except in the first window. Where the tokenizer has a first token (<bos>), every window
 begins with it, as the model's texts did in training: Gemma 3's loss is 3.47 without and 3.26 with it. A
 masked model sees each window with every seventh token masked, and is scored on those (a pseudo-perplexity, to
-be compared with itself only).
+be compared with itself only). KL compares the distributions of every scored token with the dense model's,
+which runs beside the other, since logits of a large vocabulary do not fit into memory. Not here: the cells of
+a sweep (`evaluation.tasks.language_modeling`).
 """
 
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging as hf_logging
+
+from svdq_hf.calibration.texts import longest_input
 
 EVERY = 7
 """One token in so many is masked: 14 %, about what masked models are trained with."""
@@ -29,10 +34,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextScore:
-    """Mean loss in nats over `tokens` scored tokens."""
+    """Mean loss in nats over `tokens` scored tokens; KL of each from a reference's, `[tokens]`, or None."""
 
     loss: float
     tokens: int
+    kl: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -91,7 +97,13 @@ def windows(tokens: int, context: int, stride: int, scored: int = 1) -> Iterator
 
 @torch.no_grad()
 def causal_score(
-    model: Any, ids: Tensor, *, context: int = 1024, stride: int = 512, bos: int | None = None
+    model: Any,
+    ids: Tensor,
+    *,
+    context: int = 1024,
+    stride: int = 512,
+    bos: int | None = None,
+    reference: Any = None,
 ) -> TextScore:
     """Score a causal model on a text.
 
@@ -101,22 +113,28 @@ def causal_score(
         context: most tokens in a window, <bos> included.
         stride: from the start of one window to that of the next.
         bos: token id that every window begins with; None: none.
+        reference: the dense model, from whose distributions KL is measured; None: no KL.
 
     Raises:
         ValueError: the loss is not finite, or `stride` does not fit `context`.
     """
-    total, count, lead = 0.0, 0, ids.new_tensor([] if bos is None else [bos])
-    for start, first, end in windows(ids.numel(), context - len(lead), stride, 1 - len(lead)):
-        logits = model(input_ids=torch.cat([lead, ids[start:end]])[None]).logits[0].float()
+    sums, lead = _Sums(reference is not None), ids.new_tensor([] if bos is None else [bos])
+    places = list(windows(ids.numel(), context - len(lead), stride, 1 - len(lead)))
+    for start, first, end in hf_logging.tqdm(places, desc="Reading the text", leave=False):
+        window = torch.cat([lead, ids[start:end]])[None]
         before = len(lead) - start - 1  # of a token's place, the place that predicts it
-        predicted = logits[before + first : before + end]
-        total += float(F.cross_entropy(predicted, ids[first:end], reduction="sum"))
-        count += end - first
-    return _finite(total, count)
+        scored = slice(before + first, before + end)
+        found = [
+            one(input_ids=window).logits[0, scored].float() for one in (model, reference) if one is not None
+        ]
+        sums.add(ids[first:end], *found)
+    return sums.score()
 
 
 @torch.no_grad()
-def masked_score(model: Any, ids: Tensor, tokenizer: Any, *, context: int = 256) -> TextScore:
+def masked_score(
+    model: Any, ids: Tensor, tokenizer: Any, *, context: int = 256, reference: Any = None
+) -> TextScore:
     """Score a masked model on a text; every model has the same tokens masked.
 
     Args:
@@ -124,47 +142,74 @@ def masked_score(model: Any, ids: Tensor, tokenizer: Any, *, context: int = 256)
         ids: the text, `[tokens]`, int64.
         tokenizer: has the special tokens of the model.
         context: most tokens in a window, special tokens aside.
+        reference: the dense model, from whose distributions KL is measured; None: no KL.
 
     Raises:
         ValueError: the loss is not finite, or the text is too short.
     """
-    total, count = 0.0, 0
-    for start in range(0, ids.numel(), context):
+    sums = _Sums(reference is not None)
+    for start in hf_logging.tqdm(range(0, ids.numel(), context), desc="Reading the text", leave=False):
         ends = [[tokenizer.cls_token_id], [tokenizer.sep_token_id]]
         whole = torch.tensor([ends[0] + ids[start : start + context].tolist() + ends[1]])
         place = torch.arange(EVERY // 2 + 1, whole.shape[1] - 1, EVERY)  # not the special ends
         hidden = whole.clone()
         hidden[0, place] = tokenizer.mask_token_id
-        logits = model(input_ids=hidden).logits[0, place].float()
-        total += float(F.cross_entropy(logits, whole[0, place], reduction="sum"))
-        count += place.numel()
-    return _finite(total, count)
+        found = [
+            one(input_ids=hidden).logits[0, place].float() for one in (model, reference) if one is not None
+        ]
+        sums.add(whole[0, place], *found)
+    return sums.score()
 
 
-def _finite(total: float, count: int) -> TextScore:
-    if not math.isfinite(total):
-        raise ValueError("the loss is not finite: the model's logits have a NaN or an infinity")
-    if count == 0:
-        raise ValueError("no token was scored: the text is too short for this context")
-    return TextScore(total / count, count)
+@dataclass
+class _Sums:
+    """Sums over the scored tokens of windows."""
+
+    compared: bool
+    total: float = 0.0
+    count: int = 0
+    kl: list[Tensor] = field(default_factory=list)
+
+    def add(self, right: Tensor, logits: Tensor, reference: Tensor | None = None) -> None:
+        """Add a window's tokens `[tokens]` and the logits `[tokens, vocabulary]` that predict them."""
+        self.total += float(F.cross_entropy(logits, right, reduction="sum"))
+        self.count += right.numel()
+        if reference is not None:
+            self.kl.append(divergence(logits, reference))
+
+    def score(self) -> TextScore:
+        if not math.isfinite(self.total):
+            raise ValueError("the loss is not finite: the model's logits have a NaN or an infinity")
+        if self.count == 0:
+            raise ValueError("no token was scored: the text is too short for this context")
+        kl = torch.cat(self.kl) if self.compared else None
+        return TextScore(self.total / self.count, self.count, kl)
+
+
+def divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL divergence of each token's distribution from the reference's.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+        reference: logits of the same shape.
+
+    Returns:
+        `[tokens]`, float32, in nats.
+
+    >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([0.])
+    """
+    log_q, log_p = logits.log_softmax(1), reference.log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).clamp_min_(0.0)  # below 0 only by rounding
 
 
 def longest_context(model: Any) -> int | None:
     """The longest context that a model's positions allow; None where its config sets no limit.
 
-    A masked model needs two positions for the window's ends; RoBERTa's positions begin after the padding
-    token's.
+    A masked model needs two positions for the window's ends.
     """
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int) or length < 1:
-        return None
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
-        if padding is not None and getattr(module, "num_embeddings", None) == length:
-            length -= padding + 1
-            break
-    return length if model.can_generate() else length - 2
+    length = longest_input(model)
+    return length if length is None or model.can_generate() else length - 2
 
 
 def context_of(model: Any, asked: int | None = None) -> int:
@@ -187,45 +232,3 @@ def context_of(model: Any, asked: int | None = None) -> int:
         logger.warning("%s: context %d, the longest that its positions allow", model.name_or_path, longest)
         return longest
     return asked or CONTEXT
-
-
-class PerplexityEvaluator:
-    """Scores causal or masked models on one text.
-
-    Args:
-        text: the text.
-        tokenizer: of the models.
-        context: tokens a model sees at once.
-        limit: most tokens to score.
-        calibration_tokens: tokens at the *end* of the text that are not scored but kept for scores that need
-            data.
-    """
-
-    def __init__(
-        self, text: str, tokenizer: Any, *, context: int, limit: int, calibration_tokens: int = 8192
-    ) -> None:
-        self.bos: int | None = tokenizer.bos_token_id
-        # In the name, so that cells of older runs, which had none, are not taken for these.
-        self.task = f"perplexity, context {context}" + ("" if self.bos is None else ", with bos")
-        self.tokenizer = tokenizer
-        self.context = context
-        ids = token_ids(text, tokenizer)
-        held = min(calibration_tokens, ids.numel() // 4)
-        self.ids, self.rest = ids[: ids.numel() - held][:limit], ids[ids.numel() - held :]
-
-    def __call__(self, model: Any) -> dict[str, Any]:
-        """The results of a cell: n, metrics and loss; there are no right answers to count."""
-        if model.can_generate():
-            stride = max(1, self.context // 2)
-            found = causal_score(model, self.ids, context=self.context, stride=stride, bos=self.bos)
-        else:
-            found = masked_score(model, self.ids, self.tokenizer, context=self.context)
-        nothing = dict.fromkeys(("right", "correct", "majority", "kl", "kl_each"))
-        metrics = {"perplexity": found.perplexity}
-        return {"n": found.tokens, "metrics": metrics, "loss": found.loss, **nothing}
-
-    def calibration(self) -> list[dict[str, Tensor]]:
-        """Windows of the end of the text, as batches of token ids `[1, tokens]`, int64."""
-        lead = self.rest.new_tensor([] if self.bos is None else [self.bos])
-        parts = torch.split(self.rest, self.context - len(lead))
-        return [{"input_ids": torch.cat([lead, part])[None]} for part in parts if part.numel() > 1]

@@ -22,7 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.format.files import DTYPES, open_tensors
+from svdq_hf.format.dtypes import DTYPES
+from svdq_hf.format.files import open_tensors
 from svdq_hf.format.metadata import stored_facts
 from svdq_hf.format.names import WeightName, part_key, weight_of_part
 from svdq_hf.quantize.budget import BudgetItem

@@ -20,6 +20,7 @@ from svdq_hf.integrations.transformers.file_names import unconverted
 from svdq_hf.integrations.transformers.header_checks import check_dense, check_source
 from svdq_hf.integrations.transformers.inference_mode import make_trainable, trainable_tensors
 from svdq_hf.integrations.transformers.load import Load, declare
+from svdq_hf.integrations.transformers.load_progress import LoadProgress, tell
 from svdq_hf.integrations.transformers.patches import load_exactly
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize, module_of
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
@@ -47,6 +48,7 @@ class DenseLoad(Load):
         """Names of tensors that come out of the same tensor of a file as a weight to quantize."""
         self.failures: list[ValueError] = []
         """Errors of layers, raised by `finish`; raised earlier, each would be a mere line in a log."""
+        self.progress: LoadProgress | None = None
         self.undo: Callable[[], None] = lambda: None
         """Undoes `load_exactly`."""
 
@@ -116,7 +118,9 @@ class DenseLoad(Load):
 
     def operation(self) -> SVDQQuantize:
         """See `Load.operation`."""
-        return SVDQQuantize(self.config, self.failures)
+        if self.progress is None:
+            self.progress = LoadProgress(len(self.packed))
+        return SVDQQuantize(self.config, self.failures, self.progress)
 
     def finish(self, model: PreTrainedModel) -> SVDQConfig:
         """Quantize head and embedding as well. The codes were just made, so their values are not checked.
@@ -131,12 +135,15 @@ class DenseLoad(Load):
             ValueError: a layer could not be quantized or was not filled; it is named.
         """
         self.undo()
+        if self.progress is not None:
+            self.progress.close()
         if self.failures:
             raise ValueError(str(self.failures[0])) from self.failures[0]
         self.check(model)
         make_trainable(model)
         with trainable_tensors():
             self._quantize_ends(model)
+        tell(model, self.files)
         return declare(model, self.saved.replace(layer_k=self.config.layer_k))
 
     def _quantize_ends(self, model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from svdq_hf.integrations.transformers.file_names import layer_k_by_model_name, 
 from svdq_hf.integrations.transformers.header_checks import check_none_missing, stored_layers
 from svdq_hf.integrations.transformers.load import Load, declare
 from svdq_hf.integrations.transformers.load_checks import check_values
+from svdq_hf.integrations.transformers.load_progress import LoadProgress
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.quantize.convert import replace_layers
@@ -70,7 +71,7 @@ class PackedLoad(Load):
 
     def operation(self) -> SVDQQuantize:
         """A conversion that is never used."""
-        return SVDQQuantize(self.config, [])
+        return SVDQQuantize(self.config, [], LoadProgress(0))
 
     def finish(self, model: PreTrainedModel) -> SVDQConfig:
         """Check the values as well, since the files may come from anybody.

@@ -14,6 +14,7 @@ from transformers.core_model_loading import ConversionOps
 from svdq_hf.config import SVDQConfig
 from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers.inference_mode import trainable_tensors
+from svdq_hf.integrations.transformers.load_progress import LoadProgress
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.weight import quantize_stack, quantize_weight
@@ -25,10 +26,11 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
     Args:
         config: how the model is quantized.
         failures: errors are appended here instead of being raised.
+        progress: is told of each weight.
     """
 
-    def __init__(self, config: SVDQConfig, failures: list[ValueError]) -> None:
-        self.config, self.failures = config, failures
+    def __init__(self, config: SVDQConfig, failures: list[ValueError], progress: LoadProgress) -> None:
+        self.config, self.failures, self.progress = config, failures, progress
 
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
@@ -52,8 +54,13 @@ class SVDQQuantize(ConversionOps):  # type: ignore[misc]
             value = input_dict.pop(name)  # let go of the dense weight as soon as it is quantized
             dense = value[0] if isinstance(value, list) else value
             layer = module_of(model, name)
+            if layer is None:
+                converted[name] = dense
+                continue
+            self.progress.begin()
             with trainable_tensors():
-                converted.update({name: dense} if layer is None else self._quantize(name, layer, dense))
+                converted.update(self._quantize(name, layer, dense))
+            self.progress.add(dense)
         return converted
 
     def _quantize(self, key: str, layer: SVDQLinear | SVDQExperts, dense: Tensor) -> dict[str, Tensor]:

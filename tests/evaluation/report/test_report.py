@@ -62,11 +62,12 @@ def test_files_are_those_that_are_returned(tmp_path):
 
 def test_values_reach_the_page_the_markdown_and_the_csv(tmp_path):
     write_report(write(tmp_path, CELLS))
-    row = ["svd", "16", "0 of 10", "0.0000", "0.000 to 0.278", "worse, 0.002", "not distinguishable, 0.125"]
+    costs = ["svd", "16", "4.25", "+0.0000", "0.125"]
+    row = [*costs, "0 of 10", "0.0000", "0.000 to 0.278", "worse, 0.002", "not distinguishable, 0.125"]
     cells = Reader(read(tmp_path)).cells
     at = next(at for at in range(len(cells)) if cells[at : at + 3] == row[:3])
-    assert cells[at : at + 7] == row
-    assert f"| {' | '.join(row)} | 0.125 |" in (tmp_path / "report.md").read_text()
+    assert cells[at : at + 10] == row
+    assert f"| {' | '.join(row)} |" in (tmp_path / "report.md").read_text()
     with (tmp_path / "tables" / "rte-mini-group-64-mse-main.csv").open() as opened:
         assert [line["kl"] for line in csv.DictReader(opened)] == ["", "0.125", "0.25"]
 

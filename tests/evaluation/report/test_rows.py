@@ -6,7 +6,8 @@ from synthetic_cells import cell, overlap, write
 
 from svdq_hf.evaluation.report.cells import Overlap, groups
 from svdq_hf.evaluation.report.read import read_cells
-from svdq_hf.evaluation.report.rows import main_rows, missing, overlap_rows
+from svdq_hf.evaluation.report.rows import caveat, main_rows, missing, overlap_rows
+from svdq_hf.evaluation.report.summary import sentences
 
 
 @pytest.fixture
@@ -167,5 +168,7 @@ def test_base_model_near_the_commonest_answer_is_told(tmp_path, right, majority,
     n = 10 if right < 10 else 100
     cells = [cell(correct="1" * right + "0" * (n - right), majority=majority)]
     [group] = groups(read_cells(write(tmp_path, cells)))
-    notes = missing(group, main_rows(group))
-    assert any("always giving the commonest answer" in note for note in notes) is noted
+    found = caveat(main_rows(group))
+    assert (found is not None and "always giving the commonest answer" in found) is noted
+    first = sentences(group, main_rows(group))[:1]
+    assert first == ([found] if noted else [])  # before all that is said of methods

@@ -187,3 +187,19 @@ def test_layers_of_the_synthetic_model_fit():
         "0.attention.self.query",
         "0.attention.self.key",
     ]
+
+
+def test_axes_span_enough_that_noise_looks_like_noise(drawn):
+    same = [cell(correct="1" * 999 + "0"), cell("svd", 1, correct="1" * 998 + "00")]
+    low, high = drawn(score_picture, *same).axes[0].get_ylim()
+    assert high - low == pytest.approx(0.05)
+    texts = {"correct": None, "n": 9}
+    loss = [
+        cell(**texts, metrics={"perplexity": 20.0}),
+        cell("svd", 1, **texts, metrics={"perplexity": 20.01}),
+    ]
+    low, high = drawn(score_picture, *loss).axes[0].get_ylim()
+    assert high - low == pytest.approx(1.0)  # 5 % of FP32's
+    apart = [cell(), cell("svd", 1, kl=0.0100), cell("svd", 16, kl=0.0101)]
+    low, high = drawn(kl_picture, *apart).axes[0].get_ylim()
+    assert high / low >= 9.999

