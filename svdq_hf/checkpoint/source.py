@@ -19,7 +19,7 @@ from svdq_hf.checkpoint.class_choice import Choice, choose, whole_class
 from svdq_hf.checkpoint.companion_files import check_modules
 from svdq_hf.checkpoint.folders import check_text
 from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
-from svdq_hf.format.files import REMEDY, folder_bytes, weight_files
+from svdq_hf.format.files import FOR_GGUF, REMEDY, folder_bytes, weight_files
 from svdq_hf.format.names import weight_of_part
 from svdq_hf.hub.client import local_folder
 from svdq_hf.quantize.empty_model import built, named_class
@@ -57,14 +57,12 @@ class Source:
             packed: whether the model must be quantized by svdq.
 
         Raises:
-            ValueError: no such folder, its name is not UTF-8, or it is a GGUF file.
+            ValueError: no such folder, or its name is not UTF-8.
             OSError: the Hub does not have it, or cannot be reached.
         """
         if isinstance(model, Source):
             return model if model.packed is packed else replace(model, packed=packed)
         check_text(model)
-        if str(model).endswith(".gguf") and Path(model).is_file():
-            raise ValueError(f"{model}: a GGUF file, and folders are read here; {FOR_GGUF}")
         name = None if Path(model).is_dir() else str(model)
         return cls(local_folder(model), name, tuple(drop), packed)
 
@@ -232,9 +230,6 @@ class Source:
     @property
     def _class_name(self) -> str:
         return type(self.empty).__name__
-
-
-FOR_GGUF = "quantize one for llama.cpp with: svdq gguf F16.gguf OUT.gguf"
 
 
 def _others(folder: Path) -> str:
