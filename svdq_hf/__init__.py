@@ -17,6 +17,7 @@ from svdq_hf.integrations.registration import register as _register
 if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Python
     from svdq_hf.config import SVDQConfig
     from svdq_hf.core.saliency import Scored, register_saliency, saliency_names
+    from svdq_hf.integrations.gguf.quantize import GGUFReport, quantize_gguf
     from svdq_hf.integrations.transformers.in_memory import dequantize_model, quantize_model
     from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
     from svdq_hf.nn.linear import SVDQLinear
@@ -31,6 +32,7 @@ __version__ = VERSION
 
 __all__ = [
     "Footprint",
+    "GGUFReport",
     "LayerFootprint",
     "SVDQConfig",
     "SVDQHfQuantizer",
@@ -43,6 +45,7 @@ __all__ = [
     "dequantize_model",
     "footprint",
     "mark_trainable",
+    "quantize_gguf",
     "quantize_model",
     "read_footprint",
     "register_saliency",
@@ -54,6 +57,7 @@ __all__ = [
 _HOMES = {
     "svdq_hf.config": ("SVDQConfig",),
     "svdq_hf.core.saliency": ("Scored", "register_saliency", "saliency_names"),
+    "svdq_hf.integrations.gguf.quantize": ("GGUFReport", "quantize_gguf"),
     "svdq_hf.integrations.transformers.in_memory": ("dequantize_model", "quantize_model"),
     "svdq_hf.integrations.transformers.quantizer": ("SVDQHfQuantizer",),
     "svdq_hf.nn.linear": ("SVDQLinear",),

@@ -30,10 +30,15 @@ def check_target(out: str | Path) -> None:
 
     Raises:
         ValueError: `out` exists and is not an empty folder, is a symbolic link or a mount point, lies inside
-            a file, or its name is not UTF-8.
+            a file, its name is not UTF-8, or it is that of a GGUF file.
     """
     check_text(out)
     target = Path(out).absolute()
+    if target.suffix == ".gguf":
+        raise ValueError(
+            f"{out}: a folder is written here; to make a GGUF file of one of 16 bits: "
+            f"svdq gguf F16.gguf {out}"
+        )
     if target.is_symlink():
         raise ValueError(
             f"{out} is a symbolic link to {os.readlink(target)}, and a folder cannot take its place; name "

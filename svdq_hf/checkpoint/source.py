@@ -19,7 +19,7 @@ from svdq_hf.checkpoint.class_choice import Choice, choose, whole_class
 from svdq_hf.checkpoint.companion_files import check_modules
 from svdq_hf.checkpoint.folders import check_text
 from svdq_hf.checkpoint.streaming.byte_ranges import Place, tensor_places
-from svdq_hf.format.files import REMEDY, folder_bytes, weight_files
+from svdq_hf.format.files import FOR_GGUF, REMEDY, folder_bytes, weight_files
 from svdq_hf.format.names import weight_of_part
 from svdq_hf.hub.client import local_folder
 from svdq_hf.quantize.empty_model import built, named_class
@@ -235,7 +235,7 @@ class Source:
 def _others(folder: Path) -> str:
     """What a folder without safetensors files has instead, and the remedy."""
     if any(folder.glob("*.gguf")):
-        return "GGUF files are not read; take the model that they were made of"
+        return f"GGUF files are not read; take the model that they were made of, or {FOR_GGUF}"
     return (
         "pickled weights are not read; if you trust them, load the model in Python and save it again, which "
         "writes safetensors: AutoModel.from_pretrained(folder).save_pretrained(new_folder), by its own class"

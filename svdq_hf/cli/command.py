@@ -21,6 +21,7 @@ from svdq_hf.cli import (
     demo,
     evaluate,
     export,
+    gguf,
     inspect,
     lm_eval,
     push,
@@ -33,6 +34,7 @@ from svdq_hf.core.release import VERSION
 
 COMMANDS: Final = (
     quantize,
+    gguf,
     inspect,
     compare,
     chat,

@@ -17,9 +17,9 @@ import torch
 from svdq_hf.core.grid_values import (
     BITS,
     GROUP_SIZES,
-    LEVELS,
     SCALE_BITS,
     SCALE_RULES,
+    ForeignLevels,
     GroupSize,
     Levels,
     ScaleRule,
@@ -39,7 +39,8 @@ class Grid:
         group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), or "row", or "tensor".
         scale: the rule that fits a scale to a group of weights.
         clip_sigma: where the rule "sigma" clips, in standard deviations.
-        levels: what codes stand for: the code itself ("linear"), or a level of a table ("normal").
+        levels: what codes stand for: the code itself ("linear"), or a level of a table ("normal"; "iq4_nl",
+            which is for GGUF files, whose scales are float16).
         column_scale: whether each column has a scale as well.
         scale_bits: bits of a group's scale: 16, or 8 with a further 16-bit scale for each row.
         bits: bits of a code: 3, 4 or 8.
@@ -51,13 +52,13 @@ class Grid:
     group_size: GroupSize = 64
     scale: ScaleRule = "mse"
     clip_sigma: float = 2.5
-    levels: Levels = "linear"
+    levels: Levels | ForeignLevels = "linear"
     column_scale: bool = False
     scale_bits: Literal[16, 8] = 16
     bits: Literal[3, 4, 8] = 4
 
     def __post_init__(self) -> None:
-        bits, of_bits = self.bits, LEVELS.get(self.bits, ()) if type(self.bits) is int else ()
+        bits, of_bits = self.bits, tuple(TABLES.get(self.bits, ())) if type(self.bits) is int else ()
         levels = f"one of {list(of_bits)} where bits is {bits}"
         require(is_group_size(self.group_size), "group_size", self.group_size, GROUP_SIZES)
         require(self.scale in SCALE_RULES, "scale", self.scale, f"one of {list(SCALE_RULES)}")
@@ -80,6 +81,8 @@ class Grid:
     @property
     def scale_dtype(self) -> torch.dtype:
         """bfloat16 (float32's range in 16 bits) or int8 for groups; float32 where scales are few."""
+        if self.levels == "iq4_nl":
+            return torch.float16
         if not isinstance(self.group_size, int):
             return torch.float32
         return torch.int8 if self.row_scale else torch.bfloat16

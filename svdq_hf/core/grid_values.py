@@ -19,6 +19,9 @@ SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
 LEVELS: dict[int, tuple[str, ...]] = {3: ("linear", "normal"), 4: ("linear", "normal"), 8: ("linear",)}
 """The names of the levels that codes can stand for, by bits; 8 bits have codes for all levels there are."""
 
+ForeignLevels = Literal["iq4_nl"]
+"""Levels of other formats, of 4 bits, which no config can choose."""
+
 BITS = tuple(LEVELS)
 SCALE_BITS = (16, 8)
 

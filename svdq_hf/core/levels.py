@@ -1,9 +1,11 @@
 """Levels: the values that codes stand for, in units of the scale (sixteen of 4 bits, eight of 3).
 
-"linear": the code itself. "normal": the levels that lose least of normally distributed weights when
-each group's scale is fitted as well (Lloyd 1982, Max 1960). They are 8-bit integers, so that a byte shuffle
-looks them up and integer kernels stay exact. Code zero means zero in both, since salient weights and padding
-have code zero. Not here: which scale a group gets (`core.scales`), and codes as bytes (`core.packing`).
+"linear": the code itself. "normal": the levels that lose least of normally distributed weights when each
+group's scale is fitted as well (Lloyd 1982, Max 1960). They are 8-bit integers, so that a byte shuffle looks
+them up and integer kernels stay exact. Code zero means zero in both, since salient weights and padding have
+code zero. "iq4_nl": those of llama.cpp's type of that name, which have no zero and so are for GGUF files
+alone (`integrations.gguf`); no choice of a config. Not here: which scale a group gets (`core.scales`), and
+codes as bytes (`core.packing`).
 """
 
 from functools import cache
@@ -26,6 +28,8 @@ _NORMAL: dict[int, tuple[int, ...]] = {
     4: (-127, -99, -76, -59, -44, -32, -20, -10, 0, 12, 24, 37, 51, 68, 89, 123),
 }
 
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 def _table(bits: int, name: str) -> tuple[int, ...]:
     lowest, highest = RANGES[bits]
@@ -34,6 +38,8 @@ def _table(bits: int, name: str) -> tuple[int, ...]:
 
 TABLES = {bits: {name: _table(bits, name) for name in names} for bits, names in LEVELS.items()}
 """Level of each code, from the lowest on, by bits and name."""
+
+TABLES[4]["iq4_nl"] = _IQ4_NL
 
 
 def highest(levels: str, bits: int = 4) -> int:

@@ -40,7 +40,7 @@ def _sigma(unit: Tensor, salient: Tensor, grid: Grid) -> Tensor:
     return (grid.clip_sigma * deviation).clamp(max=1) / highest(grid.levels, grid.bits)
 
 
-SIZES = {"linear": 10, "normal": 6}
+SIZES = {"linear": 10, "normal": 6, "iq4_nl": 10}
 """Clipping points tried on each side; more would leave less than 0.05 % less error (measured)."""
 
 LEAST_CLIP = {3: 1.4, 4: 2.2, 8: 3.3}

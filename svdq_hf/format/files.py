@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 REPORT_FILE = "svdq_report.json"
 """What `svdq quantize` measured, beside the model."""
 REMEDY = "download or copy the model again"
+FOR_GGUF = "quantize one for llama.cpp with: svdq gguf F16.gguf OUT.gguf"
 
 
 def open_tensors(file: str | Path) -> Any:
@@ -75,6 +76,8 @@ def check_is_folder(folder: str | Path) -> None:
     Raises:
         ValueError: it says which of the two.
     """
+    if Path(folder).suffix == ".gguf" and Path(folder).is_file():
+        raise ValueError(f"{folder}: is a GGUF file, and folders are read here; {FOR_GGUF}")
     if Path(folder).is_file():
         raise ValueError(f"{folder}: is a file; name the folder of a model, with safetensors and config.json")
     if not Path(folder).is_dir():

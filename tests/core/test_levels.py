@@ -1,18 +1,42 @@
+from typing import get_args
+
+import gguf
 import pytest
 import torch
 
+from svdq_hf import SVDQConfig
 from svdq_hf.core import levels
 from svdq_hf.core.grid import Grid
+from svdq_hf.core.grid_values import LEVELS, ForeignLevels
 from svdq_hf.core.levels import TABLES, codes, highest, nearest
 from svdq_hf.core.packing import RANGES
 from svdq_hf.core.rounding import expand, quantize
 
 ALL = [(bits, name) for bits, tables in TABLES.items() for name in tables]
+WITHOUT_ZERO = {"iq4_nl": 1}
+"""What code zero means there: llama.cpp's levels, which none of our files hold."""
 every_table = pytest.mark.parametrize(("bits", "name"), ALL)
 
 
 def test_3_and_4_bits_have_two_tables_each_and_8_bits_one():
-    assert ALL == [(3, "linear"), (3, "normal"), (4, "linear"), (4, "normal"), (8, "linear")]
+    chosen = [one for one in ALL if one[1] not in WITHOUT_ZERO]
+    assert chosen == [(bits, name) for bits, names in LEVELS.items() for name in names]
+    assert chosen == [(3, "linear"), (3, "normal"), (4, "linear"), (4, "normal"), (8, "linear")]
+
+
+def test_levels_of_other_formats_are_no_choice():
+    assert (
+        set(get_args(ForeignLevels))
+        == WITHOUT_ZERO.keys()
+        == {name for _, name in ALL} - {"linear", "normal"}
+    )
+    for name in WITHOUT_ZERO:
+        with pytest.raises(ValueError, match=f"levels='{name}': must be one of"):
+            SVDQConfig(levels=name)
+
+
+def test_iq4_nl_is_that_of_ggml():
+    assert TABLES[4]["iq4_nl"] == tuple(gguf.quants.IQ4_NL.kvalues)
 
 
 @every_table
@@ -20,7 +44,7 @@ def test_whole_numbers_in_order_with_zero_for_code_zero(bits, name):
     table, (lowest, highest_code) = TABLES[bits][name], RANGES[bits]
     assert len(table) == highest_code - lowest + 1 == (255 if bits == 8 else 2**bits)
     assert sorted(set(table)) == list(table)
-    assert table[-lowest] == 0
+    assert table[-lowest] == WITHOUT_ZERO.get(name, 0)
     assert all(-128 <= level <= 127 for level in table)
     assert highest(name, bits) == table[-1]
 

@@ -20,6 +20,7 @@ KNOWN: dict[str, str] = {
     r"no browser is here: .*": "the report's page is looked at in Chromium, which pip does not install",
     r"espeak-ng reads aloud": "the speech data is made by espeak-ng, which pip does not install",
     rf"ModuleNotFoundError: No module named '({PEERS})'": "a peer, measured in an environment of its own",
+    r"could not import 'llama_cpp': .*": "llama-cpp-python is compiled for minutes where it is installed",
     r"transformers \S+ wants PEFT \S+, and this is \S+": "PEFT's release comes after that of transformers",
     r"of transformers \S+ there is no record: .*": "a model type that is new or differs",
     r"Triton is not installed": "it has no wheel for this system; the kernels are tested where it has",

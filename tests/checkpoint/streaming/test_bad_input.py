@@ -144,10 +144,17 @@ def test_bad_input_is_refused_and_nothing_is_written_or_changed(spoil, source, t
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
 
 
-def test_a_file_is_no_model(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"model\.gguf: is a file; name the folder of a model"):
-        quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out", CONFIG)
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.bin", "is a file; name the folder of a model"),
+        ("model.gguf", "is a GGUF file, .*: svdq gguf F16"),
+    ],
+)
+def test_a_file_is_no_model(name, told, tmp_path):
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=rf"{name}: {told}"):
+        quantize_checkpoint(tmp_path / name, tmp_path / "out", CONFIG)
 
 
 def test_file_that_becomes_shorter_while_it_is_read(source, tmp_path, monkeypatch):
