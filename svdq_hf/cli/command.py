@@ -34,12 +34,12 @@ from svdq_hf.core.release import VERSION
 
 COMMANDS: Final = (
     quantize,
-    gguf,
     inspect,
     compare,
     chat,
     bench,
     export,
+    gguf,
     push,
     demo,
     evaluate,
