@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from svdq_hf.calibration.texts import read_text
 from svdq_hf.evaluation.comparison.log_probabilities import divergences, log_probabilities
 from svdq_hf.evaluation.comparison.sound import clips, spoken
 from svdq_hf.evaluation.comparison.speech import START
-from svdq_hf.evaluation.comparison.windows import read_text
 
 
 class SpeechTask:

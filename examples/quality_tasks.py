@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from svdq_hf.calibration.texts import read_text
 from svdq_hf.evaluation.comparison.log_probabilities import divergences, log_probabilities
-from svdq_hf.evaluation.comparison.windows import read_text, windows_of
+from svdq_hf.evaluation.comparison.windows import windows_of
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator
 from svdq_hf.evaluation.tasks.perplexity import token_ids
 

@@ -87,7 +87,11 @@ def _next_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
     writes = callable(generates) and bool(generates())
     if not isinstance(ids, Tensor) or not writes or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"a batch for {type(model).__name__} needs 'labels', since a loss is asked for")
+        raise ValueError(
+            f"a batch for {type(model).__name__} needs 'labels', since a loss is asked for; a text alone "
+            "gives one to causal models: put labels into the batches of quantize_model(model, config, "
+            "batches), or take saliency 'awq'"
+        )
     return ids if mask is None else ids.masked_fill(mask == 0, -100)
 
 

@@ -5,6 +5,7 @@ For scores and error feedback that need data, from the command line. Not here: t
 sound), for which a program calls `quantize_model(model, config, batches)`.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,7 @@ def text_batches(
     tokenizer = _tokenizer(folder)
     before, after = _ends(tokenizer, model)
     room = min(length, longest_input(model) or length) - len(before) - len(after)
-    ids = tokenizer(Path(file).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    ids = tokenizer(read_text(file), add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2 or room < 1:
         raise ValueError(f"{file}: {len(ids)} tokens, in windows of {length}: at least 2 are needed")
     if len(ids) < samples * room:
@@ -60,6 +59,28 @@ def text_batches(
         *(["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []),
     ]
     return [dict.fromkeys(names, part) for part in torch.split(torch.tensor(windows), ROWS)]
+
+
+def read_text(file: str | Path) -> str:
+    """A plain text, or the texts of a .jsonl file: of each line "text", or else all there is, in order.
+
+    Args:
+        file: its path.
+
+    Raises:
+        ValueError: it is not in UTF-8, or its lines are no JSON objects of texts.
+    """
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        lines = map(json.loads, text.splitlines())
+        return "\n\n".join(line["text"] if "text" in line else "".join(line.values()) for line in lines)
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: no text in UTF-8, or no lines of JSON with texts in them ({error})"
+        ) from error
 
 
 def _spread(ids: list[int], samples: int, room: int) -> list[list[int]]:
@@ -102,12 +123,19 @@ def longest_input(model: Any) -> int | None:
 
 def _tokenizer(folder: str | Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer that can be loaded, which calibration needs: save the model's own "
-            f"there, tokenizer.save_pretrained({str(folder)!r})"
-        ) from error
+        raise _no_tokenizer(folder) from error
+    if len(found) < 2:  # transformers makes an empty one where there is none
+        raise _no_tokenizer(folder)
+    return found
+
+
+def _no_tokenizer(folder: str | Path) -> ValueError:
+    return ValueError(
+        f"{folder} has no tokenizer that can be loaded, which calibration needs: save the model's own there, "
+        f"tokenizer.save_pretrained({str(folder)!r})"
+    )
 
 
 def _check(file: str | Path, model: Any, samples: int, length: int) -> None:

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from svdq_hf.config.choices import CHOICES, DATA, Choice, Option
@@ -48,7 +48,13 @@ def _hint(message: str, options: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def add_choices(parser: argparse.ArgumentParser, command: str, *, several_presets: bool = False) -> None:
+def add_choices(
+    parser: argparse.ArgumentParser,
+    command: str,
+    *,
+    several_presets: bool = False,
+    only: Collection[str] | None = None,
+) -> None:
     """Add options for the choices of SVDQConfig that a command takes.
 
     An option that is not given is absent from the result, so that the config's defaults hold.
@@ -57,6 +63,7 @@ def add_choices(parser: argparse.ArgumentParser, command: str, *, several_preset
         parser: the command's parser.
         command: its name.
         several_presets: whether `--preset` may be given again, for another config.
+        only: the choices that have an effect; None: all.
     """
     group = parser.add_argument_group("choices")
     takes_data = command == "quantize" and not several_presets
@@ -67,17 +74,20 @@ def add_choices(parser: argparse.ArgumentParser, command: str, *, several_preset
         group.add_argument("--preset", choices=[NO_PRESET, *presets], action="append", help=more)
     else:
         group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
-    add_rows(group, command)
+    add_rows(group, command, only)
 
 
-def add_rows(group: Any, command: str) -> None:
+def add_rows(group: Any, command: str, only: Collection[str] | None = None) -> None:
     """Add an option for each row of the table of choices that a command takes.
 
     Args:
         group: of a parser.
         command: its name.
+        only: the choices that have an effect; None: all.
     """
     for name, row in CHOICES.items():
+        if only is not None and name not in only:
+            continue
         if row.option is not None and command in row.option.commands:
             group.add_argument(
                 option_name(name, row.option),

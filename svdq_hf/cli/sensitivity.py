@@ -5,16 +5,20 @@ Not here: the measuring (`quantize.sensitivity`), and the score that follows it,
 """
 
 import argparse
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from svdq_hf.cli.options import add_choices, check_there, config_of, examples
+from svdq_hf.config.choices import part_of_grid
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from svdq_hf.quantize.sensitivity import Sensitivity
 
+COPIES = 2
+"""Of the weights in float32: the model, and a term for each weight."""
 SHOWN = 12
 """Layers in the table: those that cost most."""
 
@@ -35,7 +39,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add("--length", type=int, default=256, metavar="L", help="tokens of a window (256)")
     add("--steps", type=int, default=8, metavar="N", help="points of the integral (8)")
     add("--top", type=int, default=SHOWN, metavar="N", help=f"layers that are shown ({SHOWN})")
-    add_choices(parser, "demo")
+    add_choices(parser, "quantize", only=(*part_of_grid(), "modules_to_not_convert"))
     return parser
 
 
@@ -48,6 +52,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     Raises:
         ValueError: the model is quantized or no causal one, or the text or a number cannot be used.
     """
+    if options.top < 1:
+        raise ValueError(f"--top {options.top}: must be 1 or more")
     check_there(options.model)
     config = config_of(options)
     model, batches = _loaded(options)
@@ -72,6 +78,7 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     from svdq_hf.calibration.texts import text_batches
     from svdq_hf.checkpoint.load import load_complete
     from svdq_hf.checkpoint.source import Source
+    from svdq_hf.evaluation.speed.memory import check_fits
 
     source = Source.resolve(options.model)
     if not source.empty.can_generate() or getattr(source.empty.config, "is_encoder_decoder", False):
@@ -80,6 +87,7 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, list[Any]]:
             "svdq_hf.sensitivity(model, batches) with labels in the batches"
         )
     sizes = {"samples": options.samples, "length": options.length}
+    check_fits(options.model, sum(math.prod(place.shape) for place in source.places.values()), COPIES)
     batches = text_batches(options.text, source.folder, source.empty, **sizes)
     model, _ = load_complete(AutoModelForCausalLM, source.folder, dtype=torch.float32)
     return model, batches

@@ -82,6 +82,7 @@ def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from svdq_hf.calibration.texts import read_text
     from svdq_hf.checkpoint.source import Source
     from svdq_hf.evaluation.spectrum import measure_spectra
     from svdq_hf.evaluation.tasks.perplexity import token_ids
@@ -93,8 +94,7 @@ def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
     batches = []
     if options.text is not None:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **safe)
-        text = Path(options.text).read_text(encoding="utf-8")
-        ids = token_ids(text, tokenizer, options.tokens)
+        ids = token_ids(read_text(options.text), tokenizer, options.tokens)
         names = ["input_ids"] + ["decoder_input_ids"] * bool(model.config.is_encoder_decoder)
         batches = [dict.fromkeys(names, piece[None]) for piece in torch.split(ids, WINDOW)]
     return measure_spectra(model, batches)

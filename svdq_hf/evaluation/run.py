@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from svdq_hf.calibration.texts import read_text
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.evaluation.request import EvaluationRequest, EvaluationResult
 from svdq_hf.evaluation.sweep.defaults import PERPLEXITY
@@ -92,7 +93,7 @@ def _text(request: EvaluationRequest) -> str:
     if request.text is None or not Path(request.text).is_file():
         found = "" if request.text is None else f" {request.text}: no such file"
         raise ValueError(f"--text{found}: perplexity needs a text file")
-    return Path(request.text).read_text(encoding="utf-8")
+    return read_text(request.text)
 
 
 def _folders(request: EvaluationRequest) -> dict[str, Path]:

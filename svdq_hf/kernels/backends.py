@@ -63,7 +63,7 @@ LOOKS_AT_DATA: Final = () if triton.is_here() else (torch.Tag.cudagraph_unsafe,)
 class Choice(NamedTuple):
     """The backend that computes a call, and the reasons why earlier ones do not, by name.
 
-    >>> Choice("reference", {"native": "codes are of 8 bits, not 4"}).taken
+    >>> Choice("reference", {"native": "the tensors are on cuda, not on a CPU"}).taken
     'reference'
     """
 

@@ -1,7 +1,7 @@
 """CPU backend: computes from the stored bytes for few tokens, from blocks of dense rows for many.
 
 Few tokens wait for memory, so weights are decoded in registers and never written. Many tokens share the cost
-of writing dense rows into cache first: the library's own bands, or, without AVX2, blocks for torch's product.
+of writing dense rows into cache first: the library's own bands, or blocks for torch's product (`way`).
 Sums are float32, whatever the dtype of the activations; but on processors with AMX, many bfloat16 tokens are
 multiplied with bfloat16 rows, as in a dense layer. Where the native library is missing, or a group is smaller
 than it decodes, `supports` says so, and another backend computes (`kernels.reference`). Not here: the choice

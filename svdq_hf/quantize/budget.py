@@ -148,11 +148,19 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
 
 
 def _by_sensitivity(seen: Mapping[str, InputStatistics], total: int) -> dict[str, int]:
-    """Counts by the layer's name: the `total` weights of the largest PQI in the model are salient."""
+    """Counts by the layer's name: the `total` weights of the largest PQI in the model, as far as above 0."""
     terms = {name: found.sensitivity for name, found in seen.items() if found.sensitivity is not None}
-    largest = [values.flatten().topk(min(total, values.numel())).values for values in terms.values()]
-    threshold = torch.cat(largest).sort(descending=True).values[total - 1] if total else math.inf
-    return {name: int((values >= threshold).sum()) for name, values in terms.items()}
+    best = torch.empty(0)
+    for values in terms.values():
+        part = values.flatten().topk(min(total, values.numel())).values.cpu()
+        best = torch.cat([best, part]).topk(min(total, best.numel() + part.numel())).values
+    least = max(0.0, float(best[-1])) if total else math.inf
+    counts = {name: int((values > least).sum()) for name, values in terms.items()}
+    left = int((best == least).sum()) if least else 0
+    for name, values in terms.items():  # equal ones: those of the first layers
+        more = min(left, int((values == least).sum()))
+        counts[name], left = counts[name] + more, left - more
+    return counts
 
 
 def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:

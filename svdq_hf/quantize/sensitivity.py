@@ -127,10 +127,10 @@ def sensitivity(
     summed = _Sums(lines)
     for _ in walk(model, lines, given, places(steps, rule), summed.take(1 / steps), loss):
         pass
-    first = _Sums(lines)
-    dense = _mean(walk(model, lines, given, [0.0], first.take(1.0), loss))
+    taylor = dict.fromkeys(lines, 0.0)
+    dense = _mean(walk(model, lines, given, [0.0], partial(_add_total, taylor, lines), loss))
     rounded = _mean(walk(model, lines, given, [1.0], _nothing, loss))
-    rows = [_row(name, summed.terms[name], first.terms[name]) for name in lines]
+    rows = [_row(name, summed.terms[name], taylor[name]) for name in lines]
     return Sensitivity(sorted(rows, key=lambda row: -row.pqi), dense, rounded, steps)
 
 
@@ -201,6 +201,13 @@ class _Sums:
         return add
 
 
+def _add_total(
+    totals: dict[str, float], lines: Mapping[str, Line], name: str, grad: Tensor, at: float
+) -> None:
+    """Add a layer's sum of gradient times difference to its total."""
+    totals[name] += float((grad * lines[name].difference()).sum(dtype=torch.float64))
+
+
 def _nothing(name: str, gradient: Tensor, place: float) -> None:
     """Receives gradients that nobody needs."""
 
@@ -222,10 +229,10 @@ def _mean(seen: Iterable[tuple[float, float]]) -> float:
     return sum(losses) / len(losses)
 
 
-def _row(name: str, terms: Tensor, first: Tensor) -> LayerSensitivity:
+def _row(name: str, terms: Tensor, taylor: float) -> LayerSensitivity:
     positive = terms.clamp(min=0).flatten()
     total = float(positive.sum(dtype=torch.float64))
     top = float(positive.topk(max(1, round(TOP * positive.numel()))).values.sum(dtype=torch.float64))
-    cost, taylor = (float(one.sum(dtype=torch.float64)) for one in (terms, first))
+    cost = float(terms.sum(dtype=torch.float64))
     out, in_features = terms.shape
     return LayerSensitivity(name, (out, in_features), cost, taylor, top / total if total else 0.0)

@@ -123,8 +123,8 @@ class LoraLayer:
     def _adapters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
         """A `[r, in]`, B `[out, r]` and scaling of each active adapter that is not merged."""
         if not self.module.disable_adapters:
-            for name in set(self.module.active_adapters) - set(self.module.merged_adapters):
-                if name in self.module.lora_A:
+            for name in self.module.active_adapters:
+                if name in self.module.lora_A and name not in self.module.merged_adapters:
                     up = self.module.lora_B[name].weight
                     yield self.module.lora_A[name].weight, up, self.module.scaling[name]
 

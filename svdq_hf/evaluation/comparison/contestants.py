@@ -4,6 +4,7 @@ Not here: what they are measured on (`evaluation.comparison.measures`), and how 
 (`evaluation.comparison.run`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from svdq_hf.checkpoint.source import Source
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.evaluation.comparison.labels import label
+from svdq_hf.evaluation.speed.memory import check_fits
 from svdq_hf.format.files import weight_files
 
 Model: TypeAlias = str | Path | nn.Module
@@ -92,12 +94,14 @@ class Contestant:
         """The model in memory, dense parts in float32, ready to run.
 
         Raises:
-            ValueError: it lacks a tensor, or cannot be loaded.
+            ValueError: it lacks a tensor, cannot be loaded, or does not fit into memory.
         """
         if self.model is not None:
             return self.model.eval()
         if self.source is None:
             raise ValueError(f"{self.name}: is not made yet")
+        if self.quantization is None:
+            check_fits(self.where, sum(math.prod(place.shape) for place in self.source.places.values()))
         kind, folder = self.source.kind, self.source.folder
         model, _ = load_complete(kind, folder, heads=False, dtype=torch.float32)
         return model.eval()
@@ -140,6 +144,12 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
         raise ValueError(
             f"{first.where}: quantized already; quantize the original: svdq compare ORIGINAL ..."
         )
+    for other in others:
+        if isinstance(other, SVDQConfig) and other.data_needs and not other.synthetic:
+            raise ValueError(
+                f"{label(other)}: needs data: svdq quantize MODEL OUT --calibration FILE, with the same "
+                "choices, then svdq compare MODEL OUT"
+            )
     found = [first, *map(entrant, others)]
     _check_once(found)
     return _told_apart(found)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
+from svdq_hf.calibration.texts import read_text
 from svdq_hf.evaluation.comparison import request, sound
 from svdq_hf.evaluation.comparison.answers import Measure, Reference
 from svdq_hf.evaluation.comparison.kinds import EMBEDDINGS, OF_SPEECH
@@ -27,7 +28,7 @@ from svdq_hf.evaluation.comparison.sentences import (
 )
 from svdq_hf.evaluation.comparison.sound import Clip
 from svdq_hf.evaluation.comparison.speech import HeardFrames, SpokenClips, features, heard
-from svdq_hf.evaluation.comparison.windows import OWN_TEXT, CausalWindows, HalvedWindows, read_text
+from svdq_hf.evaluation.comparison.windows import OWN_TEXT, CausalWindows, HalvedWindows
 from svdq_hf.evaluation.tasks.perplexity import context_of, longest_context, token_ids
 
 LETTERS = 40

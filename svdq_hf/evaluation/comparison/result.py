@@ -70,6 +70,7 @@ class ComparedModel:
         bytes: of its safetensors files; None: it is in memory.
         bits: stored bits per weight: of the quantized layers, or of a dense model's all.
         dense_share: of the bytes of a quantized folder, those that are not quantized.
+        shrinks: the option that would quantize the largest of those, or nothing.
         quality: beside the reference.
         speed: of loading and running, in a fresh process; None: not measured.
         verdict: one sentence.
@@ -82,6 +83,7 @@ class ComparedModel:
     bytes: int | None
     bits: float | None
     dense_share: float | None
+    shrinks: str
     quality: Quality
     speed: Any = None
     verdict: str = ""

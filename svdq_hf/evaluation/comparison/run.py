@@ -196,4 +196,4 @@ def _few(blocks: int) -> Iterator[str]:
 
 
 def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:
-    return replace(model, verdict=verdict(model, reference, counted), advice=advice(model, counted))
+    return replace(model, verdict=verdict(model, reference, counted), advice=advice(model))

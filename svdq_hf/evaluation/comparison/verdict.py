@@ -126,19 +126,18 @@ def share(value: Estimate) -> str:
     return "100 %" if percent == 100 else f"{percent:.1f} %" if percent < 99.9 else f"{percent:.2f} %"
 
 
-def advice(model: ComparedModel, counted: str) -> list[str]:
+def advice(model: ComparedModel) -> list[str]:
     """What to try next, at most two hints.
 
     Args:
         model: not the reference.
-        counted: what was scored: "tokens", "answers", ...
     """
     known = model.quantization or {}
     if is_identical(model.quality) or known.get("quant_method") != QUANT_METHOD:
         return []
     config = SVDQConfig.from_dict(known)
     close = closeness(model.quality) in {words for _, words in LEVELS[:2]}
-    return [*(_smaller(config) if close else _nearer(config)), *_mostly_dense(model, config, counted)]
+    return [*(_smaller(config) if close else _nearer(config)), *_mostly_dense(model)]
 
 
 def _smaller(config: SVDQConfig) -> Iterator[str]:
@@ -154,11 +153,10 @@ def _nearer(config: SVDQConfig) -> Iterator[str]:
         yield "nearer: --preset best; the preset paper is only for comparisons with the paper"
     elif config.bits < FEW_BITS:
         best = "" if preset == "best" else "--preset best; "
-        yield f"nearer: {best}--bits 8; with texts of yours, SVDQConfig.calibrated()"
+        yield f"nearer: {best}--bits 8; with texts of yours, svdq quantize --preset calibrated"
 
 
-def _mostly_dense(model: ComparedModel, config: SVDQConfig, counted: str) -> Iterator[str]:
-    option = "lm_head" if counted == "tokens" else "embeddings"
+def _mostly_dense(model: ComparedModel) -> Iterator[str]:
     dense = model.dense_share or 0
-    if dense > MOSTLY_DENSE and not getattr(config, option):
-        yield f"{100 * dense:.0f} % of the file is not quantized: --{option.replace('_', '-')} shrinks it"
+    if dense > MOSTLY_DENSE and model.shrinks:
+        yield f"{100 * dense:.0f} % of the file is not quantized: {model.shrinks} shrinks it"

@@ -5,7 +5,6 @@ texts did in training. Not here: masked models (`evaluation.comparison.masked`),
 windows (`evaluation.tasks.perplexity`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,6 @@ from svdq_hf.evaluation.comparison.answers import Answers, Observed, Reference, 
 
 OWN_TEXT = Path(__file__).with_name("text.txt")
 """A text of the project's own, under its licence: prose, talk, instructions, code, tables, five languages."""
-
-
-def read_text(file: Path) -> str:
-    """A plain text, or the texts of a .jsonl file: of each line "text", or else all there is, in order.
-
-    Args:
-        file: its path.
-    """
-    if file.suffix != ".jsonl":
-        return file.read_text(encoding="utf-8")
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return "\n\n".join(line["text"] if "text" in line else "".join(line.values()) for line in lines)
 
 
 def windows_of(ids: Tensor, context: int, first: int | None = None) -> list[Tensor]:

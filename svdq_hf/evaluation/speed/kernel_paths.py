@@ -85,9 +85,11 @@ def _path(layer: SVDQLinear, many: int, tokens: tuple[int, ...], dtype: torch.dt
     ways = {count: _way(layer, taken, count, computed) for count in tokens}
     why = list(refused.values())
     best = cpu.chosen_path(False, layer.in_features)
+    bits, group = layer.scheme.grid.bits, layer.group
     if taken == "native" and best in MISSING:
         why.append(MISSING[best])
-    bits, group = layer.scheme.grid.bits, layer.group
+    if taken == "native" and bits != 4 and best > AVX2:
+        why.append("the kernels of 3 and 8 bits are AVX2's")
     return KernelPath(layer.out_features, layer.in_features, many, bits, group, ways, why)
 
 

@@ -142,6 +142,7 @@ class Key(NamedTuple):
     @property
     def scoring(self) -> tuple[object, ...]:
         """Equal for cells that share their scores: all k, and all grids where the score sees no grid."""
-        sees_grid = self.config.column_scale or "group" in score_needs(self.config.saliency)
+        needs = score_needs(self.config.saliency)
+        sees_grid = self.config.column_scale or not {"group", "sensitivity"}.isdisjoint(needs)
         depends = self.method not in BASELINES and sees_grid
         return self.method, self.seed, self.rank, self.grid if depends else None

@@ -64,7 +64,7 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Least compute capability: vLLM's own, since the op is plain torch there."""
+        """Least compute capability: vLLM's own, since the op is plain torch where Triton has no kernels."""
         return 70
 
     @staticmethod

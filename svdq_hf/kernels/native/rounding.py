@@ -112,6 +112,8 @@ def supports(weight: Tensor, grid: Grid) -> str | None:
     """
     if grid.group_size == "tensor":
         return "one scale for a whole matrix is fitted to all of it at once"
+    if grid.scale not in _RULES:
+        return f"the scale rule {grid.scale!r} is in torch alone"
     return reads(weight)
 
 

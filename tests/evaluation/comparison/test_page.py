@@ -25,7 +25,7 @@ def model(name, **about):
     estimates = {"change": Estimate(0.05, 0.04, 0.06), "kl": Estimate(0.1, 0.09, 0.11)}
     quality = Quality(loss=3.0, same=Estimate(0.9, 0.8, 1.0), **estimates)
     told = {"verdict": f"{name} is close.", "advice": ["nearer: --bits 8"], "speed": Speed(), **about}
-    return ComparedModel(name, None, None, 1_000_000, 4.5, 0.3, quality, **told)
+    return ComparedModel(name, None, None, 1_000_000, 4.5, 0.3, "", quality, **told)
 
 
 class Structure(HTMLParser):
@@ -84,7 +84,7 @@ def test_the_figures_are_beside_it(page, result):
 
 def test_what_was_not_measured_has_no_picture(result, tmp_path):
     one, two = (
-        ComparedModel(name, None, None, None, None, None, Quality(cosine=Estimate(0.9, 0.8, 1.0)))
+        ComparedModel(name, None, None, None, None, None, "", Quality(cosine=Estimate(0.9, 0.8, 1.0)))
         for name in ("one", "two")
     )
     few = ComparisonResult("a text", "sentences", 9, one, [two], 1.0)
