@@ -96,7 +96,7 @@ def spend(
         return config
     total = _affordable(layers, config, config.target_bits)
     if "sensitivity" in config.data_needs:
-        return config.replace(layer_k=_by_sensitivity(seen, total))
+        return config.replace(layer_k=by_sensitivity(seen, total))
     even, shared = _same_count(layers, total), _same_share(layers, total)
     measured: dict[str, Measured] = {}
 
@@ -147,8 +147,16 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
     return ks
 
 
-def _by_sensitivity(seen: Mapping[str, InputStatistics], total: int) -> dict[str, int]:
-    """Counts by the layer's name: the `total` weights of the largest PQI in the model, as far as above 0."""
+def by_sensitivity(seen: Mapping[str, InputStatistics], total: int) -> dict[str, int]:
+    """Distribute salient weights by PQI: the largest of the whole model, as far as they are above 0.
+
+    Args:
+        seen: statistics with `sensitivity`, by the layer's name.
+        total: salient weights to distribute.
+
+    Returns:
+        k by the layer's name.
+    """
     terms = {name: found.sensitivity for name, found in seen.items() if found.sensitivity is not None}
     best = torch.empty(0)
     for values in terms.values():

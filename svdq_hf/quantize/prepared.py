@@ -51,7 +51,7 @@ class Prepared(NormalizedWeight):
         """The matrix `[out, in]`, float32, that is given to the saliency score.
 
         Data-free scores get the weight divided by its column scale: the matrix that is really rounded. Scores
-        from data (awq, spqr, pqi) get the weight itself: they weigh each column by the size of its input already.
+        from data (awq, spqr, pqi) get the weight itself: they know inputs or the loss already.
         """
         return self.dense.float() if saliency.data_needs(self.config.saliency) else self.normalized
 

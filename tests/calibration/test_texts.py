@@ -11,7 +11,7 @@ from tiny_models import bert_config
 from transformers import AutoTokenizer, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from svdq_hf import SVDQConfig, quantize_model
-from svdq_hf.calibration.texts import longest_input, text_batches
+from svdq_hf.calibration.texts import longest_input, read_text, text_batches
 from svdq_hf.cli.command import main
 from svdq_hf.demo import default_model
 
@@ -85,6 +85,18 @@ def test_what_cannot_calibrate_is_refused(change, message, folder, model, text, 
     given = {"file": text, "folder": folder, "model": model, "samples": 2, "length": 16, **change}
     with pytest.raises(ValueError, match=message):
         text_batches(given.pop("file"), given.pop("folder"), given.pop("model"), **given)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"text": 3}\n', b"no json\n", b"[1, 2]\n"])
+def test_a_file_that_holds_no_text_is_named(content, tmp_path):
+    (tmp_path / "lines.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"lines\.jsonl: no text in UTF-8, or no lines of JSON"):
+        read_text(tmp_path / "lines.jsonl")
+
+
+def test_lines_of_json_are_read_as_their_texts(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"prefix": "t", "rest": "wo"}\n')
+    assert read_text(tmp_path / "lines.jsonl") == "one\n\ntwo"
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -68,3 +68,17 @@ def test_quantize_keeps_what_the_loss_misses(folders, tmp_path):
     out = tmp_path / "out"
     assert main(["quantize", str(folders / "dense"), str(out), "--saliency", "pqi", "--k", "8", *text]) == 0
     assert {layer.k for layer in read_footprint(out).layers} == {8}
+
+
+def test_a_table_of_no_rows_and_choices_without_effect_are_refused(folders, capsys):
+    assert command(folders, "dense", "--top", "0") == 1
+    assert "--top 0: must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(folders, "dense", "--lm-head")
+    assert "unrecognized arguments: --lm-head" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(folders, capsys, monkeypatch):
+    monkeypatch.setattr("svdq_hf.evaluation.speed.memory.free_memory", lambda: 1000)
+    assert command(folders, "dense") == 1
+    assert "of memory in float32" in capsys.readouterr().err

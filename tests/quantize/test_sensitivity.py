@@ -4,6 +4,8 @@ from tiny_models import bert, llama, tokens
 
 import svdq_hf
 from svdq_hf import SVDQConfig, footprint, quantize_model
+from svdq_hf.calibration.inputs import InputStatistics
+from svdq_hf.quantize.budget import by_sensitivity
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity import pqi, sensitivity
 
@@ -106,3 +108,11 @@ def test_a_model_without_a_loss_is_told_to_bring_labels():
 def test_without_data_the_score_says_what_it_needs():
     with pytest.raises(ValueError, match=r"saliency 'pqi' needs .*sensitivity.*, which only data can give"):
         quantize_model(llama(), SVDQConfig(saliency="pqi"))
+
+
+def test_a_budget_takes_equal_terms_in_order_and_nothing_that_rounding_helps():
+    terms = {"a": torch.tensor([[2.0, 1.0]]), "b": torch.tensor([[1.0, 1.0], [-1.0, 0.0]])}
+    seen = {name: InputStatistics(sensitivity=values) for name, values in terms.items()}
+    assert by_sensitivity(seen, 0) == {"a": 0, "b": 0}
+    assert by_sensitivity(seen, 3) == {"a": 2, "b": 1}
+    assert by_sensitivity(seen, 6) == {"a": 2, "b": 2}

@@ -16,6 +16,13 @@ PLAN = SweepPlan(ks=(1, 30), methods=("svd", "magnitude", "awq", "spqr", "random
 X = torch.arange(40).reshape(4, 10) % 90
 
 
+@pytest.mark.parametrize(("method", "shared"), [("awq", True), ("pqi", False), ("relative", False)])
+def test_scores_are_shared_by_grids_that_they_do_not_see(method, shared):
+    grids = [name for name, choices in GRIDS.items() if choices.get("column_scale") is False][:2]
+    one, other = (Key(method, grid, 8, 0, None).scoring for grid in grids)
+    assert (one == other) == shared
+
+
 class Outputs:
     """An evaluator that looks at the outputs of a model on one batch."""
 
