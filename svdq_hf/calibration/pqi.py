@@ -67,7 +67,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             those that `attention_mask` shows.
 
     Returns:
-        A scalar.
+        The mean loss, `[]`.
 
     Raises:
         ValueError: the batch has no labels and is not one of a causal model, or the model returns no loss.
