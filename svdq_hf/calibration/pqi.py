@@ -64,10 +64,10 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     Args:
         model: the model.
         batch: a mapping of keyword arguments; without `labels`, a causal model predicts its `input_ids`,
-            those that `attention_mask` shows.
+            `[batch, tokens]`, those that `attention_mask` shows.
 
     Returns:
-        The mean loss, `[]`.
+        The mean loss, a scalar.
 
     Raises:
         ValueError: the batch has no labels and is not one of a causal model, or the model returns no loss.
