@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from linear_peers import BF16, CONTENDERS
@@ -27,12 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdq_hf import SVDQConfig, read_footprint
 from svdq_hf.checkpoint.streaming.byte_ranges import header_bytes, layout, size_of
-from svdq_hf.core.topk import top_positions
 from svdq_hf.format.checks import check_parts
-from svdq_hf.format.encode import encode, relative_error
 from svdq_hf.format.files import INDEX
 from svdq_hf.format.parts import PartSpec
-from svdq_hf.quantize.prepared import Prepared, score
+from svdq_hf.quantize.encoding import encoded
+from svdq_hf.quantize.prepared import Prepared, choose
 
 FILE_BYTES = 2_000_000_000
 PIECE = 1 << 24
@@ -103,18 +103,19 @@ def steps(weight: Tensor, config: SVDQConfig) -> dict[str, float]:
     """Seconds of each step of quantizing one weight; the result is checked."""
     times: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[], object]) -> object:
+    def timed(name: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = work()
         times[name] = time.perf_counter() - started
         return result
 
-    prepared = timed("to float32", lambda: Prepared(weight, config))
+    prepared = Prepared(weight, config)
+    timed("check of values", lambda: prepared.top)
     timed("column scale", lambda: prepared.column_scale)
-    scored = timed("svd saliency", lambda: score(prepared))
-    rows, columns = timed("which are the highest", lambda: top_positions(scored.scores, config.k))
-    parts = timed("4-bit rounding", lambda: encode(prepared, rows, columns))
-    error = timed("what was lost", lambda: relative_error(prepared.dense, parts, config.scheme))
+    rows, columns, _ = timed("which weights are salient", lambda: choose(prepared))
+    parts, error = timed(
+        "rounding, and what was lost", lambda: encoded(prepared, prepared.top, rows, columns)
+    )
     check_parts(parts, weight.shape[1], config.scheme)
     assert 0.05 < error < 0.09, error
     return times
@@ -171,7 +172,6 @@ def main() -> None:
             total[name] = total.get(name, 0) + taken
     for name, taken in total.items():
         print(f"| {name}, seconds per billion | {taken / sampled:.1f} |")
-    print(f"| svd saliency over 4-bit rounding | {total['svd saliency'] / total['4-bit rounding']:.2f} |")
     weights = {name: weight for name, weight in weights.items() if any(part in name for part in PEERS_LAYERS)}
     sampled = sum(weight.numel() for weight in weights.values()) / 1e9
     for name in PEERS:
