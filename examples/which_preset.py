@@ -32,10 +32,11 @@ from svdq_hf.quantize.weight import quantize_weight
 
 SIZE, COPIES, ROUNDS = 4096, 12, 15
 """A matrix to measure with; and copies of it, more than caches hold."""
-INTERPRETER = 0.4e9
-"""Bytes of Python with torch and transformers imported (`memory_now` of `evaluation.speed.memory`)."""
-WORKING_SET = 5
-"""FP32 copies of the largest matrix while it is quantized: what a 7B took (docs/results/scale.md)."""
+INTERPRETER = 0.6e9
+"""Bytes of Python with torch and transformers imported (0.4), and of buffers."""
+WORKING_SET = 1
+"""FP32 copies of the largest matrix while it is quantized, in blocks of rows: what a layer of a 7B took, and
+its head (docs/results/scale.md)."""
 BFLOAT16, FLOAT32 = 2, 4
 
 
@@ -152,9 +153,9 @@ def main() -> None:
     for model, shape in MODELS.items():
         for name, config in PRESETS.items():
             found = needs(shape, config)
-            speed = f"{rate / found.read:.1f}" if config.bits == 4 else "slower: no kernel"
+            speed = f"{rate / found.read:.1f}"
             print(f"| {model} | {name} | {found.stored / 1e9:.1f} | {found.quantizing / 1e9:.1f} "
-                  f"| {found.weights * paces[name] / 60:.0f} | {speed} |", flush=True)  # fmt: skip
+                  f"| {found.weights * paces[name] / 60:.1f} | {speed} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

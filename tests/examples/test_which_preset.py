@@ -42,4 +42,4 @@ def test_a_table_for_each_model_and_preset(which, monkeypatch, capsys):
     assert "GB a second" in machine
     assert head.startswith("| model | preset |")
     assert len(rows) == len(which.MODELS) * len(which.PRESETS)
-    assert rows[9].startswith("| 7B (Llama 2) | `best()` | 4.1 | 1.3 |")
+    assert rows[9].startswith("| 7B (Llama 2) | `best()` | 4.1 | 0.8 |")
