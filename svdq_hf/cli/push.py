@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from svdq_hf.cli.options import examples
-from svdq_hf.format.files import check_is_folder
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -29,6 +28,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Push, and print the address; returns what `--json` prints."""
+    from svdq_hf.format.files import check_is_folder  # it imports safetensors
+
     check_is_folder(options.folder)
     from svdq_hf.hub.push import push_folder
     from svdq_hf.hub.readme import NO_BASE, names_base

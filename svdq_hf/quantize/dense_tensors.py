@@ -77,7 +77,7 @@ def _has_head(folder: str | Path) -> bool:
     """Whether config.json names a class with an output head, which without a tensor of its own is tied."""
     try:
         (name, *_) = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return _WITH_HEAD.search(str(name)) is not None
 

@@ -22,7 +22,7 @@ LONGEST = 256
 def sentences_of(text: str) -> list[str]:
     r"""The sentences of a text that have at least four words, each once.
 
-    >>> sentences_of("One two three four. Yes!\\n\\nOne two three four.  And so it goes on?")
+    >>> sentences_of("One two three four. Yes!\n\nOne two three four.  And so it goes on?")
     ['One two three four.', 'And so it goes on?']
     """
     pieces = re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertModel, FalconConfig, FalconForCausalLM
 
 from svdq_hf import SVDQConfig, SVDQLinear, footprint, quantize_model
-from svdq_hf.core import saliency
+from svdq_hf.evaluation.sweep import run as sweep
 from svdq_hf.evaluation.sweep.plan import GRIDS, OURS, Key, SweepPlan, with_bits
 from svdq_hf.evaluation.sweep.run import Sweep, overlap
 from svdq_hf.evaluation.sweep.store import CELLS, OVERLAPS, append, finished
@@ -82,13 +82,13 @@ def test_cell_is_the_model_that_a_user_would_get(tmp_path):
 
 def test_one_svd_and_one_calibration_pass_whatever_the_number_of_cells(tmp_path, monkeypatch):
     decomposed = []
-    original = saliency.score
+    original = sweep.score_weight
 
-    def counting(name, weight, inputs):
-        decomposed.append(name)
-        return original(name, weight, inputs)
+    def counting(weight, config, name, inputs):
+        decomposed.append(config.saliency)
+        return original(weight, config, name, inputs)
 
-    monkeypatch.setattr(saliency, "score", counting)
+    monkeypatch.setattr(sweep, "score_weight", counting)
     evaluate = Outputs()
     run(tmp_path, evaluator=evaluate)
     assert evaluate.passes == 1
