@@ -31,7 +31,7 @@ from svdq_hf.cli.command import main
 from svdq_hf.format.parts import PARTS
 from svdq_hf.quantize import layer_inputs
 
-EXAMPLES = int(os.environ.get("SVDQ_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("SVDQ_EXAMPLES", "15"))
 LOST = 0.5
 """A weight of which more is wrong, of its norm, is not the same one: 3 bits lose 0.25, another 1.4."""
 
