@@ -6,12 +6,12 @@ import tiny_models as tiny
 import torch
 from letters import KINDS
 
+from svdq_hf.calibration.texts import read_text
 from svdq_hf.evaluation.comparison.answers import Reference
 from svdq_hf.evaluation.comparison.windows import (
     OWN_TEXT,
     CausalWindows,
     HalvedWindows,
-    read_text,
     windows_of,
 )
 
