@@ -294,3 +294,14 @@ def test_sanitizers_see_no_byte_beyond_a_buffer_and_nothing_undefined(tmp_path):
     done = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) == 630 * (native.fast_path() + 1)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, which builds the check")
+def test_threads_that_come_late_are_left_alone_for_a_while(tmp_path):
+    program = tmp_path / "check"
+    command = ["gcc", "-O0", "-std=gnu11", f"-I{SOURCE}", str(HERE / "check_threads.c"), "-o", str(program)]
+    built = subprocess.run([*command, "-lm", "-lpthread"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(done.stdout) > 250

@@ -355,6 +355,21 @@ AVX2 static void work_on_bands(void *given) {
 
 /* ---------------------------------------------------------------------------------- the weight itself */
 
+/* Half a block of decoded weights times their scale and their columns' scales, where they belong. */
+AVX2 INLINE void store_half(const Layer *layer, int64_t column, const __m256 weights[4], float scale,
+                            float *dense) {
+    const uint16_t *columns = layer->column_scale ? layer->column_scale + column : NULL;
+    for (int i = 0; i < 4; i++) {
+        __m256 each = _mm256_mul_ps(weights[i], _mm256_set1_ps(scale));
+        if (columns) {
+            __m128i narrow = _mm_loadu_si128((const __m128i *)(columns + EIGHT * i));
+            __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+            each = _mm256_mul_ps(each, _mm256_castsi256_ps(wide));
+        }
+        _mm256_storeu_ps(dense + column + EIGHT * i, each);
+    }
+}
+
 AVX2 INLINE void dense_rows(const Layer *layer, int64_t first, int64_t last, LevelBytes levels, float *scales,
                             float *dense, const int bits) {
     int64_t blocks = blocks_of(layer);
@@ -363,14 +378,18 @@ AVX2 INLINE void dense_rows(const Layer *layer, int64_t first, int64_t last, Lev
         scales_of_row(layer, row, 0, 2 * blocks, scales);
         for (int64_t b = 0; b < blocks; b++, codes += 8 * bits) {
             Codes block = codes_of_block(codes, bits);
+            int whole = BLOCK * (b + 1) <= layer->in;
             float found[BLOCK];
             for (int half = 0; half < 2; half++) {
                 __m256 weights[4], scale = _mm256_set1_ps(scales[2 * b + half]);
                 decode_avx2(codes, block, levels, weights, half, bits);
-                for (int i = 0; i < 4; i++)
-                    _mm256_storeu_ps(found + HALF * half + EIGHT * i, _mm256_mul_ps(weights[i], scale));
+                if (whole)
+                    store_half(layer, BLOCK * b + HALF * half, weights, scales[2 * b + half], dense);
+                else
+                    for (int i = 0; i < 4; i++)
+                        _mm256_storeu_ps(found + HALF * half + EIGHT * i, _mm256_mul_ps(weights[i], scale));
             }
-            store_block(layer, BLOCK * b, found, dense);
+            if (!whole) store_block(layer, BLOCK * b, found, dense);
         }
     }
 }

@@ -73,21 +73,7 @@ static int aligned(const Layer *layer) {
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* ------------------------------------------------------------------ threads: those of torch's own runtime */
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
-static Parallel *run_parallel; /* GOMP_parallel of the OpenMP that torch has loaded; NULL: one thread */
-
-EXPORT void svdq_use_openmp(void *gomp_parallel) {
-    run_parallel = (Parallel *)(uintptr_t)gomp_parallel;
-}
-
-static void in_parallel(void (*work)(void *), void *what, int64_t threads) {
-    if (run_parallel && threads > 1)
-        run_parallel(work, what, (unsigned)threads, 0);
-    else
-        work(what);
-}
+#include "threads.h"
 
 /* ------------------------------------------------------------------------------------- scales and levels */
 
