@@ -16,7 +16,7 @@ from svdq_hf import SVDQConfig
 from svdq_hf.quantize.convert import convert_layers
 
 Call = Callable[[Tensor], Tensor]
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
@@ -124,6 +124,7 @@ BASELINE = "dense fp32"
 CONTENDERS: dict[str, Contender] = {
     BASELINE: Contender("torch", linear, F32, 1e-5),
     "dense bf16": Contender("torch", linear, BF16, 2e-2),
+    "dense fp16": Contender("torch", linear, F16, 2e-2),
     "svdq": Contender("svdq_hf", svdq, F32),
     "svdq fast": Contender("svdq_hf", partial(svdq, compute="fast"), F32),
     "svdq k=0": Contender("svdq_hf", partial(svdq, k=0), F32),
@@ -131,6 +132,7 @@ CONTENDERS: dict[str, Contender] = {
     "svdq 3 bits": Contender("svdq_hf", partial(svdq, bits=3), F32, 0.4),
     "svdq 8 bits": Contender("svdq_hf", partial(svdq, bits=8), F32, 0.02),
     "svdq, bf16 in": Contender("svdq_hf", svdq, BF16),
+    "svdq, fp16 in": Contender("svdq_hf", svdq, F16),
     "bitsandbytes nf4": Contender("bitsandbytes", bitsandbytes, F32),
     "bitsandbytes nf4, bf16 in": Contender("bitsandbytes", bitsandbytes, BF16),
     "torchao int4, bf16 in": Contender(

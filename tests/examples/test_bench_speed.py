@@ -1,6 +1,7 @@
-"""`bench_linear.py`, `bench_generate.py` and `bench_grid.py` of the examples, on small models."""
+"""`bench_linear.py`, `bench_loading.py`, `bench_generate.py` and `bench_grid.py`, on small models."""
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -104,3 +105,21 @@ def test_bench_grid_knows_where_its_seconds_went(tmp_path, monkeypatch):
     assert 0 < seconds["forward"] < seconds["all"]
     assert 0 < seconds["quantize"] < seconds["all"]
     assert seconds["forward"] + seconds["quantize"] <= seconds["all"]
+
+
+def test_bench_loading_loads_each_way_and_divides_by_nf4(tmp_path, monkeypatch, capsys):
+    loading = load("bench_loading")
+    tiny.llama().save_pretrained(tmp_path)
+    loading.load(str(tmp_path), "float32", "SVDQConfig()")
+    seconds = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+
+    times = {"dense": 1.0, loading.NF4: 2.0}
+    monkeypatch.setattr(loading, "measured", lambda folder, dtype, way: [times.get(way, 3.0), 4.0])
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), "--rounds", "1"])
+    loading.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert "| dense | 1.00 | 4.00 | 0.50, 1.00 |" in rows
+    assert "| SVDQConfig() | 3.00 | 4.00 | 1.50, 1.00 |" in rows
