@@ -1,10 +1,10 @@
 /* The threads of torch's own OpenMP, used only while they pay; part of svdq.c, which includes it once.
  *
  * A region ends when its last thread has. Where another process has a core, that thread comes when the system
- * lets it, milliseconds later, and everybody has waited for nothing: its work was long done by the others, who
- * take pieces as they are free. So each region is timed. One that took longer than all its
- * work would have taken alone is followed by regions on one thread, twice as many after each that is late
- * again; then the threads are tried once more. No result depends on it: sums have one order. */
+ * lets it, milliseconds later, and everybody has waited for nothing: its work was long done by the others,
+ * who take pieces as they are free. So each region is timed. One that took longer than all its work would
+ * have taken alone is followed by regions on one thread, twice as many after each that is late again; then
+ * the threads are tried once more. No result depends on it: sums have one order. */
 
 #include <pthread.h>
 #include <time.h>
@@ -13,8 +13,8 @@ typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
 static Parallel *run_parallel; /* GOMP_parallel of the OpenMP that torch has loaded; NULL: one thread */
 
 enum { FEWEST_ALONE = 8, MOST_ALONE = 512 };
-enum { UNTIMED = 50000 };        /* nanoseconds: what starting and ending a region takes at most, if all is quiet */
-static int64_t alone_next;       /* regions that come and are run on one thread */
+enum { UNTIMED = 50000 };  /* nanoseconds: what starting and ending a region takes at most, if all is quiet */
+static int64_t alone_next; /* regions that come and are run on one thread */
 static int64_t alone = FEWEST_ALONE; /* how many of them follow a late region */
 
 EXPORT void svdq_use_openmp(void *gomp_parallel) {
