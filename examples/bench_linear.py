@@ -3,6 +3,7 @@
     python examples/bench_linear.py                          # ten minutes on a quiet machine
     python examples/bench_linear.py 4096x4096 --tokens 1 8   # out x in: of this shape alone
     python examples/bench_linear.py --only "dense fp32" svdq --cpu avx2
+    python examples/bench_linear.py 2048x2048 --only svdq --busy 1   # beside a process that takes a core
 
 Ratios are dense FP32's time over the layer's: above 1 is faster. The layers take turns, round after round,
 so that a busy machine slows all of them alike; a figure is the median of the rounds. "warm" calls one layer
@@ -17,8 +18,11 @@ import copy
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from itertools import cycle
 from unittest.mock import patch
@@ -132,6 +136,18 @@ def table(title: str, found: dict[str, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that do nothing, each as fast as a core allows."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=SHAPES)
@@ -139,6 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--threads", type=int, help="of torch and of everyone (all cores)")
     parser.add_argument("--cpu", choices=PATHS, help="the native library's path (the best)")
+    parser.add_argument("--busy", type=int, default=0, help="processes that take a core meanwhile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     names = [BASELINE, *(name for name in options.only if name != BASELINE)]
@@ -150,11 +167,11 @@ def main() -> None:
     best = native.best_path()
     path = best if options.cpu is None else min(best, PATHS[options.cpu])
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, {options.busy} busy processes, torch {torch.__version__}, "
           f"path {next(key for key, value in PATHS.items() if value == path)}")  # fmt: skip
     fast = native.fast_path() if path == best else path
     ours = patch.multiple("svdq_hf.kernels.cpu", best_path=lambda: path, fast_path=lambda: fast)
-    with ours, torch.no_grad():
+    with ours, torch.no_grad(), busy_processes(options.busy):
         for shape in options.shapes:
             print(table(f"{shape}, warm", bench(shape, options.tokens, names, cold=False)), flush=True)
             few = [count for count in options.tokens if count <= 8]

@@ -55,6 +55,17 @@ def test_bench_linear_goes_through_copies_where_a_cache_must_not_help(linear):
     assert len({layer.weight.data_ptr() for layer in layers}) == len(layers)
 
 
+def test_bench_linear_ends_its_busy_processes(linear, monkeypatch):
+    started = []
+    popen = linear.subprocess.Popen
+    monkeypatch.setattr(
+        linear.subprocess, "Popen", lambda command: started.append(popen(command)) or started[-1]
+    )
+    with linear.busy_processes(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
+
+
 def test_bench_linear_does_not_time_a_wrong_layer(linear):
     weight = torch.randn(96, 128)
     with pytest.raises(ValueError, match="svdq is wrong by"):
