@@ -111,10 +111,12 @@ class Chat:
         """
         from transformers import TextStreamer
 
+        from svdq_hf.evaluation.speed.token_clock import TokenClock
+
         self.turns.append({"role": "user", "content": question})
         inputs = self._inputs()
         started = time.perf_counter()
-        clock = _clock()
+        clock = TokenClock()
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         tokens = self.model.generate(
             **inputs, **self.generation, streamer=streamer, stopping_criteria=[clock]
@@ -130,22 +132,6 @@ class Chat:
         return self.tokenizer.apply_chat_template(
             self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
-
-
-def _clock() -> Any:
-    """A stopping criterion that never stops, and records the time of each token."""
-    import torch
-    from transformers import StoppingCriteria
-
-    class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    return Clock()
 
 
 def _loaded(options: argparse.Namespace) -> Chat:

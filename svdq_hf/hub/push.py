@@ -1,34 +1,25 @@
 """Push of a quantized model to the Hub, with errors that tell the remedy.
 
 The work is done by huggingface_hub's own client. Here: what is refused before anything is sent, and
-that no text that somebody wrote on the Hub is lost. Not here: downloading (`hub.client`).
+that no text that somebody wrote on the Hub is lost. Not here: the files of a commit (`hub.commit`),
+downloading (`hub.client`).
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it lists no names
-    DEFAULT_IGNORE_PATTERNS,
-    filter_repo_objects,
-)
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 
-from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.files import full_disk_named
 from svdq_hf.hub.card import CardResult, write_card
 from svdq_hf.hub.client import explained
+from svdq_hf.hub.commit import additions, deletions, difference, remote_text
 from svdq_hf.hub.readme import README, merge, metadata_of, own_text, read_text, section_of
 from svdq_hf.quantize.footprint import Footprint, footprint, read_footprint
 
@@ -203,10 +194,10 @@ class _Push:
             )
         stored = None if self.replace else self._remote("config.json")
         if stored is not None:
-            difference = _difference(stored, (self.folder / "config.json").read_text())
-            if difference:
+            differs = difference(stored, (self.folder / "config.json").read_text())
+            if differs:
                 raise ValueError(
-                    f"{self.repo_id} holds another model ({difference}): push to another name, or replace it "
+                    f"{self.repo_id} holds another model ({differs}): push to another name, or replace it "
                     "with `replace=True` (--replace)"
                 )
 
@@ -215,11 +206,11 @@ class _Push:
         url = self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         if self.revision is not None and not self.revision.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        added = _additions(self.folder, None if self.replace else self._merged_readme())
+        added = additions(self.folder, None if self.replace else self._merged_readme())
         there = self.api.list_repo_files(self.repo_id, revision=self.revision)
         self.api.create_commit(
             self.repo_id,
-            [*added, *_deletions(there, added, "*" if self.replace else WEIGHTS)],
+            [*added, *deletions(there, added, "*" if self.replace else WEIGHTS)],
             commit_message=message,
             revision=self.revision,
         )
@@ -239,54 +230,7 @@ class _Push:
         return None if merged == local else merged
 
     def _remote(self, name: str) -> str | None:
-        return _remote_text(self.api, self.repo_id, name, self.revision)
-
-
-def _difference(theirs: str, ours: str) -> str:
-    """Why the model of one config.json is no version of the other's; empty if it is one."""
-    try:
-        remote, local = json.loads(theirs), json.loads(ours)
-        if remote["quantization_config"]["quant_method"] != QUANT_METHOD:
-            return f"quantized by {remote['quantization_config']['quant_method']!r}"
-    except (ValueError, KeyError, TypeError):
-        return "not quantized by svdq"
-    keys = [key for key in ("model_type", "architectures") if remote.get(key) != local.get(key)]
-    return ", ".join(f"{key} {remote.get(key)!r}, not {local.get(key)!r}" for key in keys)
-
-
-def _additions(folder: Path, readme: str | None) -> list[CommitOperationAdd]:
-    """Every file of the folder that the Hub's client would upload; `readme` replaces the text of README.md.
-
-    `upload_folder` is not used: in release 2 it makes several commits of a large folder.
-    """
-    files = {
-        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
-    }
-    contents: dict[str, str | bytes] = {
-        name: str(files[name]) for name in filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
-    }
-    if readme is not None:
-        contents[README] = readme.encode()
-    return [CommitOperationAdd(name, content) for name, content in contents.items()]
-
-
-def _deletions(
-    there: Sequence[str], added: Sequence[CommitOperationAdd], patterns: str | list[str]
-) -> list[CommitOperationDelete]:
-    """The files of the repository that must not stay beside the new ones."""
-    stay = {".gitattributes", *(each.path_in_repo for each in added)}
-    gone = filter_repo_objects(there, allow_patterns=patterns)
-    return [CommitOperationDelete(name) for name in gone if name not in stay]
-
-
-def _remote_text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
-    """The text of a small file of a repository; None: it is not there."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            file = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
-        except (RemoteEntryNotFoundError, RevisionNotFoundError):
-            return None
-        return read_text(Path(file))
+        return remote_text(self.api, self.repo_id, name, self.revision)
 
 
 def _base(model: Any, token: str | None) -> tuple[str | None, str]:
@@ -296,7 +240,7 @@ def _base(model: Any, token: str | None) -> tuple[str | None, str]:
         return None, read_text(Path(name, README), "replace") if name else ""
     try:
         with explained(name):
-            card = _remote_text(HfApi(token=token), name, README, None) or ""
+            card = remote_text(HfApi(token=token), name, README, None) or ""
     except (FileNotFoundError, HFValidationError):
         return None, ""
     # A model that was loaded quantized has a card that names its base.

@@ -1,50 +1,15 @@
 """Windows of a text with masked tokens, for masked models, which must say what stood there.
 
-Every seventh token is hidden, the same ones for each model. Not here: models that write
-(`evaluation.comparison.windows`).
+Not here: what is masked (`evaluation.tasks.masking`), models that write (`evaluation.comparison.windows`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdq_hf.evaluation.comparison.answers import Answers, Observed, Reference, run_over
-from svdq_hf.evaluation.tasks.perplexity import EVERY
-
-
-class Masked(NamedTuple):
-    """A window with masked tokens.
-
-    Attributes:
-        hidden: `[1, tokens]`, int64, what a model reads.
-        place: `[masked]`, int64, where the masks are.
-        wanted: `[masked]`, int64, what stood there.
-    """
-
-    hidden: Tensor
-    place: Tensor
-    wanted: Tensor
-
-
-def masked_window(ids: Tensor, tokenizer: Any) -> Masked:
-    """A window with every seventh token masked, between the tokenizer's special tokens.
-
-    Args:
-        ids: `[tokens]`, int64.
-        tokenizer: has the special tokens.
-
-    Raises:
-        ValueError: it has no mask.
-    """
-    if tokenizer.mask_token_id is None:
-        raise ValueError("its tokenizer has no mask token, which a masked model is measured with")
-    ends = [[] if end is None else [end] for end in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
-    whole = torch.tensor([ends[0] + ids.tolist() + ends[1]])
-    place = torch.arange(EVERY // 2 + len(ends[0]), whole.shape[1] - len(ends[1]), EVERY)
-    hidden = whole.clone()
-    hidden[0, place] = tokenizer.mask_token_id
-    return Masked(hidden, place, whole[0, place])
+from svdq_hf.evaluation.tasks.masking import EVERY, Masked, masked_window
 
 
 class MaskedWindows:

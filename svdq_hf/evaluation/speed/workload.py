@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svdq_hf.evaluation.speed.token_clock import TokenClock
+
 SOUND_PER_TOKEN = 320
 """Samples of sound that wav2vec 2.0 and its kin make one position of: 20 ms at 16 kHz."""
 ORDINARY = 1000
@@ -156,7 +158,7 @@ class Workload:
         """
         if not self.writes:
             return None
-        clock = _clock(begin)
+        clock = TokenClock(begin)
         asked = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         self.model.generate(
             **asked,
@@ -197,20 +199,3 @@ def _is_id(key: str) -> bool:
 
 def _pair(side: Any) -> tuple[int, int]:
     return tuple(side) if isinstance(side, list | tuple) else (side, side)
-
-
-def _clock(begin: Callable[[], None]) -> Any:
-    """A stopping criterion that never stops, and records the time of each token; `begin` comes first."""
-    from transformers import StoppingCriteria
-
-    class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            if not self.times:
-                begin()
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    return Clock()

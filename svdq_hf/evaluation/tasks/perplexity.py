@@ -6,8 +6,8 @@ tokens before it, except in the first window. Where the tokenizer has a first to
 begins with it, as the model's texts did in training: Gemma 3's loss is 3.47 without and 3.26 with it. A
 masked model sees each window with every seventh token masked, and is scored on those (a pseudo-perplexity, to
 be compared with itself only). KL compares the distributions of every scored token with the dense model's,
-which runs beside the other, since logits of a large vocabulary do not fit into memory. Not here: the cells of
-a sweep (`evaluation.tasks.language_modeling`).
+which runs beside the other, since logits of a large vocabulary do not fit into memory. Not here: what is
+masked (`evaluation.tasks.masking`), the cells of a sweep (`evaluation.tasks.language_modeling`).
 """
 
 import logging
@@ -22,9 +22,7 @@ from torch.nn import functional as F
 from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.texts import longest_input
-
-EVERY = 7
-"""One token in so many is masked: 14 %, about what masked models are trained with."""
+from svdq_hf.evaluation.tasks.masking import masked_window
 
 CONTEXT = 1024
 """Tokens that a model sees at once by default, where it takes so many."""
@@ -145,19 +143,17 @@ def masked_score(
         reference: the dense model, from whose distributions KL is measured; None: no KL.
 
     Raises:
-        ValueError: the loss is not finite, or the text is too short.
+        ValueError: the loss is not finite, the text is too short, or the tokenizer has no mask.
     """
     sums = _Sums(reference is not None)
     for start in hf_logging.tqdm(range(0, ids.numel(), context), desc="Reading the text", leave=False):
-        ends = [[tokenizer.cls_token_id], [tokenizer.sep_token_id]]
-        whole = torch.tensor([ends[0] + ids[start : start + context].tolist() + ends[1]])
-        place = torch.arange(EVERY // 2 + 1, whole.shape[1] - 1, EVERY)  # not the special ends
-        hidden = whole.clone()
-        hidden[0, place] = tokenizer.mask_token_id
+        window = masked_window(ids[start : start + context], tokenizer)
         found = [
-            one(input_ids=hidden).logits[0, place].float() for one in (model, reference) if one is not None
+            one(input_ids=window.hidden).logits[0, window.place].float()
+            for one in (model, reference)
+            if one is not None
         ]
-        sums.add(whole[0, place], *found)
+        sums.add(window.wanted, *found)
     return sums.score()
 
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 
 from svdq_hf.demo import default_model
 from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator, twin
+from svdq_hf.evaluation.tasks.masking import EVERY
 from svdq_hf.evaluation.tasks.perplexity import (
-    EVERY,
     causal_score,
     masked_score,
     token_ids,
