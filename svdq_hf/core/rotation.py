@@ -8,8 +8,8 @@ of odd order do not exist. Both are symmetric and orthogonal, so the rotation is
 Not here: rotations learnt from data, and what is quantized after one.
 """
 
+import math
 from functools import lru_cache, reduce
-from math import prod
 
 import torch
 from torch import Tensor
@@ -75,17 +75,19 @@ def _orders(n: int) -> list[int]:
     while power > FACTOR:
         orders.insert(0, FACTOR)
         power //= FACTOR
-    found = [n // prod([power, *orders]), power, *orders]
+    found = [n // math.prod([power, *orders]), power, *orders]
     return [order for order in found if order > 1] or [1]
 
 
 @lru_cache(maxsize=64)
 def _factor(order: int) -> Tensor:
-    """The Hadamard matrix of a power of two, the Hartley matrix of an odd order: `[order, order]`, float64."""
+    """`[order, order]`, float64: Sylvester's matrix for a power of two, Hartley's for an odd order."""
     place = torch.arange(order)
     if order & (order - 1):
         angle = 2 * torch.pi / order * (place[:, None] * place % order).double()
-        return (angle.cos() + angle.sin()) / order**0.5
-    common = place[:, None] & place
-    ones = sum((common >> bit & 1 for bit in range(order.bit_length())), torch.zeros_like(common))
-    return (1 - 2 * (ones % 2)).double() / order**0.5
+        entries = angle.cos() + angle.sin()
+    else:
+        common = place[:, None] & place
+        ones = torch.stack([common >> bit & 1 for bit in range(max(order.bit_length(), 1))]).sum(0)
+        entries = 1.0 - 2 * (ones % 2).double()
+    return entries / math.sqrt(order)
