@@ -71,7 +71,7 @@ def _orders(n: int) -> list[int]:
     if n < 1:
         raise ValueError(f"n={n}: a rotation turns at least one coordinate")
     power = n & -n
-    orders = []
+    orders: list[int] = []
     while power > FACTOR:
         orders.insert(0, FACTOR)
         power //= FACTOR
