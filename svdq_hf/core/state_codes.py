@@ -14,6 +14,7 @@ again. A code is turned back in integers, so plain torch and the native kernel g
 Not here: which tokens are packed (`nn.packed_states`), the same decoding in C (`kernels.native.states`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -115,10 +116,11 @@ def encode(states: Tensor, form: StateFormat, channels: Tensor | None) -> Tensor
     coarse: Sequence[Tensor] = ()
     if channels is not None:
         index = channels.unsqueeze(-2).expand(*dense.shape[:-1], -1)
-        codes, step = _coarse_codes(dense.gather(-1, index).unflatten(-1, (-1, group // EIGHTH)))
-        dense = dense.scatter_add(-1, index, -_coarse_values(codes, step))
-        coarse = (_packed(codes, 4), step)
-    codes, step, lowest = _codes(_turned(dense, group).unflatten(-1, (-1, group)), form.bits)
+        coarse_codes, coarse_step = _coarse_codes(_grouped(dense.gather(-1, index), group // EIGHTH))
+        dense = dense.scatter_add(-1, index, -_coarse_values(coarse_codes, coarse_step))
+        coarse = (_packed(coarse_codes, 4), coarse_step)
+    groups = _turned(_grouped(dense, group)) * turned_together(group) ** -0.5
+    codes, step, lowest = _codes(groups, form.bits)
     parts = (_packed(codes, form.bits), *coarse[:1], step, lowest.view(torch.uint8), *coarse[1:])
     return torch.cat(parts, -1).flatten(-2)
 
@@ -136,15 +138,12 @@ def decode(packed: Tensor, head_dim: int, form: StateFormat, channels: Tensor | 
         `[..., heads, tokens, head_dim]`, float32.
     """
     group = group_of(head_dim)
-    rows = packed.unflatten(-1, (-1, form.group_bytes(group)))
-    sizes = [group * form.bits // 8, group // (2 * EIGHTH), 1, 1, 1]
-    if channels is None:
-        sizes = [sizes[0], 0, 1, 1, 0]
-    codes, coarse, step, lowest, coarse_step = rows.split(sizes, -1)
+    rows = _grouped(packed, form.group_bytes(group))
+    coded = group * form.bits // 8
+    scaled = coded if channels is None else coded + group // (2 * EIGHTH)
+    codes, coarse, step, lowest, coarse_step = rows.tensor_split([coded, scaled, scaled + 1, scaled + 2], -1)
     whole = _unpacked(codes, form.bits).float() + lowest.view(torch.int8)
-    power = turned_together(group)
-    turned = (whole.unflatten(-1, (-1, power)) @ _signs(power, packed.device)).flatten(-2)
-    dense = (turned * (_steps(step) * power**-0.5)).flatten(-2)
+    dense = (_turned(whole) * (_steps(step) * turned_together(group) ** -0.5)).flatten(-2)
     if channels is None:
         return dense
     index = channels.unsqueeze(-2).expand(*dense.shape[:-1], -1)
@@ -160,16 +159,22 @@ def turned_together(group: int) -> int:
     return min(GROUP, group & -group)
 
 
-def _turned(dense: Tensor, group: int) -> Tensor:
-    """States `[..., head_dim]`, turned `turned_together` values at a time."""
-    power = turned_together(group)
-    return (dense.unflatten(-1, (-1, power)) @ _signs(power, dense.device)).mul_(power**-0.5).flatten(-2)
+def _grouped(values: Tensor, size: int) -> Tensor:
+    """The last dimension, so many values at a time: `[..., groups, size]`."""
+    return values.reshape(*values.shape[:-1], -1, size)
+
+
+def _turned(groups: Tensor) -> Tensor:
+    """Groups `[..., group]` times ones and minus ones, `turned_together` values at a time."""
+    power = turned_together(groups.shape[-1])
+    return (_grouped(groups, power) @ _signs(power, groups.device)).reshape(groups.shape)
 
 
 @lru_cache(maxsize=16)
 def _signs(order: int, device: torch.device) -> Tensor:
     """The Walsh-Hadamard matrix of ones and minus ones, `[order, order]`, float32: exact on integers."""
-    return (hadamard(order) * order**0.5).round().float().to(device)
+    signs: Tensor = (hadamard(order) * math.sqrt(order)).round().float().to(device)
+    return signs
 
 
 def _steps(step: Tensor) -> Tensor:
@@ -222,11 +227,12 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """Planes of bytes `[..., group * bits / 8]` as codes `[..., group]`, uint8."""
-    group = packed.shape[-1] * 8 // bits
-    codes, done = [], 0
-    for field in packed.split([group * field // 8 for field in FIELDS[bits]], -1):
-        width = FIELDS[bits][len(codes)]
-        planes = [(field >> shift) & (2**width - 1) for shift in range(0, 8, width)]
-        codes.append(torch.cat(planes, -1) << done)
-        done += width
+    eighth = packed.shape[-1] // bits
+    codes: list[Tensor] = []
+    done = 0
+    for field in FIELDS[bits]:
+        planes = packed[..., eighth * done : eighth * (done + field)]
+        each = [(planes >> shift) & (2**field - 1) for shift in range(0, 8, field)]
+        codes.append(torch.cat(each, -1) << done)
+        done += field
     return reduce(or_, codes)

@@ -310,7 +310,8 @@ def _decoder_config(model: Any) -> PreTrainedConfig:
         raise TypeError(f"{type(model).__name__} is neither a model of transformers nor the config of one")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{config.model_type} has an encoder, whose keys are cached apart: SVDQCache is for decoders alone"
+            f"{config.model_type} has an encoder, whose keys are cached apart: "
+            "SVDQCache is for models that are a decoder alone"
         )
     return config.get_text_config(decoder=True)
 
