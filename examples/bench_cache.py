@@ -6,8 +6,8 @@
 
 Quality: windows of 512 tokens are fed 64 at a time; each feed reads all earlier tokens from the cache, which
 keeps no recent ones (`recent=0`), so this is the most that packing costs. KL is from the same model with its
-exact cache. "plain 4" is what rounding alone does: 16 levels between the least and the most of a token's head,
-without outlier channels or rotation.
+exact cache. "plain 4" is what rounding alone does: 16 levels between the least and the most of each token's
+head, without outlier channels or rotation.
 
 Memory: a process fills a cache with random states, a DynamicCache in bfloat16 or a packed one, and says what
 it uses more than before. Speed: one token after a context of random states, the model in bfloat16, the caches
@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from svdq_hf import SVDQCache
 from svdq_hf.evaluation.speed.memory import Memory, memory_now
 from svdq_hf.evaluation.tasks.perplexity import token_ids
+from svdq_hf.integrations.transformers.cache import cache_keyword
 
 WINDOWS, WINDOW, FEED = 8, 512, 64
 BITS = (8, 4.5, 4, 3.5, 3, 2.5, 2)
@@ -87,7 +88,7 @@ def _score(model: Any, window: Tensor, ways: dict[str, Any], sums: dict[str, lis
         fed, target = window[:, start : start + FEED], window[0, start + 1 : start + FEED + 1, None]
 
         def logs(cache: Any, fed: Tensor = fed, scored: int = len(target)) -> Tensor:
-            return model(fed, past_key_values=cache).logits[0, :scored].log_softmax(-1)
+            return model(fed, **{cache_keyword(): cache}).logits[0, :scored].log_softmax(-1)
 
         exact = logs(exact_cache)
         for name, found in (("exact", exact), *((name, logs(cache)) for name, cache in caches.items())):
@@ -149,7 +150,7 @@ def speed(options: argparse.Namespace) -> None:
             for _ in range(options.steps):
                 for name, cache in caches.items():
                     started = time.perf_counter()
-                    model(torch.tensor([[7]]), past_key_values=cache)
+                    model(torch.tensor([[7]]), **{cache_keyword(): cache})
                     seconds[name].append(time.perf_counter() - started)
         exact = statistics.median(seconds["bfloat16"])
         for name, each in seconds.items():

@@ -2,7 +2,7 @@
 
 A state `[head_dim]` is rounded in four steps, without data but its own:
 
-1. An eighth of the head's channels, the `outlier channels`, is rounded coarsely, to 16 levels, and what they
+1. An eighth of the head's channels, the `outlier channels`, is rounded coarsely, to 15 levels, and what they
    lose joins the rest. So they have 8 bits in the end where the others have 4: "4.5 bits" a value.
 2. The rest is turned, 64 values at a time, by a Walsh-Hadamard matrix, which evens sizes out.
 3. Each group of 64 gets a step (a power of 2 to the eighth, one byte) and a lowest code (one byte).
@@ -31,8 +31,8 @@ GROUP = 64
 EIGHTH = 8
 """One channel in so many is an outlier channel."""
 
-COARSE_TOP = 7.5
-"""Of the 16 coarse levels -7.5, -6.5, ..., 7.5."""
+COARSE_TOP = 7
+"""The largest coarse code, of -7 to 7: with a zero, so that what is small beside another is left alone."""
 
 FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """The bits of each field of a code, from the lowest on; a field of f bits is `group * f / 8` bytes."""
@@ -115,7 +115,7 @@ def encode(states: Tensor, form: StateFormat, channels: Tensor | None) -> Tensor
     group = group_of(dense.shape[-1])
     coarse: Sequence[Tensor] = ()
     if channels is not None:
-        index = channels.unsqueeze(-2).expand(*dense.shape[:-1], -1)
+        index = channels.unsqueeze(-2).expand(*dense.shape[:-1], channels.shape[-1])
         coarse_codes, coarse_step = _coarse_codes(_grouped(dense.gather(-1, index), group // EIGHTH))
         dense = dense.scatter_add(-1, index, -_coarse_values(coarse_codes, coarse_step))
         coarse = (_packed(coarse_codes, 4), coarse_step)
@@ -143,7 +143,7 @@ def decode(packed: Tensor, head_dim: int, form: StateFormat, channels: Tensor | 
     scaled = coded if channels is None else coded + group // (2 * EIGHTH)
     codes, coarse, step, lowest, coarse_step = rows.tensor_split([coded, scaled, scaled + 1, scaled + 2], -1)
     whole = _unpacked(codes, form.bits).float() + lowest.view(torch.int8)
-    dense = (_turned(whole) * (_steps(step) * turned_together(group) ** -0.5)).flatten(-2)
+    dense: Tensor = (_turned(whole) * (_steps(step) * turned_together(group) ** -0.5)).flatten(-2)
     if channels is None:
         return dense
     index = channels.unsqueeze(-2).expand(*dense.shape[:-1], -1)
@@ -161,13 +161,14 @@ def turned_together(group: int) -> int:
 
 def _grouped(values: Tensor, size: int) -> Tensor:
     """The last dimension, so many values at a time: `[..., groups, size]`."""
-    return values.reshape(*values.shape[:-1], -1, size)
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
 
 
 def _turned(groups: Tensor) -> Tensor:
     """Groups `[..., group]` times ones and minus ones, `turned_together` values at a time."""
     power = turned_together(groups.shape[-1])
-    return (_grouped(groups, power) @ _signs(power, groups.device)).reshape(groups.shape)
+    turned: Tensor = _grouped(groups, power) @ _signs(power, groups.device)
+    return turned.reshape(groups.shape)
 
 
 @lru_cache(maxsize=16)
@@ -205,7 +206,7 @@ def _codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def _coarse_codes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Coarse codes `[..., values]` and their steps `[..., 1]`."""
     step = _step_byte(values.abs().amax(-1, keepdim=True) / COARSE_TOP)
-    codes = (values / _steps(step) + COARSE_TOP).round().clamp(0, 2 * COARSE_TOP)
+    codes = (values / _steps(step)).round().clamp(-COARSE_TOP, COARSE_TOP) + COARSE_TOP
     return codes.to(torch.uint8), step
 
 
@@ -227,11 +228,11 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """Planes of bytes `[..., group * bits / 8]` as codes `[..., group]`, uint8."""
-    eighth = packed.shape[-1] // bits
+    width = packed.shape[-1]
     codes: list[Tensor] = []
     done = 0
     for field in FIELDS[bits]:
-        planes = packed[..., eighth * done : eighth * (done + field)]
+        planes = packed[..., width * done // bits : width * (done + field) // bits]
         each = [(planes >> shift) & (2**field - 1) for shift in range(0, 8, field)]
         codes.append(torch.cat(each, -1) << done)
         done += field

@@ -11,6 +11,8 @@ Not here: how a state becomes bytes (`core.state_codes`), which tokens are packe
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -33,7 +35,7 @@ FORMATS = {
 class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """KV cache in 4.5 bits a value, or in 2 to 8, for decoder models of transformers.
 
-    `model.generate(..., past_key_values=SVDQCache(model))`; in transformers 5.24 also `cache=`. Sampling,
+    `model.generate(..., cache=SVDQCache(model))`; before transformers 5.24 `past_key_values=`. Sampling,
     beams, assisted decoding, padded batches and several turns work as with `DynamicCache`. Gradients do not
     flow through packed tokens.
 
@@ -296,6 +298,11 @@ class PackedSlidingLayer(PackedLayer):
     def _slide(self) -> None:
         for one in self.states:
             one.keep(max(len(one) - self.sliding_window + 1, 0), len(one))
+
+
+def cache_keyword() -> str:
+    """The name under which transformers takes a cache: "cache", or "past_key_values" before release 5.24."""
+    return "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 def _decoder_config(model: Any) -> PreTrainedConfig:

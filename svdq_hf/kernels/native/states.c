@@ -14,6 +14,7 @@ enum {
     LANES = 8,
     REGISTERS = GROUP / LANES,
     OUTLIERS = 8,   /* coarse codes of a group */
+    COARSE_TOP = 7, /* the largest of them; stored are sums with it */
     TILE = 8,       /* tokens that are decoded side by side */
     PIECE = 64,     /* tokens that a thread decodes before it asks for more */
     MOST_DIM = 1024 /* channels of a head */
@@ -109,7 +110,7 @@ INLINE void add_coarse(const States *states, const uint8_t *group, const int32_t
     int32_t word;
     memcpy(&word, codes, sizeof word);
     Ints code = ((Ints){0} + word) >> (Ints){0, 8, 16, 24, 4, 12, 20, 28} & 15;
-    *(Lanes *)coarse = (CONVERT(code, Lanes) - 7.5f) * states->steps[codes[OUTLIERS / 2 + 2]];
+    *(Lanes *)coarse = CONVERT(code - COARSE_TOP, Lanes) * states->steps[codes[OUTLIERS / 2 + 2]];
     for (int i = 0; i < OUTLIERS; i++) row[channels[i]] += coarse[i];
 }
 
