@@ -11,8 +11,9 @@
 enum {
     STATES_ABI = 1,
     GROUP = 64, /* values that share a step and are turned together */
-    LANES = 8,
-    REGISTERS = GROUP / LANES,
+    LANES = 8,  /* of 32 bits in a register */
+    WIDE = 16,  /* of 16 bits */
+    REGISTERS = GROUP / WIDE,
     OUTLIERS = 8,   /* coarse codes of a group */
     COARSE_TOP = 7, /* the largest of them; stored are sums with it */
     TILE = 8,       /* tokens that are decoded side by side */
@@ -43,48 +44,60 @@ typedef struct {
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDE), may_alias));
+typedef int16_t HalfShorts __attribute__((vector_size(2 * LANES), may_alias));
 typedef uint16_t Words __attribute__((vector_size(2 * LANES), may_alias, aligned(2)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDE), may_alias, aligned(1)));
 #define CONVERT(vector, type) __builtin_convertvector(vector, type)
 #if defined(__clang__)
 #define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #else
-#define SHUFFLED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#define SHUFFLED(x, ...) __builtin_shuffle(x, (Shorts){__VA_ARGS__})
 #endif
 
 /* ------------------------------------------------------------------------------------------------- codes */
 
-/* Codes 8 r to 8 r + 7 of a field of `width` bits: plane r / width, bytes 8 (r % width) and after. Four bytes
- * are one word, which each lane shifts by itself. */
-INLINE Ints field_of(const uint8_t *field, const int r, const int width) {
-    int32_t words[2];
-    memcpy(words, field + LANES * (r % width), sizeof words);
-    Ints bytes = {words[0], words[0], words[0], words[0], words[1], words[1], words[1], words[1]};
-    Ints shifts = {0, 8, 16, 24, 0, 8, 16, 24};
-    return bytes >> (shifts + width * (r / width)) & ((1 << width) - 1);
+/* Codes 16 r to 16 r + 15 of a field of 2, 4 or 8 bits: plane 16 r / (8 width), and its bytes. */
+INLINE Shorts field_of(const uint8_t *field, const int r, const int width) {
+    Shorts bytes = CONVERT(*(const Bytes *)(field + WIDE * r % (8 * width)), Shorts);
+    return bytes >> (int16_t)(width * (WIDE * r / (8 * width))) & (int16_t)((1 << width) - 1);
 }
 
-INLINE Ints codes_of(const uint8_t *group, const int r, const int bits) {
-    if (bits == 3) return field_of(group, r, 2) | field_of(group + 2 * LANES, r, 1) << 2;
+/* 4 times codes 16 r to 16 r + 15 of a field of one bit: planes 2 r and 2 r + 1 of its eight bytes. */
+INLINE Shorts top_bits_of(const uint8_t *field, const int r) {
+    const int16_t low = (int16_t)(1 << 2 * r), high = (int16_t)(2 << 2 * r);
+    uint8_t twice[WIDE];
+    memcpy(twice, field, WIDE / 2), memcpy(twice + WIDE / 2, field, WIDE / 2);
+    Shorts mask = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
+    return ((CONVERT(*(const Bytes *)twice, Shorts) & mask) != 0) & 4;
+}
+
+INLINE Shorts codes_of(const uint8_t *group, const int r, const int bits) {
+    if (bits == 3) return field_of(group, r, 2) | top_bits_of(group + WIDE, r);
     return field_of(group, r, bits);
 }
 
 /* ---------------------------------------------------------------------------------------------- rotation */
 
-/* Lanes i and i ^ (1, 2, 4) added; the upper of the two is subtracted from the lower. */
-INLINE Lanes in_lanes(Lanes x) {
-    const Lanes one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1},
-                four = {1, 1, 1, 1, -1, -1, -1, -1};
-    x = SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6) + x * one;
-    x = SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5) + x * two;
-    return SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3) + x * four;
+/* Lanes i and i ^ (1, 2, 4, 8) added; the upper of the two is subtracted from the lower. */
+INLINE Shorts in_lanes(Shorts x) {
+    const Shorts one = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+                 two = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+                 four = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+                 eight = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    x = SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * one;
+    x = SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * two;
+    x = SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * four;
+    return SHUFFLED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) + x * eight;
 }
 
-/* The Walsh-Hadamard matrix of order 64, of ones and minus ones, times a group. */
-INLINE void turn(Lanes x[REGISTERS]) {
+/* The Walsh-Hadamard matrix of order 64, of ones and minus ones, times a group. A code and the lowest are
+ * together at most 255 + 127 in size, and 64 of them fit into 16 bits. */
+INLINE void turn(Shorts x[REGISTERS]) {
     for (int half = 1; half < REGISTERS; half *= 2)
         for (int r = 0; r < REGISTERS; r++)
             if (!(r & half)) {
-                Lanes low = x[r], high = x[r + half];
+                Shorts low = x[r], high = x[r + half];
                 x[r] = low + high, x[r + half] = low - high;
             }
     for (int r = 0; r < REGISTERS; r++) x[r] = in_lanes(x[r]);
@@ -93,19 +106,24 @@ INLINE void turn(Lanes x[REGISTERS]) {
 /* -------------------------------------------------------------------------------------------------- rows */
 
 INLINE void decode_group(const States *states, const uint8_t *group, float *to, const int bits) {
-    const uint8_t *scales = group + LANES * bits + (states->channels ? OUTLIERS / 2 : 0);
-    int32_t lowest = (int8_t)scales[1];
+    const uint8_t *scales = group + GROUP / 8 * bits + (states->channels ? OUTLIERS / 2 : 0);
+    int16_t lowest = (int8_t)scales[1];
     float unit = states->steps[scales[0]] * 0.125f; /* 1 / sqrt(64) */
-    Lanes x[REGISTERS];
-    for (int r = 0; r < REGISTERS; r++) x[r] = CONVERT(codes_of(group, r, bits) + lowest, Lanes);
+    Shorts x[REGISTERS];
+    for (int r = 0; r < REGISTERS; r++) x[r] = codes_of(group, r, bits) + lowest;
     turn(x);
-    for (int r = 0; r < REGISTERS; r++) *(Lanes *)(to + LANES * r) = x[r] * unit;
+    for (int r = 0; r < REGISTERS; r++) {
+        HalfShorts halves[2];
+        memcpy(halves, x + r, sizeof halves);
+        for (int half = 0; half < 2; half++)
+            *(Lanes *)(to + WIDE * r + LANES * half) = CONVERT(CONVERT(halves[half], Ints), Lanes) * unit;
+    }
 }
 
 /* Coarse parts, added to their channels. */
 INLINE void add_coarse(const States *states, const uint8_t *group, const int32_t *channels, float *row,
                        const int bits) {
-    const uint8_t *codes = group + LANES * bits;
+    const uint8_t *codes = group + GROUP / 8 * bits;
     float coarse[OUTLIERS];
     int32_t word;
     memcpy(&word, codes, sizeof word);

@@ -1,4 +1,4 @@
-"""The quantized KV cache in transformers: exact where nothing is packed, near where all is; what is refused."""
+"""The quantized KV cache in transformers: exact where nothing is packed, near where all is; and errors."""
 
 from typing import Any
 
