@@ -45,7 +45,6 @@ typedef struct {
 typedef float Lanes __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef int16_t Shorts __attribute__((vector_size(2 * WIDE), may_alias));
-typedef int16_t HalfShorts __attribute__((vector_size(2 * LANES), may_alias));
 typedef uint16_t Words __attribute__((vector_size(2 * LANES), may_alias, aligned(2)));
 typedef uint8_t Bytes __attribute__((vector_size(WIDE), may_alias, aligned(1)));
 #define CONVERT(vector, type) __builtin_convertvector(vector, type)
@@ -110,14 +109,11 @@ INLINE void decode_group(const States *states, const uint8_t *group, float *to, 
     int16_t lowest = (int8_t)scales[1];
     float unit = states->steps[scales[0]] * 0.125f; /* 1 / sqrt(64) */
     Shorts x[REGISTERS];
+    int16_t turned[GROUP];
     for (int r = 0; r < REGISTERS; r++) x[r] = codes_of(group, r, bits) + lowest;
     turn(x);
-    for (int r = 0; r < REGISTERS; r++) {
-        HalfShorts halves[2];
-        memcpy(halves, x + r, sizeof halves);
-        for (int half = 0; half < 2; half++)
-            *(Lanes *)(to + WIDE * r + LANES * half) = CONVERT(CONVERT(halves[half], Ints), Lanes) * unit;
-    }
+    memcpy(turned, x, sizeof turned);
+    for (int i = 0; i < GROUP; i++) to[i] = (float)turned[i] * unit;
 }
 
 /* Coarse parts, added to their channels. */
