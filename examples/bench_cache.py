@@ -72,13 +72,14 @@ def quality(options: argparse.Namespace) -> None:
     asked = {name: ways[name] for name in options.only or ways}
     sums = {name: [0.0, 0.0] for name in ("exact", *asked)}
     with torch.inference_mode():
-        for window in ids:
+        for at, window in enumerate(ids, 1):
             _score(model, window[None], asked, sums)
-    tokens = ids.numel() - len(ids)
-    exact = sums["exact"][0] / tokens
-    print(f"{options.model}: loss {exact:.4f} over {tokens} tokens")
-    for name, (loss, kl) in sums.items():
-        print(f"{name:8} change of loss {loss / tokens - exact:+.4f}  KL {kl / tokens:.5f}", flush=True)
+            tokens = at * (WINDOW - 1)
+            costs = {name: (loss - sums["exact"][0]) / tokens for name, (loss, _) in sums.items()}
+            print(at, {name: round(cost, 4) for name, cost in costs.items()}, file=sys.stderr, flush=True)
+    print(f"{options.model}: loss {sums['exact'][0] / tokens:.4f} over {tokens} tokens")
+    for name, (_, kl) in sums.items():
+        print(f"{name:8} change of loss {costs[name]:+.4f}  KL {kl / tokens:.5f}")
 
 
 def _score(model: Any, window: Tensor, ways: dict[str, Any], sums: dict[str, list[float]]) -> None:
