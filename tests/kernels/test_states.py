@@ -1,5 +1,10 @@
 """Native decoding of packed states: bit for bit as plain torch, on every path, and where it is missing."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -88,3 +93,21 @@ def test_without_the_library_or_with_an_older_one(monkeypatch):
         assert native_states.decoding() is None
         assert torch.equal(dense, decode(packed, 64, form, channels))
     native_states.decoding.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, whose sanitizers this needs")
+def test_sanitizers_see_no_byte_beyond_a_buffer_and_nothing_undefined(tmp_path):
+    program = tmp_path / "check"
+    flags = ["-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = Path(native.__file__).parent
+    check = Path(__file__).parent / "check_states.c"
+    built = subprocess.run(
+        ["gcc", *flags, f"-I{source}", str(check), "-lm", "-o", str(program)], capture_output=True, text=True
+    )
+    if "cannot find" in built.stderr:
+        pytest.skip("gcc has no sanitizers here")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) == 4 * 3 * 8 * 4 * (1 + 7 + 8 + 65)

@@ -1,9 +1,9 @@
 /* Packed keys or values of a KV cache, decoded to dense rows.
  *
- * Plain C with a plain C interface, as svdq.c: the caller (kernels/native/states.py) has checked shapes, dtypes
- * and bounds. What it computes is what core/state_codes.py computes in torch, bit for bit: codes are turned as
- * small integers, which float32 adds exactly, and are scaled once. Not here: packing, which happens once for
- * each token (core/), and attention itself.
+ * Plain C with a plain C interface, as svdq.c: the caller (kernels/native/states.py) has checked shapes,
+ * dtypes and bounds. What it computes is what core/state_codes.py computes in torch, bit for bit: codes are
+ * turned as small integers, which float32 adds exactly, and are scaled once. Not here: packing, which happens
+ * once for each token (core/), and attention itself.
  */
 
 #include "dense.h"
@@ -186,14 +186,10 @@ INLINE void decode_pieces(Shared *shared, const int bits) {
     default: decode_pieces(shared, 8);                                                                       \
     }
 
-static void work_plain(void *what) {
-    EACH_BITS((Shared *)what)
-}
+static void work_plain(void *what){EACH_BITS((Shared *)what)}
 
 #if defined(__x86_64__)
-AVX2 static void work_avx2(void *what) {
-    EACH_BITS((Shared *)what)
-}
+AVX2 static void work_avx2(void *what){EACH_BITS((Shared *)what)}
 #else
 #define work_avx2 work_plain
 #endif
