@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from svdq_hf.config import SVDQConfig
     from svdq_hf.core.saliency import Scored, register_saliency, saliency_names
     from svdq_hf.integrations.gguf.quantize import GGUFReport, quantize_gguf
+    from svdq_hf.integrations.transformers.cache import SVDQCache
     from svdq_hf.integrations.transformers.in_memory import dequantize_model, quantize_model
     from svdq_hf.integrations.transformers.quantizer import SVDQHfQuantizer
     from svdq_hf.nn.linear import SVDQLinear
@@ -34,6 +35,7 @@ __all__ = [
     "Footprint",
     "GGUFReport",
     "LayerFootprint",
+    "SVDQCache",
     "SVDQConfig",
     "SVDQHfQuantizer",
     "SVDQLinear",
@@ -58,6 +60,7 @@ _HOMES = {
     "svdq_hf.config": ("SVDQConfig",),
     "svdq_hf.core.saliency": ("Scored", "register_saliency", "saliency_names"),
     "svdq_hf.integrations.gguf.quantize": ("GGUFReport", "quantize_gguf"),
+    "svdq_hf.integrations.transformers.cache": ("SVDQCache",),
     "svdq_hf.integrations.transformers.in_memory": ("dequantize_model", "quantize_model"),
     "svdq_hf.integrations.transformers.quantizer": ("SVDQHfQuantizer",),
     "svdq_hf.nn.linear": ("SVDQLinear",),

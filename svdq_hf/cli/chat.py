@@ -34,6 +34,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--greedy", action="store_true", help="the likeliest token each time, whatever the model's settings"
     )
+    parser.add_argument(
+        "--cache-bits", type=float, metavar="BITS", help="pack the KV cache, as in SVDQCache: 4.5, or 2 to 8"
+    )
     parser.add_argument("--quantize", action="store_true", help="quantize a dense model while it is loaded")
     add_choices(parser, "demo")
     return parser
@@ -94,12 +97,14 @@ class Chat:
         model: a causal model.
         tokenizer: the model's.
         generation: arguments of `generate`.
+        cache_bits: of a packed KV cache; None: the model's own.
         turns: messages so far.
     """
 
     model: Any
     tokenizer: Any
     generation: dict[str, Any]
+    cache_bits: float | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, question: str, *, show: bool = True) -> Answer:
@@ -119,11 +124,19 @@ class Chat:
         clock = TokenClock()
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         tokens = self.model.generate(
-            **inputs, **self.generation, streamer=streamer, stopping_criteria=[clock]
+            **inputs, **self.generation, **self._cache(), streamer=streamer, stopping_criteria=[clock]
         )[0, inputs["input_ids"].shape[1] :]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         self.turns.append({"role": "assistant", "content": text})
         return Answer(text, len(tokens), clock.times[0] - started, clock.times[-1] - started)
+
+    def _cache(self) -> dict[str, Any]:
+        """Argument of `generate`: a packed cache, where one is wanted."""
+        if self.cache_bits is None:
+            return {}
+        from svdq_hf.integrations.transformers.cache import SVDQCache, cache_keyword
+
+        return {cache_keyword(): SVDQCache(self.model, self.cache_bits)}
 
     def _inputs(self) -> Any:
         """Input of the model: the conversation by its chat template, or the last text unchanged."""
@@ -162,7 +175,8 @@ def _loaded(options: argparse.Namespace) -> Chat:
         raise ValueError(f"{options.folder} has no tokenizer: save the model's own there")
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **SAFE, **choices).eval()
     greedy = {"do_sample": False} if options.greedy else {}
-    return Chat(model, tokenizer, {"max_new_tokens": options.max_new_tokens, **greedy})
+    generation = {"max_new_tokens": options.max_new_tokens, **greedy}
+    return Chat(model, tokenizer, generation, options.cache_bits)
 
 
 def _converse(chat: Chat) -> None:

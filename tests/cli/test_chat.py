@@ -124,3 +124,22 @@ def test_what_cannot_talk_is_refused_in_one_line(folder, tmp_path, capsys):
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "mute")
     assert main(["chat", str(tmp_path / "mute"), "--prompt", "hello"]) == 1
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_a_packed_cache_answers_and_other_bits_are_refused(folder, capsys):
+    question = [
+        "chat",
+        str(folder),
+        "--prompt",
+        "the weather is",
+        "--greedy",
+        "--max-new-tokens",
+        "5",
+        "--json",
+    ]
+    assert main([*question, "--cache-bits", "8"]) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert main(question) == 0
+    assert packed["text"] == json.loads(capsys.readouterr().out)["text"]  # few tokens: all of them are recent
+    assert main([*question, "--cache-bits", "5"]) != 0
+    assert "bits=5.0: a cache is packed in one of 2, 2.5" in capsys.readouterr().err

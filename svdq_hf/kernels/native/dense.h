@@ -81,11 +81,16 @@ INLINE void read_row(const Source *source, int64_t first, int64_t count, float *
 
 typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
 
-static void in_parallel(const Source *source, void (*run)(void *), void *what) {
-    if (source->parallel && source->threads > 1 && source->out * source->in >= FEW)
-        ((Parallel *)(uintptr_t)source->parallel)(run, what, (unsigned)source->threads, 0);
+/* Run by all threads where there is enough to do: `size` numbers. */
+static void share(void *parallel, int64_t threads, int64_t size, void (*run)(void *), void *what) {
+    if (parallel && threads > 1 && size >= FEW)
+        ((Parallel *)(uintptr_t)parallel)(run, what, (unsigned)threads, 0);
     else
         run(what);
+}
+
+INLINE void in_parallel(const Source *source, void (*run)(void *), void *what) {
+    share(source->parallel, source->threads, source->out * source->in, run, what);
 }
 
 /* The next piece of work, for whichever thread asks. */

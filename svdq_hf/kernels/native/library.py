@@ -102,6 +102,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     return loaded
 
 
+@cache
 def _parallel_of_torch() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP that torch itself runs on; None: one thread."""
     for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
