@@ -140,7 +140,7 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "
             "(--samples N --length L); without data there is --preset best, or --error-feedback synthetic"
         )
-    if options.calibration is not None and not needs:
+    if options.calibration is not None and not needs and config.activations is None:
         raise ValueError(
             f"--calibration {options.calibration}: nothing that was chosen needs data: give --preset "
             "calibrated, --error-feedback data or --saliency awq as well, or leave it out"

@@ -16,6 +16,7 @@ from svdq_hf.core.release import how_to_install
 from svdq_hf.format.encode import decompose
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.nn.integer_linear import SVDQIntegerLinear
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 
@@ -106,6 +107,11 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, SVDQIntegerLinear):
+            raise ValueError(
+                "a layer that rounds its activations has no gradient to train an adapter by: train it on the "
+                "dense model, or on one that is quantized without activations"
+            )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # a quantized layer is [out, in] also where it stands for a Conv1D
 
