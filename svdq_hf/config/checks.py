@@ -67,7 +67,7 @@ def _check_activations(choices: Mapping[str, Any]) -> None:
     """Refuse what layers that round their activations cannot have, and choices that only these have."""
     activations = choices["activations"]
     if activations is None:
-        for name in ("subspace", "layer_inputs"):
+        for name in ("subspace", "basis", "layer_inputs"):
             require(not choices[name], name, choices[name], "left out where activations is None")
         return
     beside = f"where activations is {activations} (SVDQConfig.resq() sets what goes with it)"

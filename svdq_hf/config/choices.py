@@ -24,6 +24,7 @@ SYNTHETIC = "synthetic"
 DATA = "data"
 """What the command line calls `error_feedback=True`."""
 ACTIVATION_BITS = (4, 8)
+BASES = ("data", "weights")
 HADAMARD = "hadamard"
 """What a layer does with its inputs that multiplies them by a Hadamard matrix."""
 COMPUTE = ("exact", "fast")
@@ -263,6 +264,14 @@ CHOICES: dict[str, Choice] = {
         since=5,
         of="files",
         option=Option(float, commands=("quantize",)),
+    ),
+    "basis": Choice(
+        None,
+        Check(lambda basis: basis is None or is_one_of(basis, BASES), f"None or one of {list(BASES)}"),
+        "what tells these axes: data or weights (data where there is some)",
+        since=5,
+        of="files",
+        option=Option(values=BASES, commands=("quantize",)),
     ),
     "layer_inputs": Choice(
         None,

@@ -39,6 +39,7 @@ class Chosen:
     layer_k: dict[str, int] | None
     activations: Literal[4, 8] | None
     subspace: float
+    basis: Literal["data", "weights"] | None
     layer_inputs: dict[str, LayerInput] | None
     modules_to_not_convert: list[str] | None
     compute_dtype: str | None

@@ -68,6 +68,8 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         activations: bits of the layers' inputs, which are rounded token by token: 4 or 8; None: they are not.
             The model is rotated first (`quantize_model`); `SVDQConfig.resq()` sets what goes with it.
         subspace: share of the axes in which activations and weights have 8 bits, those of most variance.
+        basis: what tells these axes: "data" (batches) or "weights". None: batches where there are some;
+            quantizing stores which it was.
         layer_inputs: what single layers do with their inputs before rounding them, by the end of their name:
             the number of heads in them, each with a subspace, or "hadamard". Quantizing stores it here.
         modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
@@ -113,6 +115,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         layer_k: dict[str, int] | None = None,
         activations: Literal[4, 8] | None = None,
         subspace: float = 0.0,
+        basis: Literal["data", "weights"] | None = None,
         layer_inputs: dict[str, LayerInput] | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,

@@ -59,8 +59,8 @@ class Activations:
         if self.heads == 1:
             return x
         of_a_head = [columns // self.heads for columns in self.columns(x.shape[-1])]
-        heads = x.reshape(*x.shape[:-1], self.heads, -1)
-        return torch.cat([part.flatten(-2) for part in torch.split(heads, of_a_head, -1)], -1)
+        parts = torch.split(self._by_head(x), of_a_head, -1)
+        return torch.cat([part.flatten(-2) for part in parts], -1)
 
     def restored(self, x: Tensor) -> Tensor:
         """Undo `arranged`, which is orthogonal: the weight for inputs as they come, from the stored one.
@@ -70,9 +70,11 @@ class Activations:
         """
         if self.heads > 1:
             parts = torch.split(x, list(self.columns(x.shape[-1])), -1)
-            heads = [part.reshape(*part.shape[:-1], self.heads, -1) for part in parts]
-            x = torch.cat(heads, -1).flatten(-2)
+            x = torch.cat([self._by_head(part) for part in parts], -1).flatten(-2)
         return rotation.rotate(x) if self.hadamard else x
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
 
 class Rounded(NamedTuple):

@@ -101,6 +101,8 @@ def _k(choices: SVDQConfig, weights: Footprint) -> str:
 
 def _data(choices: SVDQConfig) -> str:
     """The data that quantizing needed."""
+    if choices.activations is not None and choices.basis == "data" and not choices.data_needs:
+        return "batches, for the axes"
     batches = "none, but synthetic batches" if choices.synthetic else "batches"
     return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
 

@@ -30,22 +30,25 @@ def prepare_activations(
         batches: of which the bases are made; None: they are made of the weights.
 
     Returns:
-        The config with `layer_inputs`.
+        The config with `basis` and `layer_inputs`.
 
     Raises:
-        ValueError: the model cannot be rotated (`NotRotatable`), or a weight is not finite; nothing is
-            changed then.
+        ValueError: the model cannot be rotated (`NotRotatable`), a weight is not finite, or `basis` is "data"
+            and there are no batches; nothing is changed then.
     """
-    stream = find_stream(model)
+    basis = config.basis or ("weights" if batches is None else "data")
+    if basis == "data" and batches is None:
+        raise ValueError("basis='data' needs batches: quantize_model(model, config, batches), --calibration")
     for name, layer in layers_to_convert(model, config).items():
         check_weight(name, dense_weight(layer))
+    stream = find_stream(model)
     fold_norms(model, stream)
-    if batches is None:
-        covariances = weight_covariances(model, stream)
-    else:
+    if basis == "data" and batches is not None:
         covariances = seen_covariances(model, stream, batches)
+    else:
+        covariances = weight_covariances(model, stream)
     rotate(model, stream, bases_of(covariances, config.subspace, config.seed))
-    return config.replace(layer_inputs=layer_inputs(model, stream))
+    return config.replace(basis=basis, layer_inputs=layer_inputs(model, stream))
 
 
 def layer_inputs(model: nn.Module, stream: ResidualStream) -> dict[str, int | Literal["hadamard"]]:

@@ -36,7 +36,7 @@ def quantize_integer_weight(
     scheme, ordered = layer.scheme, layer.scheme.activations or Activations()
     arranged = ordered.arranged(weight.float())
     low, high = scheme.columns(weight.shape[1])
-    plain = layer.replace(activations=None, subspace=0.0, layer_inputs=None)
+    plain = layer.replace(activations=None, subspace=0.0, basis=None, layer_inputs=None)
     parts, _ = quantize_weight(arranged[:, :low], plain, name, _part(inputs, ordered, slice(0, low)))
     if high:
         fine = plain.replace(bits=SUBSPACE_BITS, levels="linear", group_size="row", error_feedback=False)

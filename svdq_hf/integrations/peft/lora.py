@@ -47,7 +47,8 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
         **kwargs: further arguments of PEFT's LoRA layer.
 
     Raises:
-        ValueError: the target is packed experts; see also `SVDQLoraLinear`.
+        ValueError: the target is packed experts, or a layer that rounds its activations; see also
+            `SVDQLoraLinear`.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, SVDQExperts):  # PEFT's target_parameters: it would add to the codes
@@ -56,6 +57,11 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
             "target_parameters, which it fills in itself where target_modules is 'all-linear'): name the "
             "other layers, target_modules=['q_proj', 'v_proj'] for instance, or keep the experts dense with "
             "modules_to_not_convert=['experts']"
+        )
+    if isinstance(base, SVDQIntegerLinear):
+        raise ValueError(
+            "a layer that rounds its activations has no gradient to train an adapter by: train it on the "
+            "dense model, or on one that is quantized without activations"
         )
     if type(base) is not SVDQLinear:  # a packed embedding is one too, and does not multiply
         return None
@@ -107,11 +113,6 @@ class SVDQLoraLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        if isinstance(base_layer, SVDQIntegerLinear):
-            raise ValueError(
-                "a layer that rounds its activations has no gradient to train an adapter by: train it on the "
-                "dense model, or on one that is quantized without activations"
-            )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # a quantized layer is [out, in] also where it stands for a Conv1D
 
