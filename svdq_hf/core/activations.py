@@ -1,9 +1,10 @@
 """Activations in integers: how a layer orders its inputs, and rounds each token to few bits.
 
-A token is rounded between its smallest and largest value (asymmetric): `x ~ scale * (code - zero)`, of whole
-numbers `code` and `zero`. A layer may turn its inputs by a Hadamard matrix first, and may have a subspace
-whose columns are rounded to 8 bits: the last columns of the input, or of each head in it. Not here: the
-product (`kernels.integer_product`), and rotations that are folded into weights (`quantize.rotate`).
+A token is rounded between its smallest and largest value (asymmetric), or in a share of that range where
+this loses less: `x ~ scale * (code - zero)`, of whole numbers `code` and `zero`. A layer may turn its inputs
+by a Hadamard matrix first, and may have a subspace whose columns are rounded to 8 bits: the last columns of
+the input, or of each head in it. Not here: the product (`kernels.integer_product`), and rotations that are
+folded into weights (`quantize.rotate`).
 
 Source: arXiv 2412.14363 (ResQ), section 4.1.
 """
@@ -91,6 +92,10 @@ class Rounded(NamedTuple):
     zero: Tensor
 
 
+CLIPS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 8: (1.0,)}
+"""Shares of a token's range that are tried, by bits; the one of least squared error is taken."""
+
+
 def round_tokens(x: Tensor, bits: int) -> Rounded:
     """Round each token to whole numbers of a scale of its own; zero stays zero.
 
@@ -102,10 +107,23 @@ def round_tokens(x: Tensor, bits: int) -> Rounded:
     >>> codes.tolist(), scale.tolist(), zero.tolist()
     ([[-8, -7, 7]], [[1.0]], [[-7]])
     """
-    x, least, steps = x.float(), -(2 ** (bits - 1)), 2**bits - 1
+    x = x.float()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    best, error = _rounded(x, low, high, bits)
+    for share in CLIPS[bits][1:]:
+        found, own = _rounded(x, share * low, share * high, bits)
+        better = own < error
+        best = Rounded(*(torch.where(better, *pair) for pair in zip(found, best, strict=True)))
+        error = torch.where(better, own, error)
+    return best
+
+
+def _rounded(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Rounded, Tensor]:
+    """Tokens rounded between `low` and `high` `[tokens, 1]`, and their squared errors `[tokens, 1]`."""
+    least, steps = -(2 ** (bits - 1)), 2**bits - 1
     scale = (high - low) / steps
     unit = torch.where(scale > 0, scale, 1.0)
     zero = least + torch.round(-low / unit)
     codes = torch.round(x / unit).add_(zero).clamp_(least, least + steps)
-    return Rounded(codes.to(torch.int8), scale, zero.to(torch.int8))
+    error = (scale * (codes - zero) - x).square().sum(-1, keepdim=True)
+    return Rounded(codes.to(torch.int8), scale, zero.to(torch.int8)), error

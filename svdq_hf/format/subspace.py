@@ -18,7 +18,7 @@ from svdq_hf.format.parts import SUBSPACE_PARTS, SUBSPACE_SCHEME, Scheme
 
 
 class Half(NamedTuple):
-    """One of the two stored weights.
+    """One of the two stored weights, `[out, columns]`.
 
     Attributes:
         parts: its stored parts by name, as `part_specs` names them.

@@ -1,9 +1,11 @@
 """Bases for a rotated decoder: in which directions its residual stream and its heads' values vary most.
 
-From a few batches, or without data from the weights. Without data nothing is known of what comes, but the
-weights tell which directions of the stream they amplify: the sum of `W^T W` over its readers; and of a norm's
-output, which has the same size in all directions on average, they make values of covariance `W W^T`. Not
-here: how axes are made of a covariance (`core.subspace`), the rotation itself (`quantize.rotate`).
+From a few batches, or without data from the weights. The stream is a sum: of an embedding, and of what each
+block writes to it. Where a block's last layer is fed with what has the same size in all directions, it writes
+with covariance `W W^T`; so, without data, the sum of these and of the embedding's stands for the stream's,
+and `W W^T` of the layer that makes the values for theirs. (What the readers amplify, the sum of their
+`W^T W`, tells less: docs/resq.md.) Not here: how axes are made of a covariance (`core.subspace`), the
+rotation itself (`quantize.rotate`).
 """
 
 from collections.abc import Callable, Iterable
@@ -56,19 +58,20 @@ def seen_covariances(model: nn.Module, stream: ResidualStream, batches: Iterable
 
 
 def weight_covariances(model: nn.Module, stream: ResidualStream) -> Covariances:
-    """Stand-ins for the covariances, from the weights alone.
+    """Stand-ins for the covariances, from the weights alone: of what is written, each writer by itself.
 
     Args:
         model: the dense model, its norms folded.
         stream: what `find_stream` found.
     """
-    readers = [_weight(model, name) for block in stream.blocks for name in block.readers]
-    read = torch.stack([weight.T @ weight for weight in readers]).sum(0)
+    written = _mean_square(_weight(model, stream.embedding))
+    for weight in (_weight(model, block.writer).double() for block in stream.blocks):
+        written += weight @ weight.T
     values = {}
     for _, heads in _attention(stream):
-        rows = _weight(model, heads.value).view(heads.count, heads.size, -1)
+        rows = _weight(model, heads.value).double().view(heads.count, heads.size, -1)
         values[heads.value] = rows @ rows.mT
-    return Covariances(read, values)
+    return Covariances(written, values)
 
 
 def bases_of(
@@ -111,8 +114,16 @@ def _by_head(gram: Tensor, heads: Heads) -> Tensor:
     return torch.stack(of_queries).view(heads.count, -1, size, size).sum(1)
 
 
+def _mean_square(rows: Tensor) -> Tensor:
+    """Mean of `r^T r` over rows `[rows, in]`: `[in, in]`, float64; no whole copy of an embedding is made."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for block in torch.split(rows, 4096):
+        total += block.double().T @ block.double()
+    return total / rows.shape[0]
+
+
 def _weight(model: nn.Module, name: str) -> Tensor:
     weight = model.get_submodule(name).weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} has no weight")
-    return weight.detach().double()
+    return weight.detach()
