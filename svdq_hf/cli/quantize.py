@@ -96,8 +96,14 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         if not names_base(options.out):
             screen.print(NO_BASE, markup=False)
         if after > before:
-            screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
+            screen.print(f"larger than it was: {_why_larger(config)}")
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
+
+
+def _why_larger(config: Any) -> str:
+    if config.activations is not None:
+        return "embedding and output head are two matrices, where they may have been one"
+    return f"k = {config.k} salient weights a layer take 96 bits each"
 
 
 def _show_kept(kept: dict[str, list[str]]) -> None:

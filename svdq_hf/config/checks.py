@@ -70,7 +70,7 @@ def _check_activations(choices: Mapping[str, Any]) -> None:
         for name in ("subspace", "basis", "layer_inputs"):
             require(not choices[name], name, choices[name], "left out where activations is None")
         return
-    beside = f"where activations is {activations} (SVDQConfig.resq() sets what goes with it)"
+    beside = f"where activations is {activations} (SVDQConfig.resq(), --preset resq, sets what goes with it)"
     for name, value in WITH_ACTIVATIONS.items():
         require(choices[name] == value, name, choices[name], f"{value!r} {beside}")
     whole = choices["scale_bits"] == 8 or choices["group_size"] == "row"

@@ -46,8 +46,8 @@ The most salient weights of each linear layer are in FP32, the rest in {bits} bi
 (after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343))."""
 
 _ACTIVATIONS = """\
-Weights of the linear layers are rounded to {bits} bits and activations to {activations}, and both to 8 in the
-{subspace:.1%} of the axes that vary most (after [arXiv 2412.14363](https://arxiv.org/abs/2412.14363))."""
+The model is rotated, weights of its linear layers are rounded to {bits} bits and their inputs to
+{activations} (after [arXiv 2412.14363](https://arxiv.org/abs/2412.14363))."""
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
         facts = {"base model": code(metadata["base_model"]), **facts}
     loading = _LOADING.format(
         bits=bits,
-        what=told.format(bits=bits, activations=choices.activations, subspace=choices.subspace),
+        what=told.format(bits=bits, activations=choices.activations),
         install=install_command(),
         version=VERSION,
         usage=usage(folder, architecture, repo_id),

@@ -55,7 +55,7 @@ def kind(request):
 def test_a_saved_model_loads_bit_for_bit(kind, given, tmp_path):
     model = quantize_model(loud(kind), CONFIG, given)
     found = logits(model)
-    assert apart(found, logits(loud(kind))) < 0.3
+    assert apart(found, logits(loud(kind))) < 0.5
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), found)
