@@ -2,7 +2,7 @@
 
 One pass over the batches with forward hooks. Per layer it keeps the sum of squares of each input
 (float64) and, only where a score needs it, the Gram matrix of the inputs in float32: `4 in^2` bytes a layer,
-freed as its layer is quantized, and off by at most (batches + 1) * 2**-24 of its diagonal from accumulating.
+freed as its layer is quantized, and off by at most (calls + 1) * 2**-24 of its diagonal from accumulating.
 Padding tokens, which a batch's mask hides, are left out. Not here: scores (`core.saliency`), and batches made
 without data (`calibration.synthetic`).
 """
@@ -65,7 +65,11 @@ class InputStatistics:
 
 
 def collect_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], *, gram: bool = False
+    model: nn.Module,
+    layers: Mapping[str, nn.Module | list[nn.Module]],
+    batches: Iterable[Any],
+    *,
+    gram: bool = False,
 ) -> dict[str, InputStatistics]:
     """Run a model on batches and collect statistics of the inputs of some of its layers.
 
@@ -73,7 +77,7 @@ def collect_inputs(
 
     Args:
         model: the model.
-        layers: the layers to watch, by name.
+        layers: the layers to watch, by name; of a list of layers the inputs are summed up together.
         batches: each what the model takes: a mapping of keyword arguments, a tuple of positional ones, or
             one tensor.
         gram: whether Gram matrices `[in, in]` are collected.
@@ -96,7 +100,8 @@ def collect_inputs(
     masks: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(_Recorder(name, seen[name], masks, gram))
-        for name, layer in layers.items()
+        for name, named in layers.items()
+        for layer in (named if isinstance(named, list) else [named])
     ]
     try:
         with evaluating(model):

@@ -30,7 +30,7 @@ def checked_batches(config: SVDQConfig, batches: Iterable[Any] | None) -> Iterab
     """
     if batches is None and config.data_needs and not config.synthetic:
         raise config.no_data()
-    if batches is not None and (config.synthetic or not config.data_needs):
+    if batches is not None and (config.synthetic or not config.runs_dense):
         raise ValueError(
             "batches are given, and nothing in this config needs data: take SVDQConfig.calibrated(), "
             "error_feedback=True or saliency='awq', or leave them out"
@@ -54,13 +54,13 @@ def quantized_in_memory(
     """
     named = config.modules_to_not_convert or ()
     loading: dict[str, Any] = {"quantization_config": config, "dtype": dtype or "auto"}
-    choices = {} if config.data_needs else loading
+    choices = {} if config.runs_dense else loading
     model, new = load_complete(source.kind, source.folder, named=named, **choices)
     if new:
         logger.warning(
             "%s: %s not in its files, and random in the quantized model: train it", source, listed(new)
         )
-    if config.data_needs:
+    if config.runs_dense:
         model = quantize_model(model, config, batches)
         if dtype is not None:  # not before: salient weights are those of the files
             model = model.to(getattr(torch, dtype))

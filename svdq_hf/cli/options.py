@@ -44,6 +44,8 @@ def _hint(message: str, options: Iterable[str]) -> str:
         return ""
     if word in PRESETS and PRESETS[word].needs_data:
         return f"; {word} needs data: svdq quantize MODEL OUT --preset {word} --calibration FILE"
+    if word in PRESETS and PRESETS[word].rotates:
+        return f"; {word} rotates the model, which is done once: svdq quantize MODEL OUT --preset {word}"
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -67,7 +69,7 @@ def add_choices(
     """
     group = parser.add_argument_group("choices")
     takes_data = command == "quantize" and not several_presets
-    presets = [name for name, preset in PRESETS.items() if takes_data or not preset.needs_data]
+    presets = [name for name, one in PRESETS.items() if takes_data or not (one.needs_data or one.rotates)]
     told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
     if several_presets:
         more = f"start from a preset, and once more from another; {NO_PRESET}: SVDQConfig(); {told}"

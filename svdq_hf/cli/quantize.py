@@ -96,8 +96,14 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         if not names_base(options.out):
             screen.print(NO_BASE, markup=False)
         if after > before:
-            screen.print(f"larger than it was: k = {config.k} salient weights a layer take 96 bits each")
+            screen.print(f"larger than it was: {_why_larger(config)}")
     return {"seconds": seconds, "bytes_before": before, "bytes_after": after, **result.footprint.to_dict()}
+
+
+def _why_larger(config: Any) -> str:
+    if config.activations is not None:
+        return "embedding and output head are two matrices, where they may have been one"
+    return f"k = {config.k} salient weights a layer take 96 bits each"
 
 
 def _show_kept(kept: dict[str, list[str]]) -> None:
@@ -140,7 +146,7 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "
             "(--samples N --length L); without data there is --preset best, or --error-feedback synthetic"
         )
-    if options.calibration is not None and not needs:
+    if options.calibration is not None and not needs and config.activations is None:
         raise ValueError(
             f"--calibration {options.calibration}: nothing that was chosen needs data: give --preset "
             "calibrated, --error-feedback data or --saliency awq as well, or leave it out"

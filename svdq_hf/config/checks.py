@@ -12,6 +12,16 @@ from svdq_hf.core.grid_values import LEVELS, require
 from svdq_hf.core.release import how_to_install
 from svdq_hf.format.versions import FORMAT_VERSION
 
+WITH_ACTIVATIONS = {
+    "k": 0,
+    "column_scale": False,
+    "lm_head": False,
+    "embeddings": False,
+    "target_bits": None,
+    "layer_k": None,
+}
+"""What choices must be where activations are rounded: products of integers have no room for the rest."""
+
 STORED_ONLY = ("quant_method", "format_version", "requires")
 
 
@@ -50,6 +60,21 @@ def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> No
     require(grouped, "group_size", size, "a number of columns where error_feedback is on")
     bits, levels = choices["bits"], choices["levels"]
     require(levels in LEVELS[bits], "levels", levels, f"one of {list(LEVELS[bits])} where bits is {bits}")
+    _check_activations(choices)
+
+
+def _check_activations(choices: Mapping[str, Any]) -> None:
+    """Refuse what layers that round their activations cannot have, and choices that only these have."""
+    activations = choices["activations"]
+    if activations is None:
+        for name in ("subspace", "basis", "layer_inputs"):
+            require(not choices[name], name, choices[name], "left out where activations is None")
+        return
+    beside = f"where activations is {activations} (SVDQConfig.resq(), --preset resq, sets what goes with it)"
+    for name, value in WITH_ACTIVATIONS.items():
+        require(choices[name] == value, name, choices[name], f"{value!r} {beside}")
+    whole = choices["scale_bits"] == 8 or choices["group_size"] == "row"
+    require(whole, "scale_bits", choices["scale_bits"], f"8, or group_size 'row', {beside}")
 
 
 def check_stored(stored: Mapping[str, Any]) -> None:

@@ -23,6 +23,10 @@ QUANT_METHOD = "svdq"
 SYNTHETIC = "synthetic"
 DATA = "data"
 """What the command line calls `error_feedback=True`."""
+ACTIVATION_BITS = (4, 8)
+BASES = ("data", "weights")
+HADAMARD = "hadamard"
+"""What a layer does with its inputs that multiplies them by a Hadamard matrix."""
 COMPUTE = ("exact", "fast")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -125,6 +129,14 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _are_inputs(value: object) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    told = [one == HADAMARD or (is_count(one) and one > 0) for one in value.values()]
+    return all(told) and _are_names(list(value))
+
+
+_A_SUBSPACE = "a share from 0 to 0.5"
 _FLAG = Check(lambda value: type(value) is bool, "true or false")
 _K = Check(lambda k: is_count(k) or _is_share(k), "an int from 0 on, or a float between 0 and 1")
 _SEED = Check(lambda seed: is_count(seed) and seed < 2**63, "an int from 0 to 2**63 - 1")
@@ -236,6 +248,38 @@ CHOICES: dict[str, Choice] = {
     ),
     "layer_k": Choice(
         None, _LAYER_K, "k of single layers, by name; others have k", since=4, of="files", option=None
+    ),
+    "activations": Choice(
+        None,
+        Check(lambda bits: bits is None or is_one_of(bits, ACTIVATION_BITS), "None, 4 or 8"),
+        "bits of the layers' inputs, which are rounded too: 4 or 8; the model is rotated for that",
+        since=5,
+        of="files",
+        option=Option(int, values=ACTIVATION_BITS, commands=("quantize",)),
+    ),
+    "subspace": Choice(
+        0.0,
+        Check(lambda share: is_one_of(share, (0, 0.0)) or (_is_share(share) and share <= 0.5), _A_SUBSPACE),
+        "share of the axes that activations and weights keep 8 bits in, those of most variance",
+        since=5,
+        of="files",
+        option=Option(float, commands=("quantize",)),
+    ),
+    "basis": Choice(
+        None,
+        Check(lambda basis: basis is None or is_one_of(basis, BASES), f"None or one of {list(BASES)}"),
+        "what tells these axes: data or weights (data where there is some)",
+        since=5,
+        of="files",
+        option=Option(values=BASES, commands=("quantize",)),
+    ),
+    "layer_inputs": Choice(
+        None,
+        Check(_are_inputs, "None, or a count of heads or 'hadamard' by the end of a layer's name"),
+        "what single layers do with their inputs before rounding them",
+        since=5,
+        of="files",
+        option=None,
     ),
     "modules_to_not_convert": Choice(
         None,

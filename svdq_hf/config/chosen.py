@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from svdq_hf.config.choices import SYNTHETIC, part_of_grid
+from svdq_hf.config.choices import HADAMARD, SYNTHETIC, part_of_grid
+from svdq_hf.core.activations import Activations
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
 from svdq_hf.core.saliency import data_needs, no_data, saliency_names
 from svdq_hf.format.parts import Scheme
 
 ErrorFeedback = bool | Literal["synthetic"]
+LayerInput = int | Literal["hadamard"]
 
 
 class Chosen:
@@ -35,6 +37,10 @@ class Chosen:
     embeddings: bool
     target_bits: float | None
     layer_k: dict[str, int] | None
+    activations: Literal[4, 8] | None
+    subspace: float
+    basis: Literal["data", "weights"] | None
+    layer_inputs: dict[str, LayerInput] | None
     modules_to_not_convert: list[str] | None
     compute_dtype: str | None
     seed: int
@@ -57,6 +63,11 @@ class Chosen:
         feedback = ["input_gram"] if self.error_feedback else []
         return sorted({*feedback, *score_data(self.saliency)})
 
+    @property
+    def runs_dense(self) -> bool:
+        """Whether the dense model is in memory first, to be run or rotated; then batches are of use."""
+        return bool(self.data_needs) or self.activations is not None
+
     def no_data(self) -> ValueError:
         """The error for a config that needs batches, where there are none and the model cannot be run."""
         if self.synthetic:
@@ -72,7 +83,18 @@ class Chosen:
     @property
     def scheme(self) -> Scheme:
         """How one weight is stored under this config."""
-        return Scheme(self.k, _grid(tuple((name, getattr(self, name)) for name in part_of_grid())))
+        grid = _grid(tuple((name, getattr(self, name)) for name in part_of_grid()))
+        return Scheme(self.k, grid, self._activations)
+
+    @property
+    def _activations(self) -> Activations | None:
+        """How a layer rounds its inputs; of a config for one layer (`of_layer`), as that layer does."""
+        if self.activations is None:
+            return None
+        own = (self.layer_inputs or {}).get("", 1)
+        if own == HADAMARD:  # which has no axes of more variance than others
+            return Activations(self.activations, hadamard=True)
+        return Activations(self.activations, self.subspace, heads=int(own))
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:

@@ -12,6 +12,8 @@ class Preset(NamedTuple):
     help: str
     needs_data: bool = False
     """Whether it needs calibration batches."""
+    rotates: bool = False
+    """Whether the model is rotated, which not every family allows, and which is not done while loading."""
 
 
 PRESETS = {
@@ -26,6 +28,11 @@ PRESETS = {
         {"k": 0.0005, "saliency": "awq", "group_size": 64, "error_feedback": True},
         "for those who have data, at 4.21 to 4.24 bits per weight",
         needs_data=True,
+    ),
+    "resq": Preset(
+        {"activations": 4, "subspace": 0.125, "k": 0, "column_scale": False},
+        "activations in 4 bits too, rotated (Llama, Qwen, Mistral); better with data",
+        rotates=True,
     ),
     "paper": Preset(
         {"group_size": "tensor", "scale": "absmax", **VERSION_1},

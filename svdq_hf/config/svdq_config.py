@@ -20,7 +20,7 @@ from svdq_hf.config.choices import (
     not_stored,
     stored_in,
 )
-from svdq_hf.config.chosen import Chosen, ErrorFeedback, score_data
+from svdq_hf.config.chosen import Chosen, ErrorFeedback, LayerInput, score_data
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
 from svdq_hf.core.release import VERSION, how_to_install
@@ -65,6 +65,13 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
             lower the errors of the layers most.
         layer_k: k of single layers, by name; the result of `target_bits` is stored here. Layers that it does
             not name have `k`.
+        activations: bits of the layers' inputs, which are rounded token by token: 4 or 8; None: they are not.
+            The model is rotated first (`quantize_model`); `SVDQConfig.resq()` sets what goes with it.
+        subspace: share of the axes in which activations and weights have 8 bits, those of most variance.
+        basis: what tells these axes: "data" (batches) or "weights". None: batches where there are some;
+            quantizing stores which it was.
+        layer_inputs: what single layers do with their inputs before rounding them, by the end of their name:
+            the number of heads in them, each with a subspace, or "hadamard". Quantizing stores it here.
         modules_to_not_convert: names to keep dense, *added* to the defaults: output head, tied weights,
             everything outside the base model, layers of fewer than 8 rows. A name matches from the
             start, as a part between dots, as a suffix, or as a regular expression.
@@ -106,6 +113,10 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         embeddings: bool = False,
         target_bits: float | None = None,
         layer_k: dict[str, int] | None = None,
+        activations: Literal[4, 8] | None = None,
+        subspace: float = 0.0,
+        basis: Literal["data", "weights"] | None = None,
+        layer_inputs: dict[str, LayerInput] | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -161,6 +172,20 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         return cls(**{**PRESETS["small"].changes, **choices})
 
     @classmethod
+    def resq(cls, **choices: Any) -> "SVDQConfig":
+        """Weights and activations in 4 bits, in the eighth of the axes that varies most in 8 (ResQ).
+
+        Use: `quantize_model(model, SVDQConfig.resq(), batches)`, or without batches, for models whose
+        residual stream can be rotated: Llama, Qwen2, Qwen3, Mistral and the like.
+
+        >>> SVDQConfig.resq().activations, SVDQConfig.resq().subspace
+        (4, 0.125)
+
+        Source: arXiv 2412.14363.
+        """
+        return cls(**{**PRESETS["resq"].changes, **choices})
+
+    @classmethod
     def calibrated(cls, **choices: Any) -> "SVDQConfig":
         """For those who have data, at 4.21 to 4.24 bits per weight (in layers 384 wide and wider).
 
@@ -206,7 +231,11 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
 
         >>> SVDQConfig(k=256, layer_k={"head": 3}).of_layer("head").k
         3
+        >>> SVDQConfig.resq(layer_inputs={"o_proj": 9}).of_layer("layers.0.o_proj").scheme.activations.heads
+        9
         """
+        if self.activations is not None:
+            return self.replace(layer_inputs={"": _input_of(name, self.layer_inputs or {})})
         if self.layer_k is None:
             return self
         return self.replace(k=self.layer_k.get(name, self.k), layer_k=None, target_bits=None)
@@ -284,11 +313,19 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         return max([self.scheme.format_version, *asked])
 
 
+def _input_of(layer: str, inputs: Mapping[str, LayerInput]) -> LayerInput:
+    """What a layer does with its inputs: what is said for the longest end of its name; 1: nothing."""
+    ends = [end for end in inputs if not end or f".{layer}".endswith(f".{end}")]
+    return inputs[max(ends, key=len)] if ends else 1
+
+
 def _completed(choices: Mapping[str, Any]) -> dict[str, Any]:
     """The choices with derived values filled in, and with lists and dicts copied."""
     names, layers, levels = (choices[name] for name in ("modules_to_not_convert", "layer_k", "levels"))
+    inputs = choices["layer_inputs"]
     return {
         **choices,
+        "layer_inputs": dict(inputs) if isinstance(inputs, dict) else inputs,
         "modules_to_not_convert": list(names) if isinstance(names, tuple | list) else names,
         "layer_k": dict(layers) if isinstance(layers, dict) else layers,
         # The levels of a table have 8 bits themselves, so 8 bits of code leave no choice.

@@ -12,6 +12,7 @@ from torch import Tensor
 from svdq_hf.core.packing import RANGES, bits_of, padded_width, unpack_into
 from svdq_hf.core.rounding import row_blocks
 from svdq_hf.format.parts import Scheme, part_specs
+from svdq_hf.format.subspace import halves
 
 
 def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
@@ -39,6 +40,20 @@ def check_parts(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -
                 f"{name} is {list(part.shape)} {part.dtype}, "
                 f"where the config says {list(spec.shape)} {spec.dtype}"
             )
+    if scheme.activations is None:
+        _check_values(parts, in_features, scheme)
+        return
+    outside, *inside = halves(parts, in_features, scheme)
+    _check_values(outside.parts, outside.columns, outside.scheme)
+    for half in inside:
+        try:
+            _check_values(half.parts, half.columns, half.scheme)
+        except ValueError as error:
+            raise ValueError(f"in the subspace, {error}") from error
+
+
+def _check_values(parts: Mapping[str, Tensor], in_features: int, scheme: Scheme) -> None:
+    """Refuse values that `encode` would not write, in parts of the right shapes."""
     check_range(parts)
     zero = -RANGES[scheme.grid.bits][0]
     if "levels" in parts and parts["levels"][zero] != 0:

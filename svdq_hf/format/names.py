@@ -11,7 +11,7 @@ Not here: the shapes (`format.parts`), and names in files that differ from the m
 
 from typing import NamedTuple
 
-from svdq_hf.format.parts import PARTS, PartSpec, Scheme, part_specs, stack_specs
+from svdq_hf.format.parts import ALL_PARTS, PartSpec, Scheme, part_specs, stack_specs
 
 _MARK = "salient_rows"
 
@@ -30,7 +30,7 @@ class WeightName(NamedTuple):
         """The tensor name of one part.
 
         Args:
-            part: one of `PARTS`.
+            part: one of `ALL_PARTS`.
         """
         return part_key(self.name, part, stacked=len(self.shape) == 3)
 
@@ -52,7 +52,7 @@ class WeightName(NamedTuple):
 
     def all_keys(self) -> list[str]:
         """The tensor names of all parts that it may have."""
-        return [self.key(part) for part in PARTS]
+        return [self.key(part) for part in ALL_PARTS]
 
 
 def part_key(name: str, part: str, *, stacked: bool) -> str:
@@ -60,7 +60,7 @@ def part_key(name: str, part: str, *, stacked: bool) -> str:
 
     Args:
         name: of the weight.
-        part: one of `PARTS`.
+        part: one of `ALL_PARTS`.
         stacked: whether the weight is a stack of experts.
     """
     if not stacked:

@@ -7,15 +7,17 @@ parts are sound (`format.checks`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from svdq_hf.core.activations import Activations
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.packing import packed_shape
 from svdq_hf.core.topk import salient_count
+from svdq_hf.format.versions import ACTIVATIONS_VERSION
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,35 @@ class Scheme:
     Attributes:
         k: salient entries: a count, or (a float below 1) a share of the weight's entries.
         grid: layout of the scales of all other entries.
+        activations: how the layer rounds its inputs; None: not at all.
     """
 
     k: int | float = 256
     grid: Grid = field(default_factory=Grid)
+    activations: Activations | None = None
 
     @property
     def format_version(self) -> int:
         """The oldest version of the format that can express this scheme."""
         grid = self.grid
+        if self.activations is not None:
+            return ACTIVATIONS_VERSION
         if grid.bits != 4:
             return 3
         return 2 if grid.levels != "linear" or grid.column_scale or grid.row_scale else 1
+
+    @property
+    def without_activations(self) -> "Scheme":
+        """The scheme of the columns outside of the subspace, as a weight by itself."""
+        return replace(self, activations=None)
+
+    def columns(self, in_features: int) -> tuple[int, int]:
+        """Columns outside of the subspace, and in it."""
+        return (in_features, 0) if self.activations is None else self.activations.columns(in_features)
+
+
+SUBSPACE_SCHEME = Scheme(0, Grid("row", bits=8))
+"""How the columns in the subspace are stored, as a weight by itself."""
 
 
 class PartSpec(NamedTuple):
@@ -65,16 +84,24 @@ def part_specs(out: int, in_features: int, scheme: Scheme) -> dict[str, PartSpec
         * column_scale: `[in]`, bfloat16, where the grid has one.
         * levels: `[2**bits]`, int8, of the codes from the lowest on, where they are not linear.
 
+        With a subspace of `high` columns the above is of the other `in - high` columns, and there are
+
+        * subspace_weight: codes of 8 bits as they are, `[out, high]`, int8.
+        * subspace_scale: `[out, 1]`, float32.
+
     >>> {name: spec.shape for name, spec in part_specs(8, 96, Scheme(k=3)).items()}
     ... # doctest: +NORMALIZE_WHITESPACE
     {'weight': (8, 64), 'weight_scale': (8, 2),
      'salient_values': (3,), 'salient_rows': (3,), 'salient_columns': (3,)}
     """
+    in_features, high = scheme.columns(in_features)
     k = salient_count(scheme.k, out, in_features)
     optional = {
         "row_scale": (scheme.grid.row_scale, PartSpec((out,), torch.bfloat16)),
         "column_scale": (scheme.grid.column_scale, PartSpec((in_features,), torch.bfloat16)),
         "levels": (scheme.grid.levels != "linear", PartSpec((len(scheme.grid.table),), torch.int8)),
+        "subspace_weight": (high > 0, PartSpec((out, high), torch.int8)),
+        "subspace_scale": (high > 0, PartSpec((out, 1), torch.float32)),
     }
     return {
         "weight": PartSpec((out, *packed_shape(in_features, scheme.grid.bits)), torch.int8),
@@ -153,6 +180,12 @@ class StoredWeight(NamedTuple):
 
 
 PARTS = StoredWeight._fields
-"""The names of all parts that a layer may have, in the op's order."""
+"""The names of all parts that a weight may have, in the op's order."""
+
+SUBSPACE_PARTS = ("subspace_weight", "subspace_scale")
+"""The names of the parts that a layer with integer activations may have beside these."""
+
+ALL_PARTS = (*PARTS, *SUBSPACE_PARTS)
+"""The names of all parts that a layer may have."""
 
 OPTIONAL = tuple(StoredWeight._field_defaults)

@@ -30,8 +30,7 @@ from svdq_hf.quantize.footprint import Footprint
 _LOADING = """\
 ## {bits}-bit weights, by svdq_hf
 
-The most salient weights of each linear layer are in FP32, the rest in {bits} bits
-(after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343)).
+{what}
 
 ```sh
 {install}  # in a checkout of svdq_hf {version} or newer; or install a wheel that is built there
@@ -41,6 +40,14 @@ The most salient weights of each linear layer are in FP32, the rest in {bits} bi
 {usage}
 ```
 """
+
+_WEIGHTS = """\
+The most salient weights of each linear layer are in FP32, the rest in {bits} bits
+(after [arXiv 2512.01343](https://arxiv.org/abs/2512.01343))."""
+
+_ACTIVATIONS = """\
+The model is rotated, weights of its linear layers are rounded to {bits} bits and their inputs to
+{activations} (after [arXiv 2412.14363](https://arxiv.org/abs/2412.14363))."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +119,8 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
     config = _config(folder)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "model"
-    bits = SVDQConfig.from_dict(config["quantization_config"]).bits
+    choices = SVDQConfig.from_dict(config["quantization_config"])
+    bits, told = choices.bits, _WEIGHTS if choices.activations is None else _ACTIVATIONS
     metadata = {"library_name": "transformers", **base_metadata(base_card, base_model), "tags": tags(bits)}
     if results:
         name = (repo_id or f"{base_model or architecture}-svdq").split("/")[-1]
@@ -122,6 +130,7 @@ def model_card(folder: str | Path, *, existing: str = "", **known: Unpack[Descri
         facts = {"base model": code(metadata["base_model"]), **facts}
     loading = _LOADING.format(
         bits=bits,
+        what=told.format(bits=bits, activations=choices.activations),
         install=install_command(),
         version=VERSION,
         usage=usage(folder, architecture, repo_id),

@@ -52,6 +52,7 @@ def fact_rows(
         "scales": _scales(choices),
         "levels": choices.levels,
         "data": _data(choices),
+        **_activations(choices),
         "bits per weight": f"{weights.bits_per_weight:.2f} in these layers, everything counted",
         "parameters": f"{weights.weights + weights.dense_weights:,} (the Hub counts packed bytes)",
     }
@@ -101,8 +102,21 @@ def _k(choices: SVDQConfig, weights: Footprint) -> str:
 
 def _data(choices: SVDQConfig) -> str:
     """The data that quantizing needed."""
+    if choices.activations is not None and choices.basis == "data" and not choices.data_needs:
+        return "batches, for the axes"
     batches = "none, but synthetic batches" if choices.synthetic else "batches"
     return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
+
+
+def _activations(choices: SVDQConfig) -> dict[str, str]:
+    """What the inputs of layers are rounded to, where they are."""
+    if choices.activations is None:
+        return {}
+    told = f"{choices.activations} bits a value, a scale for each token"
+    if choices.subspace:
+        axes = f"{choices.subspace:.1%} of the axes, those that vary most by the {choices.basis or 'data'}"
+        told += f"; 8 bits in {axes}"
+    return {"activations": told}
 
 
 def _scales(choices: SVDQConfig) -> str:

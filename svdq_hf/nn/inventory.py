@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svdq_hf.format.names import WeightName
 from svdq_hf.format.packed_codes import PackedCodes
-from svdq_hf.format.parts import PARTS
+from svdq_hf.format.parts import ALL_PARTS, PARTS
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.nn.linear import SVDQLinear
 
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 def packed_weights(model: nn.Module) -> Iterator[Packed]:
     """All quantized weights of a model; their parts are the model's own tensors."""
     for name, layer in svdq_layers(model):
-        parts = {part: tensor for part in PARTS if (tensor := getattr(layer, part)) is not None}
+        parts = {part: own for part in ALL_PARTS if (own := getattr(layer, part, None)) is not None}
         yield Packed(WeightName(name, layer.shape), parts, layer.facts)
     for name, experts in svdq_experts(model):
         for own in experts.stored():
@@ -87,7 +87,7 @@ def uncounted_weights(model: nn.Module, *, without: Container[int] = ()) -> int:
     """
     total = 0
     for stored, parts, _ in packed_weights(model):
-        held = (parts["weight"], parts["salient_values"])
+        held = [parts[one] for one in ("weight", "salient_values", "subspace_weight") if one in parts]
         total -= sum(part.numel() for part in held if isinstance(part, nn.Parameter))
         total += 0 if id(parts["weight"]) in without else math.prod(stored.shape)
     return total

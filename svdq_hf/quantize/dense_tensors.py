@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from svdq_hf.nn.integer_linear import SVDQIntegerLinear
+
 _DTYPES = {"F32": "FP32", "float32": "FP32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|shared|embed_in)\.weight$")
@@ -37,6 +39,8 @@ def dense_tensors(model: Any, rest: Mapping[str, Tensor]) -> tuple[DenseTensor, 
     table, head = (_weight(model, get) for get in ("get_input_embeddings", "get_output_embeddings"))
     choices = {id(table): "lm_head" if table is head else "embeddings", id(head): "lm_head"}
     choices.pop(id(None), None)
+    if any(isinstance(module, SVDQIntegerLinear) for module in model.modules()):
+        choices = {}  # these have neither
     return _sorted(
         DenseTensor(name, one.nbytes, _dtype(str(one.dtype)), choices.get(id(one), ""))
         for name, one in rest.items()
@@ -51,15 +55,16 @@ def stored_dense_tensors(folder: str | Path, rest: Mapping[str, tuple[int, str]]
         rest: bytes and dtype, as safetensors call it, of the tensors that are no parts of quantized layers.
     """
     apart = any(_HEAD.search(name) for name in rest)
-    table = "embeddings" if apart or not _has_head(folder) else "lm_head"
+    config = _config(folder)
+    table = "embeddings" if apart or not _has_head(config) else "lm_head"
+
+    def choice(name: str) -> str:
+        if _rounds_activations(config):
+            return ""  # which have neither
+        return "lm_head" if _HEAD.search(name) else table if _TABLE.search(name) else ""
+
     return _sorted(
-        DenseTensor(
-            name,
-            size,
-            _dtype(dtype),
-            "lm_head" if _HEAD.search(name) else table if _TABLE.search(name) else "",
-        )
-        for name, (size, dtype) in rest.items()
+        DenseTensor(name, size, _dtype(dtype), choice(name)) for name, (size, dtype) in rest.items()
     )
 
 
@@ -73,13 +78,24 @@ def _weight(model: Any, get: str) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def _has_head(folder: str | Path) -> bool:
-    """Whether config.json names a class with an output head, which without a tensor of its own is tied."""
+def _config(folder: str | Path) -> dict[str, Any]:
+    """What config.json says; nothing where it cannot be read."""
     try:
-        (name, *_) = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return _WITH_HEAD.search(str(name)) is not None
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether config.json names a class with an output head, which without a tensor of its own is tied."""
+    named = config.get("architectures")
+    return isinstance(named, list) and bool(named) and _WITH_HEAD.search(str(named[0])) is not None
+
+
+def _rounds_activations(config: Mapping[str, Any]) -> bool:
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("activations") is not None
 
 
 def _dtype(name: str) -> str:

@@ -19,7 +19,7 @@ from svdq_hf.core.packing import BLOCK
 from svdq_hf.format.files import open_tensors, weight_files
 from svdq_hf.format.metadata import numbers, stored_facts
 from svdq_hf.format.names import part_key, weight_of_part
-from svdq_hf.format.parts import OPTIONAL, PARTS
+from svdq_hf.format.parts import ALL_PARTS, OPTIONAL, SUBSPACE_PARTS
 from svdq_hf.nn.inventory import packed_weights
 from svdq_hf.quantize.dense_tensors import DenseTensor, dense_tensors, stored_dense_tensors
 from svdq_hf.quantize.footprint_text import as_html, as_text, megabytes
@@ -207,7 +207,9 @@ def read_footprint(folder: str | Path) -> Footprint:
             f"{folder}: no layer in these files is quantized by svdq: `svdq quantize` makes such a folder"
         )
     layers = [_stored_layer(name, names[name], tensors, facts) for name in sorted(names, key=_natural)]
-    quantized = {part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in PARTS}
+    quantized = {
+        part_key(name, part, stacked=stacked) for name, stacked in names.items() for part in ALL_PARTS
+    }
     dense = {name: entry for name, entry in tensors.items() if name not in quantized}
     sizes = sum(one.bytes for one in dense.values()), sum(math.prod(one.shape) for one in dense.values())
     rest = {name: (one.bytes, one.dtype) for name, one in dense.items()}
@@ -220,9 +222,10 @@ def _stored_layer(
     tensors: Mapping[str, _Entry],
     facts: Mapping[str, dict[str, Any]],
 ) -> LayerFootprint:
-    keys = {part: part_key(name, part, stacked=stacked) for part in PARTS}
+    keys = {part: part_key(name, part, stacked=stacked) for part in ALL_PARTS}
     there = {part: tensors[key].bytes for part, key in keys.items() if key in tensors}
-    missing = [part for part in PARTS if part not in there and part not in OPTIONAL]
+    may_lack = (*OPTIONAL, *SUBSPACE_PARTS)
+    missing = [part for part in ALL_PARTS if part not in there and part not in may_lack]
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} is missing")
     size = sum(there.values())

@@ -11,7 +11,9 @@ from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import Scored
 from svdq_hf.nn.embedding import SVDQEmbedding
+from svdq_hf.nn.integer_linear import SVDQIntegerLinear
 from svdq_hf.nn.linear import SVDQLinear
+from svdq_hf.quantize.integer_weight import quantize_integer_weight
 from svdq_hf.quantize.selection import dense_weight, shape_of
 from svdq_hf.quantize.weight import quantize_weight
 
@@ -31,7 +33,8 @@ def empty_layer(module: nn.Module, config: SVDQConfig, device: str = "meta") -> 
         device: of the buffers.
     """
     out, in_features = shape_of(module)
-    layer = SVDQLinear(
+    kind = SVDQLinear if config.activations is None else SVDQIntegerLinear
+    layer = kind(
         in_features,
         out,
         config.scheme,
@@ -65,7 +68,10 @@ def quantized_layer(
         ValueError: see `quantize_weight`.
     """
     layer = empty_layer(module, config.of_layer(name))
-    parts, layer.facts = quantize_weight(matrix_of(module), config, name, inputs, scored)
+    if config.activations is None:
+        parts, layer.facts = quantize_weight(matrix_of(module), config, name, inputs, scored)
+    else:
+        parts, layer.facts = quantize_integer_weight(matrix_of(module), config, name, inputs)
     layer.load_parts(parts)
     layer.bias = module.bias  # type: ignore[assignment]
     trains = dense_weight(module, detach=False).requires_grad and layer.salient_values.numel() > 0

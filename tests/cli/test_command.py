@@ -488,7 +488,8 @@ def test_every_choice_that_the_table_gives_a_command_is_an_option(command, capsy
         option = re.escape(option_name(name, row.option or Option()))
         assert bool(re.search(rf"(?<=[ \[]){option}(?=[ ,\]])", printed)) == taken, name
         assert not taken or row.help in printed
-    assert {name for name, row in CHOICES.items() if row.option is None} == {"layer_k", "compute"}
+    without = {name for name, row in CHOICES.items() if row.option is None}
+    assert without == {"layer_k", "layer_inputs", "compute"}
 
 
 def test_the_size_of_a_file_that_is_told_is_the_default(capsys):

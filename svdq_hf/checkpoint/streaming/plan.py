@@ -167,6 +167,8 @@ def _check_usual(source: Source, config: SVDQConfig, *, has_data: bool) -> None:
     """Refuse configs and models that are never streamed, whatever the files hold."""
     if config.synthetic:
         raise Unstreamable("its error feedback runs the dense model")
+    if config.activations is not None:
+        raise Unstreamable("for integer activations it is rotated as a whole")
     if config.target_bits is not None and config.layer_k is None:
         raise Unstreamable("its budget is spent over all layers, which are measured first")
     if has_data:

@@ -16,6 +16,7 @@ from svdq_hf.core.release import how_to_install
 from svdq_hf.format.encode import decompose
 from svdq_hf.nn.embedding import SVDQEmbedding, TiedEmbedding
 from svdq_hf.nn.experts import SVDQExperts
+from svdq_hf.nn.integer_linear import SVDQIntegerLinear
 from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 
@@ -46,7 +47,8 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
         **kwargs: further arguments of PEFT's LoRA layer.
 
     Raises:
-        ValueError: the target is packed experts; see also `SVDQLoraLinear`.
+        ValueError: the target is packed experts, or a layer that rounds its activations; see also
+            `SVDQLoraLinear`.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, SVDQExperts):  # PEFT's target_parameters: it would add to the codes
@@ -55,6 +57,11 @@ def lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any)
             "target_parameters, which it fills in itself where target_modules is 'all-linear'): name the "
             "other layers, target_modules=['q_proj', 'v_proj'] for instance, or keep the experts dense with "
             "modules_to_not_convert=['experts']"
+        )
+    if isinstance(base, SVDQIntegerLinear):
+        raise ValueError(
+            "a layer that rounds its activations has no gradient to train an adapter by: train it on the "
+            "dense model, or on one that is quantized without activations"
         )
     if type(base) is not SVDQLinear:  # a packed embedding is one too, and does not multiply
         return None

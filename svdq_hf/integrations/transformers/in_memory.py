@@ -24,6 +24,7 @@ from svdq_hf.nn.inventory import name_packed_codes
 from svdq_hf.quantize.convert import convert_layers, is_spread, restore_layers
 from svdq_hf.quantize.embedding import chosen_embedding, quantize_embedding
 from svdq_hf.quantize.head import chosen_head, quantize_head
+from svdq_hf.quantize.integer_activations import prepare_activations
 
 LOAD_FIRST = "load it first, e.g. AutoModel.from_pretrained(name)"
 AS_CONFIG = "must be an SVDQConfig, such as SVDQConfig(k=256)"
@@ -44,9 +45,9 @@ def quantize_model(
     Args:
         model: a dense model.
         config: an SVDQConfig, or its choices as a dict; None: the defaults.
-        batches: for error feedback and the scores that need data ("awq", "spqr", "pqi"): a few inputs of the
-            model, each a mapping of keyword arguments, a tuple, or one tensor. Tokens hidden by a mask do not
-            count.
+        batches: for error feedback, the scores that need data ("awq", "spqr", "pqi"), and better bases where
+            activations are rounded: a few inputs of the model, each a mapping of keyword arguments, a tuple,
+            or one tensor. Tokens hidden by a mask do not count.
 
     Returns:
         The model.
@@ -84,6 +85,10 @@ def _quantized(
     head = chosen_head(model, config) if config.lm_head else None  # errors before anything is changed
     table = chosen_embedding(model, config, head)
     others = {one.name: one.module for one in (head, table) if one is not None}
+    if config.activations is not None:
+        batches = None if batches is None else list(batches)  # read twice
+        config = prepare_activations(model, config, batches)
+        batches = batches if config.data_needs else None
     config = convert_layers(model, config, batches, others)
     if head is not None:
         quantize_head(model, head, config)

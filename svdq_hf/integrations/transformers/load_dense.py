@@ -65,6 +65,11 @@ class DenseLoad(Load):
         """
         if config.data_needs:
             raise config.no_data()
+        if config.activations is not None:
+            raise ValueError(
+                f"activations={config.activations} rotates the whole model, which is not done while it is "
+                "loaded: load it dense, then quantize_model(model, config), or `svdq quantize`"
+            )
         devices = device_map if isinstance(device_map, dict) else {}
         places = [name for name, device in devices.items() if device == "disk"]
         if places:

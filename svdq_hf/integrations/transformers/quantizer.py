@@ -53,13 +53,13 @@ class SVDQHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships 
 
     @property
     def is_trainable(self) -> bool:
-        """True: gradients flow through quantized layers to adapters."""
-        return True
+        """Whether gradients flow through quantized layers to adapters; not where activations are rounded."""
+        return self.quantization_config.activations is None
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: the salient weights train without adapters, and `Trainer` evaluates the model as it is."""
-        return True
+        """Whether the salient weights train without adapters; `Trainer` evaluates the model as it is."""
+        return self.quantization_config.activations is None
 
     @property
     def is_compileable(self) -> bool:

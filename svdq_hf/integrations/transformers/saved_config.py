@@ -103,6 +103,7 @@ def _check_alike(first: str, one: Layer, name: str, other: Layer) -> None:
     facts: list[tuple[str, Any, Any]] = [
         *zip(part_of_grid(), *(_stored(each.scheme.grid) for each in (one, other)), strict=True),
         ("compute_dtype", one.compute_dtype, other.compute_dtype),
+        ("activations", _rounded_to(one), _rounded_to(other)),
         ("k of experts", one.scheme.k, other.scheme.k if both_experts else one.scheme.k),
     ]
     for what, here, there in facts:
@@ -112,6 +113,11 @@ def _check_alike(first: str, one: Layer, name: str, other: Layer) -> None:
                 "save the parts by themselves, each with save_pretrained; or quantize the dense model as a "
                 f"whole, quantize_model(model, config); or make one dense, dequantize_model(part with {name})"
             )
+
+
+def _rounded_to(layer: Layer) -> int | None:
+    """Bits that a layer rounds its inputs to."""
+    return layer.scheme.activations.bits if layer.scheme.activations else None
 
 
 def _stored(grid: Grid) -> tuple[Any, ...]:

@@ -45,6 +45,11 @@ class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
 
     def __init__(self, choices: SVDQConfig) -> None:
         super().__init__()
+        if choices.activations is not None:
+            raise ValueError(
+                f"activations={choices.activations}: vLLM runs layers of svdq that round weights alone; run "
+                "this model with transformers, or export it dense (`svdq export`)"
+            )
         self.choices = choices
         self.layers: list[str] = []
         """Names of the quantized layers, as the model has them."""

@@ -1,0 +1,78 @@
+"""Preparing a model for integer activations: rotated, so that rounding its activations costs little.
+
+The model computes the same afterwards, in bases in which few axes carry what varies most; the config says
+what single layers do with their inputs before they round them. Not here: the layers themselves
+(`quantize.convert`), bases (`quantize.bases`).
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from svdq_hf.config import SVDQConfig
+from svdq_hf.quantize.bases import bases_of, seen_covariances, weight_covariances
+from svdq_hf.quantize.residual_stream import ResidualStream, find_stream
+from svdq_hf.quantize.rotate import fold_norms, rotate
+from svdq_hf.quantize.selection import dense_weight, layers_to_convert
+from svdq_hf.quantize.weight import check_weight
+
+
+def prepare_activations(
+    model: nn.Module, config: SVDQConfig, batches: Iterable[Any] | None = None
+) -> SVDQConfig:
+    """Rotate a model in place, and say in the config what its layers do with their inputs.
+
+    Args:
+        model: the dense model.
+        config: with `activations`.
+        batches: of which the bases are made; None: they are made of the weights.
+
+    Returns:
+        The config with `basis` and `layer_inputs`.
+
+    Raises:
+        ValueError: the model cannot be rotated (`NotRotatable`), a weight is not finite, or `basis` is "data"
+            and there are no batches; nothing is changed then.
+    """
+    basis = config.basis or ("weights" if batches is None else "data")
+    if basis == "data" and batches is None:
+        raise ValueError("basis='data' needs batches: quantize_model(model, config, batches), --calibration")
+    for name, layer in layers_to_convert(model, config).items():
+        check_weight(name, dense_weight(layer))
+    stream = find_stream(model)
+    fold_norms(model, stream)
+    if basis == "data" and batches is not None:
+        covariances = seen_covariances(model, stream, batches)
+    else:
+        covariances = weight_covariances(model, stream)
+    rotate(model, stream, bases_of(covariances, config.subspace, config.seed))
+    return config.replace(basis=basis, layer_inputs=layer_inputs(model, stream))
+
+
+def layer_inputs(model: nn.Module, stream: ResidualStream) -> dict[str, int | Literal["hadamard"]]:
+    """What the layers that write to the stream do with their inputs, by the ends of their names.
+
+    Args:
+        model: the model.
+        stream: what `find_stream` found.
+
+    Returns:
+        The number of heads in the input, or "hadamard"; by full names where an end would say two things.
+    """
+    found: dict[str, int | Literal["hadamard"]] = {}
+    for block in stream.blocks:
+        weight = dense_weight(model.get_submodule(block.writer))
+        found[block.writer] = "hadamard" if block.heads is None else weight.shape[1] // block.heads.size
+    ends = {_end(name): value for name, value in found.items()}
+    return ends if all(ends[_end(name)] == value for name, value in found.items()) else found
+
+
+def _end(name: str) -> str:
+    """A layer's name within its block.
+
+    >>> _end("model.layers.11.mlp.down_proj")
+    'mlp.down_proj'
+    """
+    return re.sub(r"^.*\.\d+\.", "", name)
