@@ -5,15 +5,10 @@ Where this vLLM has other internals than the config needs, loading a model of sv
 config itself (`integrations.vllm.quantization_config`), which imports vLLM.
 """
 
-import logging
-from typing import Any, Final
+from typing import Any
 
 from svdq_hf.config.choices import QUANT_METHOD
-
-logger = logging.getLogger(__name__)
-
-TRIED: Final = ("0.32", "0.33")
-"""Releases of vLLM with which the plugin was tried; the table in docs/vllm.md says how."""
+from svdq_hf.integrations.vllm.releases import misfit
 
 
 def register() -> None:
@@ -26,24 +21,6 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(_refusal(f"{misfit()}: {error}"))
     else:
         register_quantization_config(QUANT_METHOD)(SVDQVllmConfig)
-
-
-def misfit() -> str:
-    """What to say where a release of vLLM is, or may be, the reason of an error; names it and those tried."""
-    import vllm
-
-    return (
-        f"this is vLLM {vllm.__version__}, and svdq_hf was tried with {' and '.join(TRIED)} (docs/vllm.md): "
-        "install one of these, or `svdq export FOLDER OUT` and serve that"
-    )
-
-
-def warn_if_untried() -> None:
-    """Log a warning where this release of vLLM was not tried."""
-    import vllm
-
-    if not vllm.__version__.startswith(tuple(f"{release}." for release in TRIED)):
-        logger.warning("%s", misfit())
 
 
 def _refusal(reason: str) -> type[Any]:

@@ -17,7 +17,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
 from svdq_hf.integrations.vllm.linear_method import SVDQLinearMethod
-from svdq_hf.integrations.vllm.plugin import warn_if_untried
+from svdq_hf.integrations.vllm.releases import warn_if_untried
 from svdq_hf.integrations.vllm.vocabulary import SVDQVocabularyMethod
 
 REMEDY = "quantize with modules_to_not_convert=['experts'], or `svdq export FOLDER OUT` and serve that"

@@ -8,7 +8,6 @@ from places import ROOT
 from vllm_layers import LAYERS
 
 from svdq_hf import SVDQConfig
-from svdq_hf.integrations.vllm.plugin import TRIED
 
 
 def methods():
@@ -37,16 +36,3 @@ def test_vllm_with_other_internals_is_named_when_a_model_is_loaded(plugin, monke
             methods()["svdq"].from_config({"quant_method": "svdq"})
     finally:
         methods()["svdq"] = plugin.SVDQVllmConfig
-
-
-@pytest.mark.parametrize("release", [*(f"{tried}.5" for tried in TRIED), "0.40.0"])
-def test_a_release_that_was_not_tried_is_named(plugin, monkeypatch, caplog, release):
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", release)
-    plugin.SVDQVllmConfig.from_config({"quant_method": "svdq"})
-    said = [record.getMessage() for record in caplog.records]
-    assert [release in one and "docs/vllm.md" in one for one in said] == [True] * (release == "0.40.0")
-
-
-def test_the_page_has_the_releases_that_were_tried():
-    page = (ROOT / "docs" / "vllm.md").read_text()
-    assert all(f"| {release}" in page for release in TRIED)
