@@ -66,12 +66,15 @@ class VllmServer:
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()
-                raise RuntimeError(f"the server did not start:\n{self.told()[-4000:]}")
+                told = self.told()
+                self.log.close()
+                raise RuntimeError(f"the server did not start:\n{told[-4000:]}")
             time.sleep(0.5)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+        self.log.close()
 
     def answers(self) -> bool:
         """Whether the server is there."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers as hf
 from letters import tokenizer
+from peft import LoraConfig, get_peft_model
 from tiny_models import llama
 
 from svdq_hf import SVDQConfig, quantize_model
@@ -21,6 +22,15 @@ def folder_of(folder: Path, *, tie: bool = False, **choices: Any) -> Path:
     quantize_model(model, SVDQConfig(**{"k": 32, **choices})).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+def adapted(folder: Path, adapter: Path) -> Any:
+    """The folder's model under a random LoRA adapter on all of its layers, which is saved, too."""
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    choices = LoraConfig(r=8, lora_alpha=16, target_modules=names, init_lora_weights=False)
+    model = get_peft_model(loaded(folder), choices)
+    model.save_pretrained(adapter)
+    return model.eval()
 
 
 def prompts(count: int, vocabulary: int, longest: int = 40) -> list[list[int]]:

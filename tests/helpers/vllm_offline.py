@@ -36,7 +36,10 @@ def answers(asked: dict) -> list[list[int]] | str:
 
 def main() -> None:
     asked, told = (Path(name) for name in sys.argv[1:])
-    told.write_text(json.dumps([answers(one) for one in json.loads(asked.read_text())]))
+    found = []
+    for one in json.loads(asked.read_text()):
+        found.append(answers(one))
+        told.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

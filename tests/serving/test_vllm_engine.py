@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from places import EXAMPLES, HELPERS
-from served import check_answers, folder_of, loaded, prompts
+from served import TIE, adapted, check_answers, folder_of, loaded, misses, prompts
 
 sys.path.insert(0, str(EXAMPLES))
 from vllm_server import PYTHON, VllmServer, environment  # examples are no package
@@ -142,3 +142,15 @@ def test_two_processes_share_a_model(tmp_path, choices):
     [told] = offline(tmp_path, [request(folder, asked, tensor_parallel_size=2)], **BOUND)
     assert not isinstance(told, str), told
     check_answers(loaded(folder), asked, told, TOKENS)
+
+
+def test_adapter_on_packed_layers(tmp_path):
+    folder = folder_of(tmp_path / "model")
+    model = adapted(folder, tmp_path / "adapter")
+    asked = prompts(COUNT, 84)
+    wanted = {**request(folder, asked, enable_lora=True), "adapter": str(tmp_path / "adapter")}
+    [told] = offline(tmp_path, [wanted], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert not isinstance(told, str), told
+    check_answers(model, asked, told, TOKENS)
+    plain = loaded(folder)
+    assert max(float(misses(plain, *pair).max()) for pair in zip(asked, told, strict=True)) > TIE
