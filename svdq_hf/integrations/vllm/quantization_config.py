@@ -1,8 +1,8 @@
 """vLLM's quantization config for svdq: which of a model's layers are quantized, and the method of each.
 
 config.json does not list the quantized layers, so their names are read from the headers of the files.
-Imported by vLLM only. Not here: what the methods do (`linear_method`, `vocabulary`), and experts, which are
-refused.
+Imported by vLLM only. Not here: what the methods do (`integrations.vllm.linear_method`,
+`integrations.vllm.vocabulary`), and experts, which are refused.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 Not all of vLLM's models say a head's or an embedding's name, so what comes from the files decides: packed
 parts; a dense weight, which is left to vLLM's own method; or nothing. Nothing comes for an embedding that is
 one matrix with the head, since files have that once, under the head's name: it then reads the head's rows.
-Imported by vLLM only. Not here: linear layers (`linear_method`).
+Imported by vLLM only. Not here: linear layers (`integrations.vllm.linear_method`).
 """
 
 from typing import Any
