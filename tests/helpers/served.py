@@ -11,14 +11,16 @@ from tiny_models import llama
 
 from svdq_hf import SVDQConfig, quantize_model
 
+VOCABULARY = len(tokenizer())
+
 TIE = 1e-2
 """Logits nearer than this are a tie: either token is the greedy one."""
 
 
 def folder_of(folder: Path, *, tie: bool = False, **choices: Any) -> Path:
-    """A quantized random Llama with a tokenizer; engines want heads 32 wide, and pad a vocabulary of 84."""
+    """A quantized random Llama with a tokenizer; engines want heads 32 wide, and pad the vocabulary."""
     made = tokenizer()
-    model = llama(vocab_size=len(made), head_dim=32, max_position_embeddings=512, tie_word_embeddings=tie)
+    model = llama(vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tie)
     quantize_model(model, SVDQConfig(**{"k": 32, **choices})).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from places import EXAMPLES, HELPERS
-from served import TIE, adapted, check_answers, folder_of, loaded, misses, prompts
+from served import TIE, VOCABULARY, adapted, check_answers, folder_of, loaded, misses, prompts
 
 sys.path.insert(0, str(EXAMPLES))
 from vllm_server import PYTHON, VllmServer, environment  # examples are no package
@@ -128,7 +128,7 @@ def request(folder: Path, asked: list[list[int]], **engine: object) -> dict:
 
 def test_what_can_be_quantized_is_served(tmp_path):
     folders = [folder_of(tmp_path / name.replace(" ", "_"), **choices) for name, choices in KINDS.items()]
-    asked = prompts(COUNT, 84)
+    asked = prompts(COUNT, VOCABULARY)
     told = offline(tmp_path, [request(one, asked) for one in folders], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for one, answers in zip(folders, told, strict=True):
         assert not isinstance(answers, str), (one.name, answers)
@@ -138,7 +138,7 @@ def test_what_can_be_quantized_is_served(tmp_path):
 @pytest.mark.parametrize("choices", [{}, {"lm_head": True, "tie": True}], ids=["layers", "tied head"])
 def test_two_processes_share_a_model(tmp_path, choices):
     folder = folder_of(tmp_path / "model", **choices)
-    asked = prompts(COUNT, 84)
+    asked = prompts(COUNT, VOCABULARY)
     [told] = offline(tmp_path, [request(folder, asked, tensor_parallel_size=2)], **BOUND)
     assert not isinstance(told, str), told
     check_answers(loaded(folder), asked, told, TOKENS)
@@ -147,7 +147,7 @@ def test_two_processes_share_a_model(tmp_path, choices):
 def test_adapter_on_packed_layers(tmp_path):
     folder = folder_of(tmp_path / "model")
     model = adapted(folder, tmp_path / "adapter")
-    asked = prompts(COUNT, 84)
+    asked = prompts(COUNT, VOCABULARY)
     wanted = {**request(folder, asked, enable_lora=True), "adapter": str(tmp_path / "adapter")}
     [told] = offline(tmp_path, [wanted], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert not isinstance(told, str), told
