@@ -134,8 +134,14 @@ def asked(prompt: str | list[int], tokens: int, **choices: Any) -> dict[str, Any
     return {**fixed, "prompt": prompt, "max_tokens": tokens, **choices}
 
 
+def end_as_on_ctrl_c() -> None:
+    """Let a program that `timeout` ends leave its `with` blocks, and so stop its servers."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+
+
 def main() -> None:
     """Start a server, ask it once, stop it."""
+    end_as_on_ctrl_c()
     folder, prompt, *options = sys.argv[1:]
     with VllmServer(folder, *options) as server:
         print(prompt + server.complete(prompt, 24)["text"])

@@ -1,4 +1,4 @@
-"""`vllm_server.py` and `bench_vllm.py` of the examples against a stand-in of vLLM's server."""
+"""`vllm_server.py` of the examples against a stand-in of vLLM's server."""
 
 import sys
 
@@ -6,8 +6,7 @@ import pytest
 from places import EXAMPLES, HELPERS
 
 sys.path.insert(0, str(EXAMPLES))
-import bench_vllm  # examples are no package
-from vllm_server import PYTHON, VllmServer
+from vllm_server import PYTHON, VllmServer  # examples are no package
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +31,3 @@ def test_a_server_is_asked_and_stopped():
 def test_a_server_that_does_not_start_says_why():
     with pytest.raises(RuntimeError, match="did not start:\nno such model"), VllmServer("absent"):
         pass
-
-
-def test_bench_has_a_row_for_each_folder(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", "some/dense", "packed", "--requests", "1", "4", "--rounds", "1"])
-    bench_vllm.main()
-    *_, head, _, dense, packed = capsys.readouterr().out.splitlines()
-    assert head == "| folder | 1 at once | 4 at once |"
-    assert dense.startswith("| dense | ")
-    assert dense.count("(1.00)") == 2
-    assert packed.startswith("| packed | ")
-
-
-def test_row_has_ratios_to_the_base():
-    assert bench_vllm.row("name", [30.0, 10.0], [20.0, 40.0]) == "| name | 30.0 (1.50) | 10.0 (0.25) |"
