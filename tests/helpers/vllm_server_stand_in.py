@@ -4,8 +4,8 @@ Of a prompt of n tokens the answer is n, n + 1, n + 2, ... A model called "absen
 """
 
 import json
+import signal
 import sys
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -40,8 +40,8 @@ def main() -> None:
     options = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=True))  # after -m and the module's name
     if options["--model"] == "absent":
         sys.exit("no such model")
-    with suppress(KeyboardInterrupt):
-        ThreadingHTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    ThreadingHTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
 
 
 if __name__ == "__main__":
