@@ -28,7 +28,7 @@ OUTSIDE = {"__init__", "__main__", "adapters", "card", "demo"}
 MOST_FLAT_FILES, MOST_PACKAGES, MOST_FLOORS = 6, 13, 9
 MOST_PARAMETERS = 6
 SIGNATURES_OF_OTHERS = {
-    "integrations/vllm/plugin.py:create_weights": "vLLM calls it",
+    "integrations/vllm/linear_method.py:create_weights": "vLLM calls it",
     "hub/push.py:push_folder": "its keywords are those of transformers' push_to_hub",
 }
 """Functions that may have more parameters, and why."""

@@ -26,6 +26,7 @@ KNOWN: dict[str, str] = {
     r"Triton is not installed": "it has no wheel for this system; the kernels are tested where it has",
     r"Triton's interpreter has a process of its own": "tests/kernels/test_triton.py starts it",
     r"nothing is compiled in the interpreter": "it was asked for, and Triton then has no kernels to compile",
+    r"no vLLM engine: SVDQ_VLLM_PYTHON is not set": "it has an environment of its own of 3 GB: docs/vllm.md",
     r"no CUDA device is here": "graphs, compiled calls, training steps; examples/bench_gpu.py runs them",
     r".*/glue/\*/dev\.jsonl: not there; set SVDQ_DATA .*": "data that the repository has not",
 }

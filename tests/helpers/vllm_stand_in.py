@@ -1,13 +1,13 @@
-"""What `vllm_plugin` uses of vLLM, in a few lines each, for machines without it.
+"""What the vLLM plugin uses of vLLM, in a few lines each, for machines without it.
 
-Names, signatures and attributes are those of vLLM 0.33. Where the real package is there, `install` does
-nothing, and the same tests run against it.
+Names, signatures and attributes are those of vLLM 0.32 and 0.33. Where the real package is there, `install`
+does nothing, and the same tests run against it.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ class QuantizationConfig:
         self.packed_modules_mapping: dict[str, list[str]] = {}
 
 
-class LinearMethodBase:
+class QuantizeMethodBase:
+    pass
+
+
+class LinearMethodBase(QuantizeMethodBase):
     pass
 
 
@@ -130,8 +134,50 @@ class RowParallelLinear(LinearBase):
         self._make(width, input_size, [output_size], output_size, quant_config, prefix)
 
 
+class VocabParallelEmbedding(nn.Module):
+    """Padded to a multiple of 64; each device has as many rows, of which the last ones' are padding."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        params_dtype: torch.dtype = torch.float32,
+        *,
+        quant_config: Any,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        module = sys.modules[f"{_LAYERS}.vocab_parallel_embedding"]
+        self.tp_rank = module.get_tensor_model_parallel_rank()
+        self.tp_size = module.get_tensor_model_parallel_world_size()
+        self.prefix, self.org_vocab_size, self.params_dtype = prefix, num_embeddings, params_dtype
+        padded = -(-num_embeddings // 64) * 64
+        height = self.num_embeddings_per_partition = padded // self.tp_size
+        start, stop = (min((self.tp_rank + step) * height, num_embeddings) for step in (0, 1))
+        self.shard_indices = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=stop)
+        self.quant_method = quant_config.get_quant_method(self, prefix)
+        self.quant_method.create_weights(
+            self, embedding_dim, [height], embedding_dim, padded, params_dtype=params_dtype
+        )
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    pass
+
+
+class UnquantizedEmbeddingMethod(QuantizeMethodBase):
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pass
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight, bias)
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, layer.weight)
+
+
 def register_quantization_config(name: str) -> Any:
-    return lambda config: _methods.setdefault(name, config)
+    return lambda config: _methods.__setitem__(name, config)
 
 
 def get_quantization_config(name: str) -> Any:
@@ -154,7 +200,11 @@ _CONTENT: dict[str, tuple[Any, ...]] = {
         get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size,
     ),
     f"{_LAYERS}.quantization": (register_quantization_config, get_quantization_config),
-    f"{_LAYERS}.quantization.base_config": (QuantizationConfig,),
+    f"{_LAYERS}.quantization.base_config": (QuantizationConfig, QuantizeMethodBase),
+    f"{_LAYERS}.vocab_parallel_embedding": (
+        ParallelLMHead, UnquantizedEmbeddingMethod, VocabParallelEmbedding,
+        get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size,
+    ),
     "vllm.transformers_utils.config": (get_safetensors_params_metadata,),
 }  # fmt: skip
 
@@ -173,3 +223,4 @@ def install(patch: Any) -> None:
             if parent not in sys.modules:
                 patch.setitem(sys.modules, parent, ModuleType(parent))
         patch.setitem(sys.modules, path, module)
+    sys.modules["vllm"].__version__ = "0.33.0"  # type: ignore[attr-defined]

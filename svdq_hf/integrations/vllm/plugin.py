@@ -1,267 +1,35 @@
-"""vLLM plugin: svdq's quantization config and linear method, found by entry point `vllm.general_plugins`.
+"""vLLM plugin: registers svdq's quantization config, found by entry point `vllm.general_plugins`.
 
-vLLM's layers are several of the checkpoint's (q, k and v; gate and up) and a device's share of each. Every
-tensor is kept as it comes from the file until a layer's parts are complete; then its share is cut out
-(`format.slices`), and after loading the shares are joined. Imported by vLLM only, and written against 0.33.
-Not here: quantized output heads and experts, which are refused.
+vLLM calls it in every process that it starts, also for models that are none of ours: so it raises nothing.
+Where this vLLM has other internals than the config needs, loading a model of svdq says so. Not here: the
+config itself (`integrations.vllm.quantization_config`), which imports vLLM.
 """
 
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.transformers_utils.config import get_safetensors_params_metadata
-
-from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
-from svdq_hf.format.checks import check_parts
-from svdq_hf.format.parts import Scheme, part_specs
-from svdq_hf.format.slices import StoredMatrix, slice_columns, slice_rows, stack_where_possible
-from svdq_hf.integrations.vllm.layers import layers_of, linear_of
-
-FusedPart = int | str | tuple[int, ...] | None
-"""The fused layer's matrix that a tensor belongs to; a tuple: several in a row; None: all."""
-
-_QKV = {"q": 0, "k": 1, "v": 2}
+from svdq_hf.integrations.vllm.releases import misfit
 
 
 def register() -> None:
     """Register "svdq" with vLLM; may be called repeatedly."""
-    register_quantization_config(QUANT_METHOD)(SVDQVllmConfig)
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    try:
+        from svdq_hf.integrations.vllm.quantization_config import SVDQVllmConfig
+    except ImportError as error:
+        register_quantization_config(QUANT_METHOD)(_refusal(f"{misfit()}: {error}"))
+    else:
+        register_quantization_config(QUANT_METHOD)(SVDQVllmConfig)
 
 
-REMEDY = (
-    "quantize without lm_head and embeddings, with modules_to_not_convert=['experts'], or `svdq export "
-    "FOLDER OUT` and serve that"
-)
+def _refusal(reason: str) -> type[Any]:
+    """A quantization config that refuses every model, for a vLLM in which ours cannot be imported."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+    class RefusedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed where mypy runs
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            raise ValueError(f"a model quantized by svdq cannot be served here: {reason}")
 
-class SVDQVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed where mypy runs
-    """vLLM's quantization config for svdq, made from config.json and the files' headers."""
-
-    def __init__(self, choices: SVDQConfig) -> None:
-        super().__init__()
-        if choices.activations is not None:
-            raise ValueError(
-                f"activations={choices.activations}: vLLM runs layers of svdq that round weights alone; run "
-                "this model with transformers, or export it dense (`svdq export`)"
-            )
-        self.choices = choices
-        self.layers: list[str] = []
-        """Names of the quantized layers, as the model has them."""
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SVDQVllmConfig":
-        """The config of a `quantization_config` in config.json."""
-        return cls(SVDQConfig.from_dict(config))
-
-    def get_name(self) -> str:
-        """The method's name in config.json."""
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Allowed dtypes of activations."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Least compute capability: vLLM's own, since the op is plain torch where Triton has no kernels."""
-        return 70
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: config.json says everything."""
-        return []
-
-    def maybe_update_config(
-        self, model_name: str, hf_config: Any = None, revision: str | None = None
-    ) -> None:
-        """Read from the files' headers which layers are quantized; config.json does not list them.
-
-        Args:
-            model_name: folder, or name on the Hub.
-            hf_config: not used.
-            revision: on the Hub.
-
-        Raises:
-            ValueError: no layer is quantized, or other modules than linear layers are. Headers decide, since
-                not all of vLLM's models ask for a head, an embedding or experts by their names in files.
-        """
-        stored = get_safetensors_params_metadata(model_name, revision=revision)
-        experts = any(name.endswith("_salient_rows") for name in stored)
-        if self.choices.lm_head or self.choices.embeddings or experts:
-            raise ValueError(
-                f"{model_name}: its output head, embedding or experts are quantized, and in vLLM svdq serves "
-                f"linear layers only: {REMEDY}"
-            )
-        found = {name.rpartition("salient_rows")[0].rstrip("._") for name in stored}
-        self.layers = sorted(found - {""})
-        if not self.layers:
-            raise ValueError(f"{model_name}: no layer in its safetensors files is quantized by svdq")
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the layers as vLLM's model does."""
-        self.layers = hf_to_vllm_mapper.apply_list(self.layers)
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method with which vLLM computes a layer.
-
-        Args:
-            layer: vLLM's layer.
-            prefix: its name.
-
-        Raises:
-            ValueError: it is quantized and no linear layer, or only some of the layers that it joins are
-                quantized.
-        """
-        if not isinstance(layer, LinearBase):
-            within = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
-            if within:
-                raise ValueError(
-                    f"{within[0]} is quantized, and in vLLM svdq serves linear layers only: {REMEDY}"
-                )
-            return None
-        there = {name: name in self.layers for name in self._joined(prefix)}
-        if len(set(there.values())) > 1:
-            raise ValueError(f"{prefix} joins {there}: quantize all of them or none")
-        return SVDQLinearMethod(self.choices.scheme) if any(there.values()) else UnquantizedLinearMethod()
-
-    def _joined(self, prefix: str) -> list[str]:
-        """The checkpoint's layers that a layer of vLLM joins."""
-        path, _, leaf = prefix.rpartition(".")
-        if prefix in self.layers or leaf not in self.packed_modules_mapping:
-            return [prefix]
-        return [f"{path}.{name}".lstrip(".") for name in self.packed_modules_mapping[leaf]]
-
-
-class SVDQLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """Loads a device's share of a layer, and computes it with the op."""
-
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Register a name for each stored tensor: empty, since a share's size is known with its content."""
-        layer.svdq_widths = (input_size_per_partition, input_size)
-        layer.svdq_heights = output_partition_sizes
-        layer.svdq_devices = output_size // sum(output_partition_sizes)  # that share the rows
-        layer.svdq_shards = {}
-        for name, spec in part_specs(sum(output_partition_sizes), input_size, self.scheme).items():
-            place = nn.Parameter(torch.empty(0, dtype=spec.dtype), requires_grad=False)
-            place.weight_loader = partial(self._take, layer, name)  # type: ignore[attr-defined]
-            layer.register_parameter(name, place)
-
-    def _take(
-        self, layer: Any, part: str, place: nn.Parameter, loaded: Tensor, shard: FusedPart = None
-    ) -> None:
-        """Called by vLLM with each tensor of the file."""
-        parts = layer.svdq_shards.setdefault(shard, {})
-        parts[part] = loaded
-        whole, total = layer.svdq_widths[1], len(part_specs(1, 1, self.scheme))
-        if len(parts) == total:
-            stored = StoredMatrix(parts, whole, self.scheme.grid)
-            try:
-                check_parts(parts, whole, stored.scheme)  # k may be the layer's own
-            except ValueError as error:
-                raise ValueError(f"{layer.prefix} ({shard}): {error}") from error
-            layer.svdq_shards[shard] = self._share(layer, shard, stored)
-
-    def _share(self, layer: Any, shard: FusedPart, stored: StoredMatrix) -> StoredMatrix:
-        """A device's rows and columns of a matrix of the checkpoint."""
-        width, whole = layer.svdq_widths
-        if width != whole:
-            stored = slice_columns(stored, layer.tp_rank * width, (layer.tp_rank + 1) * width)
-        rows = rows_of_rank(layer, shard, stored.out_features)
-        return stored if len(rows) == stored.out_features else slice_rows(stored, rows)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Join the shares, and put them on the device of the layer.
-
-        Raises:
-            ValueError: a tensor is missing.
-        """
-        places = {shard: _places(layer, shard) for shard in layer.svdq_shards}
-        order = sorted(places, key=places.__getitem__)
-        pieces = [layer.svdq_shards[shard] for shard in order]
-        came = [
-            place
-            for shard in order
-            if isinstance(layer.svdq_shards[shard], StoredMatrix)
-            for place in places[shard]
-        ]
-        if came != list(range(len(layer.svdq_heights))):
-            raise ValueError(
-                f"{layer.prefix} joins {len(layer.svdq_heights)} matrices, and the checkpoint has, with "
-                f"all their tensors, {came}"
-            )
-        device = layer.weight.device
-        for name in part_specs(1, 1, self.scheme):
-            delattr(layer, name)
-        layer.svdq_layers = layers_of(stack_where_possible(pieces)).to(device)
-        layer.svdq_shards = {}
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias` of the device's share.
-
-        Args:
-            layer: vLLM's layer.
-            x: `[..., in]`.
-            bias: `[out]`, or None.
-
-        Returns:
-            `[..., out]`.
-        """
-        return linear_of(layer.svdq_layers, x, bias)
-
-
-def rows_of_rank(layer: Any, shard: FusedPart, total: int) -> Tensor:
-    """The rows of a checkpoint's matrix that a device keeps.
-
-    Args:
-        layer: vLLM's layer.
-        shard: which of the layer's matrices.
-        total: rows of the matrix.
-
-    Returns:
-        Their numbers, `[rows]`, int64.
-
-    Raises:
-        ValueError: the matrix has another height than the layer.
-    """
-    heights = layer.svdq_heights
-    replicas = [1] * len(heights)
-    if len(heights) == 3 and hasattr(layer, "num_kv_head_replicas"):
-        replicas[1:] = [layer.num_kv_head_replicas] * 2
-    divided = layer.svdq_devices > 1
-    rows, start = [], 0
-    for one in _places(layer, shard):
-        first = start + (layer.tp_rank // replicas[one] * heights[one] if divided else 0)
-        rows.append(torch.arange(first, first + heights[one]))
-        start += heights[one] * (layer.svdq_devices // replicas[one] if divided else 1)
-    if start != total:
-        raise ValueError(f"{layer.prefix} ({shard}): {total} rows, where the model's config says {start}")
-    return torch.cat(rows)
-
-
-def _places(layer: Any, shard: FusedPart) -> list[int]:
-    """Positions, among the matrices that a layer joins, of those that a tensor belongs to."""
-    if shard is None:
-        return list(range(len(layer.svdq_heights)))
-    if isinstance(shard, str):
-        if shard not in _QKV:
-            raise ValueError(f"{layer.prefix}: its part {shard!r} is none of {list(_QKV)}, which svdq serves")
-        return [_QKV[shard]]
-    return list(shard) if isinstance(shard, tuple) else [shard]
+    return RefusedConfig
