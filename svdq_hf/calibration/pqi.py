@@ -55,7 +55,8 @@ class Line:
 
 
 Take = Callable[[str, Tensor, float], None]
-"""Receives a layer's name, the gradient `[out, in]` of its weight, and the place on the line."""
+"""Receives a layer's name, the gradient `[out, in]` of its weight, float32, which is its own to change, and
+the place on the line."""
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:

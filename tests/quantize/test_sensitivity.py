@@ -4,8 +4,7 @@ from tiny_models import bert, llama, tokens
 
 import svdq_hf
 from svdq_hf import SVDQConfig, footprint, quantize_model
-from svdq_hf.calibration.inputs import InputStatistics
-from svdq_hf.quantize.budget import by_sensitivity
+from svdq_hf.quantize.budget import by_loss
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity import pqi, sensitivity
 
@@ -112,7 +111,8 @@ def test_without_data_the_score_says_what_it_needs():
 
 def test_a_budget_takes_equal_terms_in_order_and_nothing_that_rounding_helps():
     terms = {"a": torch.tensor([[2.0, 1.0]]), "b": torch.tensor([[1.0, 1.0], [-1.0, 0.0]])}
-    seen = {name: InputStatistics(sensitivity=values) for name, values in terms.items()}
-    assert by_sensitivity(seen, 0) == {"a": 0, "b": 0}
-    assert by_sensitivity(seen, 3) == {"a": 2, "b": 1}
-    assert by_sensitivity(seen, 6) == {"a": 2, "b": 2}
+    assert by_loss(terms, 0) == {"a": 0, "b": 0}
+    assert by_loss(terms, 3) == {"a": 2, "b": 1}
+    assert by_loss(terms, 6) == {"a": 2, "b": 2}
+    terms["b"][1, 0] = torch.inf
+    assert by_loss(terms, 1) == {"a": 0, "b": 1}

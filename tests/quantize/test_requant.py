@@ -1,0 +1,125 @@
+"""ReQuant: the rounds, the budget, what is stored, and what the loss wins."""
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from svdq_hf import SVDQConfig, footprint, quantize_model
+from svdq_hf.quantize.requant import OUTLIERS, ROUNDS, ReQuant
+from svdq_hf.quantize.sensitivity import linear
+
+CONFIGS = {
+    "default": SVDQConfig(k=20),
+    "best": SVDQConfig.best(k=0.01),
+    "calibrated": SVDQConfig.calibrated(k=0.01),
+    "paper": SVDQConfig.paper(k=20),
+    "3 bits": SVDQConfig(k=20, bits=3),
+    "a budget": SVDQConfig(target_bits=5.5),
+}
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": tokens(4, 20)} for _ in range(2)]
+
+
+def loss(model: torch.nn.Module, given: list[dict[str, torch.Tensor]]) -> float:
+    return sum(float(model(**one, labels=one["input_ids"]).loss.detach()) for one in given) / len(given)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_any_grid_and_the_file_loads_as_any_other(config, tmp_path):
+    config = config.replace(saliency="requant")
+    plain = llama()
+    quantize_model(plain, config.replace(saliency="magnitude"), batches() if config.error_feedback else None)
+    model = llama()
+    quantize_model(model, config, batches())
+    found, theirs = footprint(model), footprint(plain)
+    assert sum(layer.k for layer in found.layers) == sum(layer.k for layer in theirs.layers)
+    assert found.bits_per_weight == pytest.approx(theirs.bits_per_weight)
+    assert loss(model, batches()) < loss(plain, batches())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    given = {"input_ids": tokens()}
+    assert torch.equal(loaded(**given).logits, model(**given).logits)
+    assert {layer.name: layer.k for layer in footprint(loaded).layers} == {
+        layer.name: layer.k for layer in found.layers
+    }
+
+
+def test_layers_get_what_their_weights_are_worth_to_the_loss():
+    model = llama()
+    quantize_model(model, SVDQConfig(k=20, saliency="requant"), batches())
+    counts = [layer.k for layer in footprint(model).layers]
+    assert sum(counts) == 20 * len(counts)
+    assert len(set(counts)) > 3
+
+
+def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
+    model, config, seen = llama(), SVDQConfig(saliency="requant"), []
+    own = ReQuant._terms
+
+    def terms(self, kept):
+        seen.append({name: set(places.tolist()) for name, places in kept.items()})
+        return own(self, kept)
+
+    monkeypatch.setattr(ReQuant, "_terms", terms)
+    found = ReQuant(model, linear(model, config), config, batches(), {}).order(1000)
+    counts = [sum(map(len, kept.values())) for kept in seen]
+    assert len(counts) == ROUNDS + 1
+    assert counts[0] == 0
+    assert 0.95 * OUTLIERS * 1000 < counts[1] <= OUTLIERS * 1000  # each layer's share is rounded down
+    assert counts[2] == (counts[1] + 1000) // 2
+    for earlier, later in zip(seen, seen[1:], strict=False):
+        assert all(places <= later[name] for name, places in earlier.items())
+    assert sum(int(terms.isinf().sum()) for terms in found.values()) == counts[-1]
+
+
+def test_a_weight_that_is_kept_costs_nothing_more():
+    model, config = llama(), SVDQConfig(saliency="requant")
+    layers = linear(model, config)
+    requant = ReQuant(model, layers, config, batches(), {})
+    kept = {name: torch.arange(5) * 7 for name in layers}
+    for name, terms in requant._terms(kept).items():
+        assert not terms.flatten()[kept[name]].any()
+        assert terms.any()
+
+
+def chain(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Texts of a language of 96 letters, in which each letter is followed by one of three."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, 96, (count,), generator=generator)]
+    for _ in range(23):
+        step = torch.randint(0, 3, (count,), generator=generator)
+        ids.append((ids[-1] * 5 + step * 17 + 1) % 96)
+    return [{"input_ids": torch.stack(ids, 1)}]
+
+
+@pytest.fixture(scope="module")
+def trained() -> torch.nn.Module:
+    model = llama().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(120):
+        (batch,) = chain(32, step)
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_trained_model_loses_less_on_texts_that_were_not_seen(trained):
+    state, held, found = trained.state_dict(), chain(128, 1000), {}
+    dense = loss(trained, held)
+    assert dense < 1.5  # ln 3 is 1.1; without training it is 4.6
+    for saliency in ("relative", "pqi", "requant"):
+        model = llama()
+        model.load_state_dict(state)
+        given = None if saliency == "relative" else chain(128, 2000)
+        quantize_model(model, SVDQConfig(k=0.01, bits=3, saliency=saliency), given)
+        found[saliency] = loss(model, held) - dense
+    assert found["requant"] < 0.8 * found["relative"]
+    assert found["requant"] < found["pqi"]
+
+
+def test_without_data_it_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"saliency 'requant' needs .*, which only data can give"):
+        quantize_model(llama(), SVDQConfig(saliency="requant"))
