@@ -169,7 +169,7 @@ def _kinds(found: "Sensitivity") -> "Table":
 
 def _scores(scores: "list[ScoreAgreement]") -> "Table":
     """What other scores say of the same weights."""
-    table = _table("do other scores agree with PQI?", "score", "of its first 0.5 %", "rank correlation")
+    table = _table("do they find PQI's first 0.5 %?", "score", "overlap", "rank correlation")
     for row in scores:
         table.add_row(row.name, f"{row.overlap:.1%}", f"{row.correlation:+.2f}")
     return table

@@ -19,7 +19,7 @@ ROW: Final = 0.2  # inches, of one layer
 
 
 def by_place(costs: Mapping[str, float]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-    """Costs in rows of layers and columns of kinds: a name is split at its first number.
+    """Costs in rows of layers and columns of kinds: a name is split at its first number, others are left out.
 
     Args:
         costs: by the layer's name.
@@ -35,8 +35,9 @@ def by_place(costs: Mapping[str, float]) -> tuple[list[str], list[str], dict[tup
     """
     found: dict[tuple[str, str], float] = {}
     for short, cost in zip(short_names(list(costs)), costs.values(), strict=True):
-        parts = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", short)
+        parts = re.fullmatch(r"((?:.*?\.)??\d+)\.(.+)", short)
         row, column = parts.groups() if parts else ("", short)
+        column = re.sub(r"\.\d+\.", ".*.", column)
         found[row, column] = found.get((row, column), 0.0) + cost
     rows, columns = (list(dict.fromkeys(side)) for side in zip(*found, strict=True))
     return rows, columns, found

@@ -20,7 +20,9 @@ from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity_result import TOP
 from svdq_hf.quantize.weight import score_weight
 
-TAYLOR, FISHER = "first-order Taylor", "squared gradient (Fisher)"
+TAYLOR, FISHER = "first-order Taylor", "squared gradient"
+"""From the gradient at the dense weights: times the error of rounding; the empirical Fisher information."""
+
 SCORES = ("awq", "spqr", "svd", "magnitude", "relative", "random")
 """Those of `core.saliency` that are compared."""
 

@@ -1,5 +1,7 @@
 """ReQuant: the rounds, the budget, what is stored, and what the loss wins."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny_models import llama, tokens
@@ -69,7 +71,7 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
     assert counts[0] == 0
     assert 0.95 * OUTLIERS * 1000 < counts[1] <= OUTLIERS * 1000  # each layer's share is rounded down
     assert counts[2] == (counts[1] + 1000) // 2
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in pairwise(seen):
         assert all(places <= later[name] for name, places in earlier.items())
     assert sum(int(terms.isinf().sum()) for terms in found.values()) == counts[-1]
 

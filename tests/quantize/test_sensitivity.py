@@ -33,6 +33,27 @@ def test_a_one_sided_sum_comes_nearer_with_its_steps_and_the_midpoint_faster():
     assert off["midpoint", 8] < off["left", 32]
 
 
+def test_rows_and_weights_sum_to_their_layer():
+    found = sensitivity(llama(), batches(), steps=2)
+    for layer in found.layers:
+        terms = found.terms[layer.name]
+        assert terms.shape == layer.shape
+        assert layer.rows == pytest.approx(terms.double().sum(1).tolist())
+        assert layer.pqi == pytest.approx(sum(layer.rows))
+    assert "rows" in found.to_dict()["layers"][0]
+    assert "rows" not in found.to_dict(rows=False)["layers"][0]
+
+
+def test_a_model_in_half_precision_gives_about_the_same():
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = llama().to(torch.bfloat16).to(dtype)
+        terms = sensitivity(model, batches(), SVDQConfig(bits=3), steps=1).terms
+        found.append(torch.cat([one.flatten() for one in terms.values()]))
+    assert all(terms.dtype == torch.float32 for terms in found)
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.99
+
+
 def test_taylor_is_the_sum_at_the_dense_weights():
     found = sensitivity(llama(), batches(), steps=1, rule="left")
     assert found.predicted == pytest.approx(found.first_order)
