@@ -27,6 +27,7 @@ from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.calibration.pqi import Line, model_loss, places, walk
 from svdq_hf.calibration.texts import text_batches
 from svdq_hf.evaluation.speed.memory import memory_now, watched
+from svdq_hf.quantize.layer import matrix_of
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity import pqi
@@ -169,12 +170,12 @@ def cost(cells: Cells, options: argparse.Namespace) -> None:
     with watched() as peak:
         pqi(model, layers, SVDQConfig(), batches, steps=options.steps)
     seconds, more = time.process_time() - started, peak.memory - before
-    weights = sum(layer.weight.numel() for layer in layers.values())
+    sizes_of = [matrix_of(layer).numel() for layer in layers.values()]
     sizes = {"samples": options.samples, "length": options.length, "steps": options.steps}
     cells.add(
-        {"part": "cost", "model": Path(options.model).name, **sizes, "weights": weights}
+        {"part": "cost", "model": Path(options.model).name, **sizes, "weights": sum(sizes_of)}
         | {"parameters": sum(one.numel() for one in model.parameters()), "cpu_seconds": round(seconds, 1)}
-        | {"largest": max(layer.weight.numel() for layer in layers.values())}
+        | {"largest": max(sizes_of)}
         | {"anonymous_bytes": more.anonymous, "resident_bytes": more.resident}
     )
 

@@ -11,10 +11,11 @@ of all layers are salient. Not here: the errors of one layer (`quantize.weight`)
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
@@ -22,6 +23,8 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import BY_LOSS
 from svdq_hf.core.topk import salient_count
 from svdq_hf.format.parts import part_specs
+from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.selection import shape_of
 from svdq_hf.quantize.weight import errors_at
 
 SALIENT_BITS = 96
@@ -48,6 +51,15 @@ class BudgetItem(NamedTuple):
     def numel(self) -> int:
         """Number of its weights."""
         return self.out * self.in_features
+
+
+def items_of(modules: Mapping[str, nn.Module]) -> dict[str, BudgetItem]:
+    """Dense layers as what bits are spent on.
+
+    Args:
+        modules: linear layers, by name.
+    """
+    return {name: BudgetItem(*shape_of(one), partial(matrix_of, one)) for name, one in modules.items()}
 
 
 @dataclass

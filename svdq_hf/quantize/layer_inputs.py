@@ -4,7 +4,6 @@ Not here: how they are collected (`calibration.inputs`), and how they are used (
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +12,8 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import BY_LOSS
-from svdq_hf.quantize.budget import BudgetItem, affordable
-from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.budget import affordable, items_of
 from svdq_hf.quantize.requant import ReQuant
-from svdq_hf.quantize.selection import shape_of
 from svdq_hf.quantize.sensitivity import pqi
 
 
@@ -73,6 +70,6 @@ def _scores_by_loss(
     seen: Mapping[str, InputStatistics],
 ) -> dict[str, Tensor]:
     if "given_back" in config.data_needs:
-        items = {name: BudgetItem(*shape_of(one), partial(matrix_of, one)) for name, one in layers.items()}
-        return ReQuant(model, layers, config, batches, seen).order(affordable(items, config))
+        total = affordable(items_of(layers), config)
+        return ReQuant(model, layers, config, batches, seen).order(total)
     return pqi(model, layers, config, batches) if "sensitivity" in config.data_needs else {}
