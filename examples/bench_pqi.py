@@ -113,8 +113,8 @@ def sums(cells: Cells, options: argparse.Namespace) -> None:
 
 
 def all_places() -> list[float]:
-    """The places of one-sided and midpoint sums of 8 and 32 steps, coarse ones first."""
-    wanted = [0.0, 1.0, *places(8), *places(8, "left"), *places(STEPS), *places(STEPS, "left")]
+    """The places of midpoint and one-sided sums of 8 and 32 steps."""
+    wanted = [0.0, 1.0, *places(8), *places(STEPS), *places(8, "left"), *places(STEPS, "left")]
     return list(dict.fromkeys(wanted))
 
 

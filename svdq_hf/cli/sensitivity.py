@@ -1,7 +1,7 @@
 """`svdq sensitivity`: what rounding each layer of a model costs its loss on a text, as table and heat map.
 
 Not here: the measuring (`quantize.sensitivity`, `quantize.score_agreement`), the picture
-(`evaluation.sensitivity_picture`), and the scores that follow it, `--saliency pqi` and `requant` of
+(`evaluation.sensitivity_picture`), and the scores that follow it, `--saliency pqi` or requant, of
 `svdq quantize`.
 """
 

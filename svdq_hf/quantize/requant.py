@@ -10,13 +10,16 @@ Each time a layer is rounded again its salient weights stay out of it, and the e
 ones. The result is an order of weights, for the score "requant": quantizing by it stores nothing new.
 Not here: PQI (`calibration.pqi`), and the number of weights that the budget pays for (`quantize.budget`).
 
-Source: arXiv 2503.01901 has these steps. How the outliers are shared out, which weights they are, and how
-much each round spends is our reconstruction, since its algorithms were not at hand.
+Source: arXiv 2503.01901 has these steps. Its algorithms were not at hand: how the outliers are shared out,
+which weights they are and how much each round spends are ours. Two more things are. Each batch has a place of
+its own on the line, so that one pass over all of them is the integral. And the gradient at the dense weights
+is taken from it: of a trained model it is near zero on all texts together, so on a few it is their noise.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,12 +27,13 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
+from svdq_hf.calibration.mapped import mapped_zeros
 from svdq_hf.calibration.pqi import places, walk
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.topk import top_positions
 from svdq_hf.quantize.budget import by_loss
 from svdq_hf.quantize.layer import matrix_of
-from svdq_hf.quantize.rounding_lines import Sums, line_of
+from svdq_hf.quantize.rounding_lines import Sums, line_of, lines_of
 from svdq_hf.quantize.weight import score_weight
 
 OUTLIERS = 0.25
@@ -37,10 +41,6 @@ OUTLIERS = 0.25
 
 ROUNDS = 2
 """Times that weights are given back; the paper takes a few."""
-
-STEPS = 2
-"""Points of the integral: by the midpoint rule exact of a loss of third order, which rounding at 3 bits and
-more leaves it."""
 
 Kept = dict[str, Tensor]
 """Salient weights by the layer's name: places in its matrix counted row by row, `[k]`, int64."""
@@ -80,8 +80,8 @@ class ReQuant:
         kept = self._outliers(round(OUTLIERS * total))
         for left in reversed(range(ROUNDS)):
             terms = self._terms(kept)
-            for name, places_ in kept.items():
-                terms[name].view(-1)[places_] = math.inf
+            for name, chosen in kept.items():
+                terms[name].view(-1)[chosen] = math.inf
             if left:
                 kept = _highest(terms, (_count(kept) + total) // 2)
         return terms
@@ -92,35 +92,51 @@ class ReQuant:
         costs = {name: max(0.0, float(terms.sum())) for name, terms in self._terms(nothing).items()}
         every = sum(costs.values()) or 1.0
         score = "magnitude" if self.config.group_size == "tensor" else "relative"
-        plain = self.config.replace(saliency=score)
-        kept = {}
+        plain, kept = self.config.replace(saliency=score), {}
         for name, module in self.layers.items():
             weight = matrix_of(module)
             k = min(weight.numel(), int(total * costs[name] / every))
-            kept[name] = _places(score_weight(weight, plain, name).scores, k)
+            kept[name] = _first(score_weight(weight, plain, name).scores, k)
         return kept
 
     def _terms(self, kept: Kept) -> dict[str, Tensor]:
-        """The PQI of each weight, where some are salient."""
+        """The PQI of each weight without its part of first order, where some are salient."""
         lines = {
             name: line_of(name, module, self.config, kept[name], self.seen.get(name))
             for name, module in self.layers.items()
         }
-        summed = Sums(lines)
-        steps = walk(self.model, lines, self.batches, places(STEPS), summed.take(1 / STEPS))
-        for _ in hf_logging.tqdm(steps, total=STEPS * len(self.batches), desc="Integrating the loss"):
-            pass
+        summed, count = Sums(lines), len(self.batches)
+        for name, line in lines.items():
+            summed.terms[name].addcmul_(self.slope[name], line.difference().cpu(), value=-1.0)
+        steps = zip(self.batches, places(count), strict=True)
+        for batch, place in hf_logging.tqdm(steps, total=count, desc="Integrating the loss"):
+            for _ in walk(self.model, lines, [batch], [place], summed.take(1 / count)):
+                pass
         return summed.terms
+
+    @cached_property
+    def slope(self) -> dict[str, Tensor]:
+        """The gradient at the dense weights, `[out, in]`, float32, by the layer's name."""
+        lines = lines_of(self.layers, self.config)
+        found = mapped_zeros({name: tuple(line.dense().shape) for name, line in lines.items()})
+
+        def take(name: str, gradient: Tensor, place: float) -> None:
+            found[name].add_(gradient.cpu())
+
+        for _ in walk(self.model, lines, self.batches, [0.0], take):
+            pass
+        return found
 
 
 def _highest(terms: Mapping[str, Tensor], total: int) -> Kept:
-    return {name: _places(terms[name], k) for name, k in by_loss(terms, total).items()}
+    return {name: _first(terms[name], k) for name, k in by_loss(terms, total).items()}
 
 
-def _places(scores: Tensor, k: int) -> Tensor:
+def _first(scores: Tensor, k: int) -> Tensor:
+    """Places of the k highest scores `[out, in]`."""
     rows, columns = top_positions(scores, k)
     return (rows.long() * scores.shape[1] + columns.long()).cpu()
 
 
 def _count(kept: Kept) -> int:
-    return sum(places_.numel() for places_ in kept.values())
+    return sum(chosen.numel() for chosen in kept.values())
