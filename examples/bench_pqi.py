@@ -23,14 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from svdq_hf import SVDQConfig, footprint, quantize_model
+from svdq_hf import SVDQConfig, footprint, quantize_model, sensitivity
 from svdq_hf.calibration.pqi import Line, model_loss, places, walk
 from svdq_hf.calibration.texts import text_batches
 from svdq_hf.evaluation.speed.memory import memory_now, watched
 from svdq_hf.quantize.layer import matrix_of
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.selection import layers_to_convert
-from svdq_hf.quantize.sensitivity import pqi
 
 STEPS = 32
 SHARE = 0.005
@@ -168,7 +167,7 @@ def cost(cells: Cells, options: argparse.Namespace) -> None:
     batches = windows(options.text, options, model, options.samples)
     before, started = memory_now(), time.process_time()
     with watched() as peak:
-        pqi(model, layers, SVDQConfig(), batches, steps=options.steps)
+        sensitivity(model, batches, steps=options.steps)
     seconds, more = time.process_time() - started, peak.memory - before
     sizes_of = [matrix_of(layer).numel() for layer in layers.values()]
     sizes = {"samples": options.samples, "length": options.length, "steps": options.steps}

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
     found = sensitivity(model, batches, config, steps=options.steps)
     layers = linear(model, config)
-    scores = score_agreement(model, layers, config, batches, found.terms) if options.scores else []
+    scores = score_agreement(model, layers, config, batches) if options.scores else []
     if options.out:
         _draw(found, Path(options.out))
     if not options.json:

@@ -27,7 +27,7 @@ NEEDS = {
     "input_norm": "norm of each input over the calibration batches, [in]",
     "input_gram": "X.T @ X over the calibration batches, [in, in]",
     "tokens": "tokens in the calibration batches",
-    "sensitivity": "PQI of each weight: what rounding it costs the loss on the batches, [out, in]",
+    "sensitivity": "size of the PQI of each weight: how much rounding it moves the loss, [out, in]",
     "given_back": "the same after ReQuant, and infinity for the weights that it has given back, [out, in]",
 }
 """The keyword-only parameters that a score may declare."""
@@ -284,7 +284,7 @@ def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
 
 @register_saliency("pqi")
 def _pqi(weight: Tensor, *, sensitivity: Tensor) -> Tensor:
-    """What the loss on the batches wins, about, if a weight is not rounded; below 0 where rounding helps."""
+    """How much rounding a weight moves the loss on the sequences of the batches, up or down."""
     return sensitivity
 
 

@@ -14,6 +14,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import BY_LOSS
 from svdq_hf.quantize.budget import affordable, items_of
 from svdq_hf.quantize.requant import ReQuant
+from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import pqi
 
 
@@ -72,4 +73,4 @@ def _scores_by_loss(
     if "given_back" in config.data_needs:
         total = affordable(items_of(layers), config)
         return ReQuant(model, layers, config, batches, seen).order(total)
-    return pqi(model, layers, config, batches) if "sensitivity" in config.data_needs else {}
+    return pqi(model, lines_of(layers, config), batches) if "sensitivity" in config.data_needs else {}

@@ -1,39 +1,34 @@
 """ReQuant: the salient weights of a whole model, chosen under one budget by what they cost the loss.
 
-1. Every layer is rounded with nothing salient, and the PQI of its weights is summed up.
-2. `OUTLIERS` of the budget go to the layers in proportion to these sums, and in a layer to the weights that
-   are largest in their group: without them the scales of the others are finer.
-3. The layers are rounded again without these, and PQI is evaluated anew: the largest terms of the whole model
-   are given back, in `ROUNDS` of which each spends half of what is left, and the last all of it.
+1. Every layer is rounded with nothing salient, and the size of the PQI of its weights is measured.
+2. `OUTLIERS` of the budget go to the layers in proportion to the sums of its squares, and in a layer to the
+   weights that are largest in their group: without them the scales of the others are finer.
+3. The layers are rounded again without these, and PQI is evaluated anew: the largest of the whole model are
+   given back, in `ROUNDS` of which each spends half of what is left, and the last all of it.
 
 Each time a layer is rounded again its salient weights stay out of it, and the errors that remain are other
 ones. The result is an order of weights, for the score "requant": quantizing by it stores nothing new.
-Not here: PQI (`calibration.pqi`), and the number of weights that the budget pays for (`quantize.budget`).
+Not here: PQI (`quantize.sensitivity`), and how many weights the budget pays for (`quantize.budget`).
 
 Source: arXiv 2503.01901 has these steps. Its algorithms were not at hand: how the outliers are shared out,
-which weights they are and how much each round spends are ours. Two more things are. Each batch has a place of
-its own on the line, so that one pass over all of them is the integral. And the gradient at the dense weights
-is taken from it: of a trained model it is near zero on all texts together, so on a few it is their noise.
+which weights they are, that PQI counts by its size, and how much each round spends are ours.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
-from svdq_hf.calibration.mapped import mapped_zeros
-from svdq_hf.calibration.pqi import places, walk
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.topk import top_positions
 from svdq_hf.quantize.budget import by_loss
 from svdq_hf.quantize.layer import matrix_of
-from svdq_hf.quantize.rounding_lines import Sums, line_of, lines_of
+from svdq_hf.quantize.rounding_lines import line_of
+from svdq_hf.quantize.sensitivity import pqi
 from svdq_hf.quantize.weight import score_weight
 
 OUTLIERS = 0.25
@@ -79,17 +74,17 @@ class ReQuant:
         """
         kept = self._outliers(round(OUTLIERS * total))
         for left in reversed(range(ROUNDS)):
-            terms = self._terms(kept)
+            sizes = self._sizes(kept)
             for name, chosen in kept.items():
-                terms[name].view(-1)[chosen] = math.inf
+                sizes[name].view(-1)[chosen] = math.inf
             if left:
-                kept = _highest(terms, (_count(kept) + total) // 2)
-        return terms
+                kept = _highest(sizes, (_count(kept) + total) // 2)
+        return sizes
 
     def _outliers(self, total: int) -> Kept:
         """The outliers of each layer, as many as its share of all costs."""
         nothing = {name: torch.empty(0, dtype=torch.int64) for name in self.layers}
-        costs = {name: max(0.0, float(terms.sum())) for name, terms in self._terms(nothing).items()}
+        costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes(nothing).items()}
         every = sum(costs.values()) or 1.0
         score = "magnitude" if self.config.group_size == "tensor" else "relative"
         plain, kept = self.config.replace(saliency=score), {}
@@ -99,37 +94,17 @@ class ReQuant:
             kept[name] = _first(score_weight(weight, plain, name).scores, k)
         return kept
 
-    def _terms(self, kept: Kept) -> dict[str, Tensor]:
-        """The PQI of each weight without its part of first order, where some are salient."""
+    def _sizes(self, kept: Kept) -> dict[str, Tensor]:
+        """The size of each weight's PQI, where some are salient."""
         lines = {
             name: line_of(name, module, self.config, kept[name], self.seen.get(name))
             for name, module in self.layers.items()
         }
-        summed, count = Sums(lines), len(self.batches)
-        for name, line in lines.items():
-            summed.terms[name].addcmul_(self.slope[name], line.difference().cpu(), value=-1.0)
-        steps = zip(self.batches, places(count), strict=True)
-        for batch, place in hf_logging.tqdm(steps, total=count, desc="Integrating the loss"):
-            for _ in walk(self.model, lines, [batch], [place], summed.take(1 / count)):
-                pass
-        return summed.terms
-
-    @cached_property
-    def slope(self) -> dict[str, Tensor]:
-        """The gradient at the dense weights, `[out, in]`, float32, by the layer's name."""
-        lines = lines_of(self.layers, self.config)
-        found = mapped_zeros({name: tuple(line.dense().shape) for name, line in lines.items()})
-
-        def take(name: str, gradient: Tensor, place: float) -> None:
-            found[name].add_(gradient.cpu())
-
-        for _ in walk(self.model, lines, self.batches, [0.0], take):
-            pass
-        return found
+        return pqi(self.model, lines, self.batches)
 
 
-def _highest(terms: Mapping[str, Tensor], total: int) -> Kept:
-    return {name: _first(terms[name], k) for name, k in by_loss(terms, total).items()}
+def _highest(scores: Mapping[str, Tensor], total: int) -> Kept:
+    return {name: _first(scores[name], k) for name, k in by_loss(scores, total).items()}
 
 
 def _first(scores: Tensor, k: int) -> Tensor:

@@ -59,19 +59,19 @@ def line_of(
     return Line(module, dense, partial(reconstruct, parts, shape[1], chosen.scheme))
 
 
-class Sums:
-    """Sums of gradient times difference, a matrix for each layer.
+class GradientSums:
+    """Sums of gradients along lines, or of their squares, a matrix for each layer.
 
     Args:
         lines: of the layers, by name.
 
     Attributes:
-        terms: `[out, in]`, float32, on the CPU, by the layer's name.
+        sums: `[out, in]`, float32, on the CPU, by the layer's name.
     """
 
     def __init__(self, lines: Mapping[str, Line]) -> None:
         self.lines = lines
-        self.terms = mapped_zeros({name: tuple(line.dense().shape) for name, line in lines.items()})
+        self.sums = mapped_zeros({name: tuple(line.dense().shape) for name, line in lines.items()})
 
     def take(self, weight: float) -> Take:
         """What receives gradients `[out, in]`, each of which counts with a weight.
@@ -81,6 +81,21 @@ class Sums:
         """
 
         def add(name: str, gradient: Tensor, place: float) -> None:
-            self.terms[name].add_(gradient.mul_(self.lines[name].difference()).cpu(), alpha=weight)
+            self.sums[name].add_(gradient.cpu(), alpha=weight)
 
         return add
+
+    def take_square(self, name: str, gradient: Tensor, place: float) -> None:
+        """Receive a gradient `[out, in]`, of which the square is summed up."""
+        self.sums[name].add_(gradient.square().cpu())
+
+    def terms(self) -> dict[str, Tensor]:
+        """The sums times the way of each weight, its part of the change, `[out, in]`; uses the sums up."""
+        return {name: sums.mul_(self.lines[name].difference().cpu()) for name, sums in self.sums.items()}
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Of squares: the size of these parts by any one sequence, `[out, in]`; uses the sums up."""
+        return {
+            name: sums.sqrt_().mul_(self.lines[name].difference().abs_().cpu())
+            for name, sums in self.sums.items()
+        }

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
-from svdq_hf.calibration.mapped import mapped_zeros
 from svdq_hf.calibration.pqi import Line, Loss, model_loss, walk
 from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.layer import matrix_of
-from svdq_hf.quantize.rounding_lines import lines_of
+from svdq_hf.quantize.rounding_lines import GradientSums, lines_of
+from svdq_hf.quantize.sensitivity import pqi
 from svdq_hf.quantize.sensitivity_result import TOP
 from svdq_hf.quantize.weight import score_weight
 
 TAYLOR, FISHER = "first-order Taylor", "squared gradient"
-"""From the gradient at the dense weights: times the error of rounding; the empirical Fisher information."""
+"""From the gradient at the dense weights: its size times the error of rounding; the empirical Fisher
+information."""
 
 SCORES = ("awq", "spqr", "svd", "magnitude", "relative", "random")
 """Those of `core.saliency` that are compared."""
@@ -53,17 +54,15 @@ def score_agreement(
     layers: Mapping[str, nn.Module],
     config: SVDQConfig,
     batches: Sequence[Any],
-    terms: Mapping[str, Tensor],
     loss: Loss = model_loss,
 ) -> list[ScoreAgreement]:
-    """Compare scores with the PQI of each weight: two from the gradient at the dense weights, and our own.
+    """Compare scores with the score "pqi": two from the gradient at the dense weights, and our own.
 
     Args:
         model: the dense model.
         layers: linear layers of it, by name.
         config: how they are rounded.
         batches: what the loss takes.
-        terms: PQI of each weight, `[out, in]`, float32, by the layer's name.
         loss: of a model and a batch.
 
     Returns:
@@ -73,9 +72,11 @@ def score_agreement(
         ValueError: see `calibration.pqi.walk` and `collect_inputs`.
     """
     rows: dict[str, _Agreement] = {}
-    gradients = _from_gradients(model, lines_of(layers, config), batches, loss)
+    lines = lines_of(layers, config)
+    sizes = pqi(model, lines, batches, loss)
+    gradients = _from_gradients(model, lines, batches, loss)
     for name, score, values in chain(gradients, _from_inputs(model, layers, config, batches)):
-        rows.setdefault(score, _Agreement()).add(terms[name].flatten(), values.flatten().cpu())
+        rows.setdefault(score, _Agreement()).add(sizes[name].flatten(), values.flatten().cpu())
     found = [row.result(score) for score, row in rows.items()]
     return sorted(found, key=lambda row: -row.overlap)
 
@@ -87,17 +88,17 @@ Scores = Iterator[tuple[str, str, Tensor]]
 def _from_gradients(
     model: nn.Module, lines: Mapping[str, Line], batches: Sequence[Any], loss: Loss
 ) -> Scores:
-    shapes = {name: tuple(line.dense().shape) for name, line in lines.items()}
-    first, squared = mapped_zeros(shapes), mapped_zeros(shapes)
+    first, squared = GradientSums(lines), GradientSums(lines)
+    first_order = first.take(1.0)
 
     def take(name: str, gradient: Tensor, place: float) -> None:
-        squared[name] += gradient.square().cpu()
-        first[name] += gradient.mul_(lines[name].difference()).cpu()
+        first_order(name, gradient, place)
+        squared.take_square(name, gradient, place)
 
     for _ in walk(model, lines, batches, [0.0], take, loss):
         pass
-    for score, found in ((TAYLOR, first), (FISHER, squared)):
-        yield from ((name, score, values) for name, values in found.items())
+    yield from ((name, TAYLOR, terms.abs()) for name, terms in first.terms().items())
+    yield from ((name, FISHER, sums) for name, sums in squared.sums.items())
 
 
 def _from_inputs(

@@ -6,7 +6,6 @@ here: the integral (`calibration.pqi`), what other scores say of the same weight
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of
-from svdq_hf.quantize.rounding_lines import Sums, lines_of
+from svdq_hf.quantize.rounding_lines import GradientSums, lines_of
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity_result import Sensitivity, layer_sensitivity
 
@@ -63,32 +62,32 @@ def sensitivity(
     require(rule in RULES, "rule", rule, f"one of {list(RULES)}")
     given, config = _several(batches), config or SVDQConfig()
     lines = lines_of(linear(model, config), config)
-    summed = Sums(lines)
+    summed, first = GradientSums(lines), GradientSums(lines)
     for _ in walk(model, lines, given, places(steps, rule), summed.take(1 / steps), loss):
         pass
-    taylor = dict.fromkeys(lines, 0.0)
-    dense = _mean(walk(model, lines, given, [0.0], partial(_add_total, taylor, lines), loss))
+    dense = _mean(walk(model, lines, given, [0.0], first.take(1.0), loss))
     rounded = _mean(walk(model, lines, given, [1.0], _nothing, loss))
-    rows = [layer_sensitivity(name, summed.terms[name], taylor[name]) for name in lines]
-    return Sensitivity(sorted(rows, key=lambda row: -row.pqi), dense, rounded, steps, summed.terms)
+    terms = summed.terms()
+    taylor = {name: float(one.sum(dtype=torch.float64)) for name, one in first.terms().items()}
+    rows = [layer_sensitivity(name, terms[name], taylor[name]) for name in lines]
+    return Sensitivity(sorted(rows, key=lambda row: -row.pqi), dense, rounded, steps, terms)
 
 
 def pqi(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    config: SVDQConfig,
-    batches: Sequence[Any],
-    steps: int = STEPS,
-    loss: Loss = model_loss,
+    model: nn.Module, lines: Mapping[str, Line], batches: Sequence[Any], loss: Loss = model_loss
 ) -> dict[str, Tensor]:
-    """The PQI of each weight of some layers: about what the loss wins if that weight is not rounded.
+    """The size of the PQI of each weight: of one sequence, the root of the mean of its square over all.
+
+    The sum of PQI is what rounding costs, but its terms are of both signs and cancel. Whoever keeps only the
+    weights that cost ends at a model that is out of balance, with a loss larger than before. What a weight
+    costs for itself, with all others rounded somehow, grows with the square of its term: Fisher's information
+    times the square of its error. So the score is a size.
 
     Args:
         model: the dense model.
-        layers: linear layers of it, by name.
-        config: how they are rounded.
-        batches: what the loss takes.
-        steps: points of the integral.
+        lines: of the layers, by name.
+        batches: what the loss takes, of as many sequences each; each batch has a place of its own on the
+            line, so that one pass over all makes the integral.
         loss: of a model and a batch.
 
     Returns:
@@ -98,19 +97,11 @@ def pqi(
         ValueError: see `sensitivity`.
     """
     given = _several(batches)
-    lines = lines_of(layers, config)
-    summed = Sums(lines)
-    steps_done = walk(model, lines, given, places(steps), summed.take(1 / steps), loss)
-    for _ in hf_logging.tqdm(steps_done, total=steps * len(given), desc="Integrating the loss"):
-        pass
-    return summed.terms
-
-
-def _add_total(
-    totals: dict[str, float], lines: Mapping[str, Line], name: str, grad: Tensor, at: float
-) -> None:
-    """Add a layer's sum of gradient times difference to its total."""
-    totals[name] += float((grad * lines[name].difference()).sum(dtype=torch.float64))
+    summed, steps = GradientSums(lines), zip(given, places(len(given)), strict=True)
+    for batch, place in hf_logging.tqdm(steps, total=len(given), desc="Integrating the loss"):
+        for _ in walk(model, lines, [batch], [place], summed.take_square, loss):
+            pass
+    return summed.sizes()
 
 
 def _nothing(name: str, gradient: Tensor, place: float) -> None:

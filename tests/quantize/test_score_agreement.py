@@ -5,7 +5,7 @@ from tiny_models import llama, tokens
 from svdq_hf import SVDQConfig
 from svdq_hf.quantize import score_agreement as home
 from svdq_hf.quantize.score_agreement import FISHER, SCORES, TAYLOR, rank_correlation, score_agreement
-from svdq_hf.quantize.sensitivity import linear, sensitivity
+from svdq_hf.quantize.sensitivity import linear
 
 
 @pytest.fixture(scope="module")
@@ -13,12 +13,9 @@ def given():
     return [{"input_ids": tokens(4, 20)} for _ in range(2)]
 
 
-def agreement(given, terms=None, **choices):
+def agreement(given, **choices):
     model, config = llama(), SVDQConfig(**choices)
-    layers = linear(model, config)
-    if terms is None:
-        terms = sensitivity(model, given, config, steps=2).terms
-    return {row.name: row for row in score_agreement(model, layers, config, given, terms)}
+    return {row.name: row for row in score_agreement(model, linear(model, config), config, given)}
 
 
 def test_every_score_beside_pqi(given):
@@ -27,20 +24,19 @@ def test_every_score_beside_pqi(given):
     assert all(0 <= row.overlap <= 1 and -1 <= row.correlation <= 1 for row in found.values())
     assert found["random"].overlap < 0.1
     assert abs(found["random"].correlation) < 0.02
-    # on the default grid the gradient hardly turns on the way, so Taylor's order is much the same
-    assert found[TAYLOR].overlap > 0.5 > found["magnitude"].overlap
+    assert found[TAYLOR].overlap > 0.3 > found["magnitude"].overlap
     overlaps = [row.overlap for row in found.values()]
     assert overlaps == sorted(overlaps, reverse=True)
 
 
-def test_a_score_agrees_with_itself(given):
+def test_a_score_agrees_with_itself(given, monkeypatch):
     model = llama()
-    layers = linear(model, SVDQConfig())
-    sizes = {name: one.weight.detach().abs() for name, one in layers.items()}
-    found = agreement(given, sizes, column_scale=False)["magnitude"]
+    sizes = {name: one.weight.detach().abs() for name, one in linear(model, SVDQConfig()).items()}
+    monkeypatch.setattr(home, "pqi", lambda *arguments: sizes)
+    found = agreement(given, column_scale=False)["magnitude"]
     assert found.overlap == 1
     assert found.correlation == pytest.approx(1)
-    scaled = agreement(given, sizes)["magnitude"]  # it sees the matrix without its column scale
+    scaled = agreement(given)["magnitude"]  # it sees the matrix without its column scale
     assert 0.5 < scaled.overlap < 1
     assert 0.9 < scaled.correlation < 1
 

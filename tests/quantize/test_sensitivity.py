@@ -1,10 +1,12 @@
 import pytest
 import torch
 from tiny_models import bert, llama, tokens
+from torch import nn
 
 import svdq_hf
 from svdq_hf import SVDQConfig, footprint, quantize_model
 from svdq_hf.quantize.budget import by_loss
+from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity import pqi, sensitivity
 
@@ -83,7 +85,7 @@ def test_a_budget_follows_the_loss():
     model, given = llama(), batches()
     config = SVDQConfig(saliency="pqi", target_bits=5.5)
     layers = layers_to_convert(model, config)
-    terms = pqi(model, layers, config, given)
+    terms = pqi(model, lines_of(layers, config), given)
     quantize_model(model, config, given)
     counts = {layer.name: layer.k for layer in footprint(model).layers}
     kept = sum(counts.values())
@@ -97,13 +99,32 @@ def test_a_budget_follows_the_loss():
 def test_salient_weights_have_the_largest_pqi():
     model, given = llama(), batches()
     config = SVDQConfig(k=10, saliency="pqi")
-    terms = pqi(model, layers_to_convert(model, config), config, given)
+    terms = pqi(model, lines_of(layers_to_convert(model, config), config), given)
     quantize_model(model, config, given)
     layer = model.model.layers[1].mlp.down_proj
     kept = terms["model.layers.1.mlp.down_proj"][layer.salient_rows.long(), layer.salient_columns.long()]
     assert sorted(kept.tolist(), reverse=True) == pytest.approx(
         terms["model.layers.1.mlp.down_proj"].flatten().topk(10).values.tolist()
     )
+
+
+def test_the_size_of_pqi_is_the_root_of_the_mean_square_over_sequences_by_hand():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).sum() / x.shape[0]
+
+    torch.manual_seed(0)
+    model = Sum()
+    x = torch.randn(2, 3, 64)  # two sequences of three tokens: the gradient is the sum of the tokens
+    lines = lines_of({"layer": model.layer}, SVDQConfig())
+    found = pqi(model, lines, [x], lambda one, batch: one(batch))["layer"]
+    squares = x.sum(1).div(2).square().sum(0)
+    expected = lines["layer"].difference().abs() * squares.sqrt()
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
