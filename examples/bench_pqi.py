@@ -26,8 +26,10 @@ from transformers.utils import logging
 from svdq_hf import SVDQConfig, footprint, quantize_model, sensitivity
 from svdq_hf.calibration.pqi import Line, model_loss, places, walk
 from svdq_hf.calibration.texts import text_batches
+from svdq_hf.core.saliency import Scored
 from svdq_hf.evaluation.speed.memory import memory_now, watched
-from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.budget import affordable, by_loss, items_of
+from svdq_hf.quantize.layer import matrix_of, quantized_layer
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.selection import layers_to_convert
 
@@ -52,7 +54,7 @@ METHODS: dict[str, Callable[[], SVDQConfig]] = {
     "paper(): 0.5 % by ReQuant": lambda: SVDQConfig.paper(k=SHARE, saliency="requant"),
 }
 """Ways to choose, by name; a new one is a line here."""
-DENSE = "dense"
+DENSE, SIGNED = "dense", "best(), PQI by sign"
 
 Row = dict[str, Any]
 
@@ -141,7 +143,10 @@ def choice(cells: Cells, options: argparse.Namespace) -> None:
         if cells.has(**key, method=method):
             continue
         started, model, bits = time.process_time(), dense, 32.0
-        if method != DENSE:
+        if method == SIGNED:
+            model = quantized_by_sign(copy.deepcopy(dense), given)
+            bits = footprint(model).bits_per_weight
+        elif method != DENSE:
             config = METHODS[method]()
             model = quantize_model(copy.deepcopy(dense), config, given if config.data_needs else None)
             bits = footprint(model).bits_per_weight
@@ -150,6 +155,17 @@ def choice(cells: Cells, options: argparse.Namespace) -> None:
         mean = sum(losses) / len(losses)
         row = {"method": method, "bits": bits, "loss": mean, "cpu_seconds": round(seconds, 1)}
         cells.add(key | row | {"losses": losses})
+
+
+def quantized_by_sign(model: Any, batches: Sequence[Any]) -> Any:
+    """A model that keeps the weights of which PQI says that rounding costs the loss, as many as `best()`."""
+    config = SVDQConfig.best()
+    terms = sensitivity(model, batches, config, steps=1).terms
+    layers = layers_to_convert(model, config)
+    config = config.replace(layer_k=by_loss(terms, affordable(items_of(layers), config)))
+    for name, module in layers.items():
+        model.set_submodule(name, quantized_layer(name, module, config, scored=Scored(terms[name], {})))
+    return model
 
 
 @torch.no_grad()
@@ -232,7 +248,7 @@ def arguments() -> argparse.Namespace:
     for name, value in (("samples", 16), ("length", 256), ("scored", 16), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--grid", nargs="+", choices=list(GRIDS))
-    parser.add_argument("--method", nargs="+", choices=list(METHODS))
+    parser.add_argument("--method", nargs="+", choices=[*METHODS, SIGNED])
     return parser.parse_args()
 
 

@@ -49,13 +49,13 @@ def test_a_run_goes_on_and_the_table_has_its_rules(bench, given, monkeypatch, ca
 
 def test_choices_are_made_on_one_text_and_scored_on_another(bench, given, monkeypatch, capsys):
     held = ["--held", str(given / "text.txt"), "--samples", "2", "--scored", "3"]
-    methods = ["--method", "nothing salient", "best(), ReQuant"]
+    methods = ["--method", "nothing salient", "best(), ReQuant", bench.SIGNED]
     rows = [
         row for row in run(bench, given, monkeypatch, "choice", *held, *methods) if row["part"] == "choice"
     ]
-    assert [row["method"] for row in rows] == ["dense", "nothing salient", "best(), ReQuant"]
+    assert [row["method"] for row in rows] == ["dense", "nothing salient", "best(), ReQuant", bench.SIGNED]
     assert all(len(row["losses"]) == 3 for row in rows)
-    assert rows[1]["bits"] < rows[2]["bits"] < rows[0]["bits"] == 32
+    assert rows[1]["bits"] < rows[2]["bits"] == rows[3]["bits"] < rows[0]["bits"] == 32
     capsys.readouterr()
     run(bench, given, monkeypatch, "table")
     assert "best(), ReQuant" in capsys.readouterr().out
