@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from svdq_hf.nn.linear import SVDQLinear
     from svdq_hf.quantize.convert import set_compute
     from svdq_hf.quantize.footprint import Footprint, LayerFootprint, footprint, read_footprint
-    from svdq_hf.quantize.sensitivity import Sensitivity, sensitivity
+    from svdq_hf.quantize.sensitivity import sensitivity
+    from svdq_hf.quantize.sensitivity_result import Sensitivity
     from svdq_hf.training.salient import Trainable, mark_trainable
     from svdq_hf.training.spectral_decay import SpectralDecay
     from svdq_hf.training.spectral_decay_callback import SpectralDecayCallback
@@ -66,7 +67,8 @@ _HOMES = {
     "svdq_hf.nn.linear": ("SVDQLinear",),
     "svdq_hf.quantize.convert": ("set_compute",),
     "svdq_hf.quantize.footprint": ("Footprint", "LayerFootprint", "footprint", "read_footprint"),
-    "svdq_hf.quantize.sensitivity": ("Sensitivity", "sensitivity"),
+    "svdq_hf.quantize.sensitivity": ("sensitivity",),
+    "svdq_hf.quantize.sensitivity_result": ("Sensitivity",),
     "svdq_hf.training.salient": ("Trainable", "mark_trainable"),
     "svdq_hf.training.spectral_decay": ("SpectralDecay",),
     "svdq_hf.training.spectral_decay_callback": ("SpectralDecayCallback",),

@@ -26,7 +26,8 @@ class InputStatistics:
         tokens: how many there were.
         square_sum: diagonal of `X^T X`, `[in]`, float64; None before the first token.
         gram: `X^T X`, `[in, in]`, float32; None where it was not collected.
-        sensitivity: PQI of the layer's weights (`calibration.pqi`), `[out, in]`, float32; None likewise.
+        sensitivity: PQI of the layer's weights (`calibration.pqi`), or what ReQuant makes of it, `[out, in]`,
+            float32; None likewise.
     """
 
     tokens: int = 0

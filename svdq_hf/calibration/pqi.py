@@ -55,7 +55,8 @@ class Line:
 
 
 Take = Callable[[str, Tensor, float], None]
-"""Receives a layer's name, the gradient `[out, in]` of its weight, and the place on the line."""
+"""Receives a layer's name, the gradient `[out, in]` of its weight by one sequence, float32, and the place on
+the line."""
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -118,7 +119,7 @@ def walk(
 ) -> Iterator[tuple[float, float]]:
     """Take all layers along their lines together, and hand out gradients of the mean loss over the batches.
 
-    A layer that a batch runs several times hands out a gradient each time; they add up.
+    Each sequence of a batch hands out a gradient of its own, and each time that a layer runs; they add up.
 
     Args:
         model: the dense model; it is in evaluation mode meanwhile, and left as it was.
@@ -204,6 +205,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (x,), (grad,) = ctx.saved_tensors, grads
-        ctx.take(ctx.name, grad.flatten(0, -2).T.float() @ x.flatten(0, -2).float(), ctx.place)
+        for above, below in zip(_sequences(grad), _sequences(x), strict=True):
+            ctx.take(ctx.name, above.T.float() @ below.float(), ctx.place)
         back = grad @ ctx.line.at(ctx.place).to(grad.dtype) if ctx.needs_input_grad[0] else None
         return back, None, None, None, None
+
+
+def _sequences(values: Tensor) -> list[Tensor]:
+    """The tokens `[tokens, features]` of each sequence; of all where they are not told apart."""
+    return [values] if values.ndim < 3 else list(values.flatten(1, -2))

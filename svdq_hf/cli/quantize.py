@@ -37,7 +37,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     """Options of calibration data."""
     group = parser.add_argument_group(
-        "data", "for --preset calibrated, --saliency awq, spqr or pqi, --error-feedback data"
+        "data", "for --preset calibrated, --saliency awq, spqr, pqi or requant, --error-feedback data"
     )
     group.add_argument(
         "--calibration", metavar="FILE", help="a text file of the kind that the model will read"

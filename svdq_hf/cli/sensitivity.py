@@ -1,24 +1,29 @@
-"""`svdq sensitivity`: what rounding each layer of a model costs its loss on a text, a table.
+"""`svdq sensitivity`: what rounding each layer of a model costs its loss on a text, as table and heat map.
 
-Not here: the measuring (`quantize.sensitivity`), and the score that follows it, `--saliency pqi` of
+Not here: the measuring (`quantize.sensitivity`, `quantize.score_agreement`), the picture
+(`evaluation.sensitivity_picture`), and the scores that follow it, `--saliency pqi` or requant, of
 `svdq quantize`.
 """
 
 import argparse
 import math
 from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdq_hf.cli.options import add_choices, check_there, config_of, examples
-from svdq_hf.config.choices import part_of_grid
+from svdq_hf.config.choices import COMPUTE_DTYPES, part_of_grid
+from svdq_hf.core.release import how_to_install
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from svdq_hf.quantize.sensitivity import Sensitivity
+    from svdq_hf.quantize.score_agreement import ScoreAgreement
+    from svdq_hf.quantize.sensitivity_result import Sensitivity
 
-COPIES = 2
-"""Of the weights in float32: the model, and a term for each weight."""
+PACKED = 1.15
+"""The model and its rounded weights, packed, over the model alone."""
 SHOWN = 12
 """Layers in the table: those that cost most."""
 
@@ -29,7 +34,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "sensitivity",
         help="what rounding each layer costs a model's loss on a text (PQI)",
         **examples(
-            "svdq sensitivity MODEL --text notes.txt", "svdq sensitivity MODEL --text notes.txt --bits 3"
+            "svdq sensitivity MODEL --text notes.txt",
+            "svdq sensitivity MODEL --text notes.txt --bits 3 --scores --out costs.svg",
         ),
     )
     add = parser.add_argument
@@ -39,12 +45,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add("--length", type=int, default=256, metavar="L", help="tokens of a window (256)")
     add("--steps", type=int, default=8, metavar="N", help="points of the integral (8)")
     add("--top", type=int, default=SHOWN, metavar="N", help=f"layers that are shown ({SHOWN})")
+    add("--scores", action="store_true", help="also tell which other scores find the weights that cost most")
+    add("--rows", action="store_true", help="with --json, also the sum of each row of each matrix")
+    add("--out", metavar="FILE", help="an .svg file to write a heat map to, by layer and kind of matrix")
+    dtype = "the model computes in (float32; in bfloat16 it takes half of the memory, its loss is coarser)"
+    add("--dtype", choices=COMPUTE_DTYPES, default="float32", help=dtype)
     add_choices(parser, "quantize", only=(*part_of_grid(), "modules_to_not_convert"))
     return parser
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Measure, and print a table; returns what `--json` prints.
+    """Measure, print tables and draw a picture; returns what `--json` prints.
 
     Args:
         options: the parsed command line.
@@ -52,26 +63,38 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     Raises:
         ValueError: the model is quantized or no causal one, or the text or a number cannot be used.
     """
-    if options.top < 1:
-        raise ValueError(f"--top {options.top}: must be 1 or more")
-    check_there(options.model)
+    _check(options)
     config = config_of(options)
     model, batches = _loaded(options)
-    from svdq_hf.quantize.sensitivity import sensitivity
+    from svdq_hf.quantize.score_agreement import score_agreement
+    from svdq_hf.quantize.sensitivity import linear, sensitivity
 
     found = sensitivity(model, batches, config, steps=options.steps)
+    layers = linear(model, config)
+    scores = score_agreement(model, layers, config, batches) if options.scores else []
+    if options.out:
+        _draw(found, Path(options.out))
     if not options.json:
-        from svdq_hf.cli.tables import console
+        _print(found, scores, options.top)
+    told = found.to_dict(rows=options.rows)
+    return told | {"scores": [asdict(row) for row in scores], "picture": options.out}
 
-        screen = console()
-        screen.print(_layers(found, options.top))
-        screen.print(_kinds(found))
-        screen.print(_totals(found), markup=False)
-    return found.to_dict()
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot work before a model is loaded."""
+    if options.top < 1:
+        raise ValueError(f"--top {options.top}: must be 1 or more")
+    if options.out and Path(options.out).suffix != ".svg":
+        raise ValueError(f"--out {options.out}: must end with .svg")
+    if options.out:
+        _drawing()
+    if options.rows and not options.json:
+        raise ValueError("--rows is of --json, which is not given")
+    check_there(options.model)
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The dense model in FP32, and the windows of the text."""
+    """The dense model, and the windows of the text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -87,10 +110,39 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, list[Any]]:
             "svdq_hf.sensitivity(model, batches) with labels in the batches"
         )
     sizes = {"samples": options.samples, "length": options.length}
-    check_fits(options.model, sum(math.prod(place.shape) for place in source.places.values()), COPIES)
+    weights = sum(math.prod(place.shape) for place in source.places.values())
+    check_fits(options.model, int(PACKED * weights), options.dtype)
     batches = text_batches(options.text, source.folder, source.empty, **sizes)
-    model, _ = load_complete(AutoModelForCausalLM, source.folder, dtype=torch.float32)
+    model, _ = load_complete(AutoModelForCausalLM, source.folder, dtype=getattr(torch, options.dtype))
     return model, batches
+
+
+def _drawing() -> Any:
+    try:
+        from svdq_hf.evaluation import sensitivity_picture
+    except ImportError as error:
+        raise ImportError(f"--out needs matplotlib: {how_to_install('evaluate')}") from error
+    return sensitivity_picture
+
+
+def _draw(found: "Sensitivity", out: Path) -> None:
+    """Write the heat map; layers in the model's order."""
+    from svdq_hf.evaluation.report.drawing import svg
+
+    costs = {layer.name: layer.pqi for layer in found.layers}
+    figure = _drawing().sensitivity_picture({name: costs[name] for name in found.terms})
+    out.write_text(svg(figure), encoding="utf-8")
+
+
+def _print(found: "Sensitivity", scores: "list[ScoreAgreement]", top: int) -> None:
+    from svdq_hf.cli.tables import console
+
+    screen = console()
+    screen.print(_layers(found, top))
+    screen.print(_kinds(found))
+    if scores:
+        screen.print(_scores(scores))
+    screen.print(_totals(found), markup=False)
 
 
 def _layers(found: "Sensitivity", top: int) -> "Table":
@@ -112,6 +164,14 @@ def _kinds(found: "Sensitivity") -> "Table":
     table = _table("by kind of layer", "name", "layers", "PQI")
     for name, costs in sorted(sums.items(), key=lambda item: -sum(item[1])):
         table.add_row(name, str(len(costs)), f"{sum(costs):+.5f}")
+    return table
+
+
+def _scores(scores: "list[ScoreAgreement]") -> "Table":
+    """What other scores say of the same weights."""
+    table = _table("do they find PQI's first 0.5 %?", "score", "overlap", "rank correlation")
+    for row in scores:
+        table.add_row(row.name, f"{row.overlap:.1%}", f"{row.correlation:+.2f}")
     return table
 
 

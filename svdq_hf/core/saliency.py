@@ -3,8 +3,8 @@
 A score is one function, `weight [out, in] -> scores [out, in]`; what else it needs are its
 keyword-only parameters, by name: see `NEEDS`. Sources: `svd` is arXiv 2512.01343 (abs of the rank-8
 part of the weight itself); `awq` and `spqr` are the scores that paper takes from arXiv 2306.00978 and
-2306.03078 (the scores only, not the methods of these names); `pqi` is arXiv 2503.01901; the others are
-baselines.
+2306.03078 (the scores only, not the methods of these names); `pqi` and `requant` are arXiv 2503.01901; the
+others are baselines.
 Not here: how many are kept and where (`core.topk`), and how they are stored (`format.encode`).
 """
 
@@ -27,11 +27,15 @@ NEEDS = {
     "input_norm": "norm of each input over the calibration batches, [in]",
     "input_gram": "X.T @ X over the calibration batches, [in, in]",
     "tokens": "tokens in the calibration batches",
-    "sensitivity": "PQI of each weight: what rounding it costs the loss on the batches, [out, in]",
+    "sensitivity": "size of the PQI of each weight: how much rounding it moves the loss, [out, in]",
+    "given_back": "the same after ReQuant, and infinity for the weights that it has given back, [out, in]",
 }
 """The keyword-only parameters that a score may declare."""
 
-FROM_DATA = ("input_norm", "input_gram", "tokens", "sensitivity")
+BY_LOSS = ("sensitivity", "given_back")
+"""Those of `NEEDS` that only a loss on batches can give."""
+
+FROM_DATA = ("input_norm", "input_gram", "tokens", *BY_LOSS)
 """Those of `NEEDS` that only batches can give."""
 
 OUTLIER = 3.0
@@ -280,5 +284,11 @@ def _spqr(weight: Tensor, *, input_gram: Tensor, tokens: int) -> Tensor:
 
 @register_saliency("pqi")
 def _pqi(weight: Tensor, *, sensitivity: Tensor) -> Tensor:
-    """What the loss on the batches wins, about, if a weight is not rounded; below 0 where rounding helps."""
+    """How much rounding a weight moves the loss on the sequences of the batches, up or down."""
     return sensitivity
+
+
+@register_saliency("requant")
+def _requant(weight: Tensor, *, given_back: Tensor) -> Tensor:
+    """The choice of ReQuant (`quantize.requant`), which is one for all layers together."""
+    return given_back

@@ -3,22 +3,28 @@
 Each layer is quantized at a few numbers of salient weights. The budget goes, piece by piece, to the layer
 where a salient weight lowers the sum of the squared relative errors most. The errors of layers are taken to
 add up, so moving a bit from one layer to another is judged by that sum alone. Rounding is measured without
-error feedback. With the score "pqi" the budget follows the loss: the largest PQI of all layers are salient.
-Not here: the errors of one layer (`quantize.weight`), and which layers there are (`quantize.selection`).
+error feedback. With a score that knows the loss ("pqi", "requant") the budget follows it: the highest scores
+of all layers are salient. Not here: the errors of one layer (`quantize.weight`), and which layers there are
+(`quantize.selection`).
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.saliency import BY_LOSS
+from svdq_hf.core.topk import salient_count
 from svdq_hf.format.parts import part_specs
+from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.selection import shape_of
 from svdq_hf.quantize.weight import errors_at
 
 SALIENT_BITS = 96
@@ -45,6 +51,15 @@ class BudgetItem(NamedTuple):
     def numel(self) -> int:
         """Number of its weights."""
         return self.out * self.in_features
+
+
+def items_of(modules: Mapping[str, nn.Module]) -> dict[str, BudgetItem]:
+    """Dense layers as what bits are spent on.
+
+    Args:
+        modules: linear layers, by name.
+    """
+    return {name: BudgetItem(*shape_of(one), partial(matrix_of, one)) for name, one in modules.items()}
 
 
 @dataclass
@@ -77,9 +92,10 @@ class Measured:
 def spend(
     layers: Mapping[str, BudgetItem], config: SVDQConfig, seen: Mapping[str, InputStatistics]
 ) -> SVDQConfig:
-    """Turn `target_bits` of a config into a number of salient weights for each layer.
+    """Turn a budget into a number of salient weights for each layer: `target_bits`, or ReQuant's.
 
-    The sums of the layers' relative errors and of their squares are no larger than with one k for all.
+    The sums of the layers' relative errors and of their squares are no larger than with one k for all, unless
+    the budget follows the loss.
 
     Args:
         layers: what the budget is spent on, by name.
@@ -87,16 +103,17 @@ def spend(
         seen: statistics of inputs by the layer's name, for scores that need data.
 
     Returns:
-        The config with `layer_k`; unchanged where it has no `target_bits`, or `layer_k` already.
+        The config with `layer_k`; unchanged where it has no budget, or `layer_k` already.
 
     Raises:
         ValueError: fewer bits than the layers take with nothing salient, or more than with everything.
     """
-    if config.target_bits is None or config.layer_k is not None:
+    if config.layer_k is not None or not (config.target_bits or "given_back" in config.data_needs):
         return config
-    total = _affordable(layers, config, config.target_bits)
-    if "sensitivity" in config.data_needs:
-        return config.replace(layer_k=by_sensitivity(seen, total))
+    total = affordable(layers, config)
+    if set(BY_LOSS).intersection(config.data_needs):
+        scores = {name: one.sensitivity for name, one in seen.items() if one.sensitivity is not None}
+        return config.replace(layer_k=by_loss(scores, total))
     even, shared = _same_count(layers, total), _same_share(layers, total)
     measured: dict[str, Measured] = {}
 
@@ -147,42 +164,57 @@ def by_gain(gains: Mapping[str, list[tuple[float, int, int]]], total: int) -> di
     return ks
 
 
-def by_sensitivity(seen: Mapping[str, InputStatistics], total: int) -> dict[str, int]:
-    """Distribute salient weights by PQI: the largest of the whole model, as far as they are above 0.
+def by_loss(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    """Distribute salient weights by scores that know the loss: the highest of the whole model above 0.
 
     Args:
-        seen: statistics with `sensitivity`, by the layer's name.
+        scores: of each layer's weights, `[out, in]`, by its name.
         total: salient weights to distribute.
 
     Returns:
         k by the layer's name.
+
+    >>> by_loss({"a": torch.tensor([[2.0, 1.0]]), "b": torch.tensor([[3.0, -1.0]])}, 2)
+    {'a': 1, 'b': 1}
     """
-    terms = {name: found.sensitivity for name, found in seen.items() if found.sensitivity is not None}
     best = torch.empty(0)
-    for values in terms.values():
+    for values in scores.values():
         part = values.flatten().topk(min(total, values.numel())).values.cpu()
         best = torch.cat([best, part]).topk(min(total, best.numel() + part.numel())).values
     least = max(0.0, float(best[-1])) if total else math.inf
-    counts = {name: int((values > least).sum()) for name, values in terms.items()}
-    left = int((best == least).sum()) if least else 0
-    for name, values in terms.items():  # equal ones: those of the first layers
+    counts = {name: int((values > least).sum()) if total else 0 for name, values in scores.items()}
+    left = total - sum(counts.values()) if least else 0
+    for name, values in scores.items():  # equal ones: those of the first layers
         more = min(left, int((values == least).sum()))
         counts[name], left = counts[name] + more, left - more
     return counts
 
 
-def _affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig, target_bits: float) -> int:
-    """Number of salient weights that `target_bits` pay for in all layers together."""
+def affordable(layers: Mapping[str, BudgetItem], config: SVDQConfig) -> int:
+    """Number of salient weights for all layers together: what `target_bits` pay for, or else k of each.
+
+    Args:
+        layers: what the budget is spent on, by name.
+        config: the config.
+
+    Raises:
+        ValueError: fewer bits than the layers take with nothing salient, or more than with everything.
+    """
+    if config.target_bits is None:
+        ks = config.layer_k or {}
+        return sum(
+            salient_count(ks.get(name, config.k), one.out, one.in_features) for name, one in layers.items()
+        )
     nothing = config.replace(k=0).scheme
     specs = [part_specs(layer.out, layer.in_features, nothing).values() for layer in layers.values()]
     fixed = 8 * sum(math.prod(spec.shape) * spec.dtype.itemsize for layer in specs for spec in layer)
     weights = sum(layer.numel for layer in layers.values())
-    count = math.floor((target_bits * weights - fixed) / SALIENT_BITS + 1e-9)
+    count = math.floor((config.target_bits * weights - fixed) / SALIENT_BITS + 1e-9)
     if not 0 <= count <= weights:
         least, most = fixed / weights, fixed / weights + SALIENT_BITS
         raise ValueError(
-            f"target_bits={target_bits}: the {len(layers)} layers to quantize take {least:.4f} bits per "
-            f"weight with nothing salient and {most:.4f} with everything; give a number from "
+            f"target_bits={config.target_bits}: the {len(layers)} layers to quantize take {least:.4f} bits "
+            f"per weight with nothing salient and {most:.4f} with everything; give a number from "
             f"{math.ceil(least * 1000) / 1000:.3f} on, or choose fewer bits or larger groups"
         )
     return count

@@ -6,14 +6,12 @@ The only loop that replaces layers. Three uses: empty layers on the meta device 
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE
 from svdq_hf.core.arguments import checked_arguments
@@ -22,11 +20,11 @@ from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.nn.experts import SVDQExperts, dense_experts
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
-from svdq_hf.quantize.budget import BudgetItem, spend
+from svdq_hf.quantize.budget import items_of, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
-from svdq_hf.quantize.layer import dense_layer, empty_layer, matrix_of, quantized_layer
+from svdq_hf.quantize.layer import dense_layer, empty_layer, quantized_layer
 from svdq_hf.quantize.layer_inputs import collect_for
-from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
+from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import check_weight
 
 Item = TypeVar("Item")
@@ -79,7 +77,7 @@ def convert_layers(
     linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
     check_layer_k([*linear, *(others or {})], config)
     seen = collect_for(model, linear, config, batches)
-    config = _spent({**linear, **(others or {})}, config, seen)
+    config = spend(items_of({**linear, **(others or {})}), config, seen)
     linear.clear()  # it would keep dense weights alive
     for name in progress(list(chosen), "Quantizing"):
         module = chosen.pop(name)
@@ -108,13 +106,6 @@ def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
                 f"layer_k names {name!r}, which is no linear layer that is quantized here; take the names "
                 "from footprint(model).layers or `svdq inspect`"
             )
-
-
-def _spent(
-    modules: Mapping[str, nn.Module], config: SVDQConfig, seen: Mapping[str, InputStatistics]
-) -> SVDQConfig:
-    items = {name: BudgetItem(*shape_of(one), partial(matrix_of, one)) for name, one in modules.items()}
-    return spend(items, config, seen)
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:

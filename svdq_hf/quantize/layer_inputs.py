@@ -3,14 +3,18 @@
 Not here: how they are collected (`calibration.inputs`), and how they are used (`quantize.prepared`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
+from svdq_hf.core.saliency import BY_LOSS
+from svdq_hf.quantize.budget import affordable, items_of
+from svdq_hf.quantize.requant import ReQuant
+from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import pqi
 
 
@@ -44,12 +48,11 @@ def collect_for(
         return {}
     if batches is None:
         raise config.no_data()
-    given = list(batches) if "sensitivity" in needs else batches
+    given = list(batches) if set(BY_LOSS).intersection(needs) else batches
     try:
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
-        if "sensitivity" in needs:
-            for name, terms in pqi(whole, layers, config, list(given)).items():
-                seen[name].sensitivity = terms
+        for name, scores in _scores_by_loss(whole, layers, config, list(given), seen).items():
+            seen[name].sensitivity = scores
         return seen
     except (AttributeError, TypeError) as error:
         if not config.synthetic:
@@ -58,3 +61,16 @@ def collect_for(
             f"{type(model).__name__} does not run on token ids alone ({error}): call quantize_model(model, "
             "config, batches) with batches of your own and error_feedback=True"
         ) from error
+
+
+def _scores_by_loss(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    config: SVDQConfig,
+    batches: Sequence[Any],
+    seen: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    if "given_back" in config.data_needs:
+        total = affordable(items_of(layers), config)
+        return ReQuant(model, layers, config, batches, seen).order(total)
+    return pqi(model, lines_of(layers, config), batches) if "sensitivity" in config.data_needs else {}

@@ -51,7 +51,7 @@ class Prepared(NormalizedWeight):
         """The matrix `[out, in]`, float32, that is given to the saliency score.
 
         Data-free scores get the weight divided by its column scale: the matrix that is really rounded. Scores
-        from data (awq, spqr, pqi) get the weight itself: they know inputs or the loss already.
+        from data (awq, spqr, pqi, requant) get the weight itself: they know inputs or the loss already.
         """
         return self.dense.float() if saliency.data_needs(self.config.saliency) else self.normalized
 
@@ -62,7 +62,8 @@ class Prepared(NormalizedWeight):
         known: dict[str, Any] = {"rank": config.rank, "seed": config.seed, "group": group}
         if self.inputs is not None:
             known |= {"input_norm": self.inputs.norm, "tokens": self.inputs.tokens}
-            found = {"input_gram": self.inputs.gram, "sensitivity": self.inputs.sensitivity}
+            found = dict.fromkeys(saliency.BY_LOSS, self.inputs.sensitivity)
+            found |= {"input_gram": self.inputs.gram}
             known |= {name: value for name, value in found.items() if value is not None}
         return known
 

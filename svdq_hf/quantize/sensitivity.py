@@ -1,12 +1,11 @@
 """Sensitivity of a loss to rounding: the PQI of each weight of a model, and what its layers cost together.
 
 All linear layers that a config quantizes are moved together from their dense to their rounded weights. Not
-here: the integral (`calibration.pqi`), and what the score "pqi" does with it (`core.saliency`).
+here: the integral (`calibration.pqi`), what other scores say of the same weights
+(`quantize.score_agreement`), and what the score "pqi" does with it (`core.saliency`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,74 +16,13 @@ from svdq_hf.calibration.pqi import RULES, Line, Loss, model_loss, places, walk
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.grid_values import require
-from svdq_hf.format.decode import reconstruct
 from svdq_hf.nn.expert_layouts import layout_of
-from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.rounding_lines import GradientSums, lines_of
 from svdq_hf.quantize.selection import layers_to_convert
-from svdq_hf.quantize.weight import quantize_weight
+from svdq_hf.quantize.sensitivity_result import Sensitivity, layer_sensitivity
 
 STEPS = 8
 """Points of the integral. By the midpoint rule 8 are as near as 32 of a one-sided sum, and nearer."""
-
-
-@dataclass(frozen=True)
-class LayerSensitivity:
-    """What rounding one layer costs.
-
-    Attributes:
-        name: of the layer.
-        shape: of its weight, `(out, in)`.
-        pqi: sum over its weights: its part of the change of the loss, in nats.
-        first_order: the same by the gradient at the dense weights alone (Taylor).
-        top_share: of the sum of all positive terms, the part that the 0.5 % largest hold.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pqi: float
-    first_order: float
-    top_share: float
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What rounding a model's layers costs, as predicted by PQI and as measured.
-
-    Attributes:
-        layers: the largest cost first.
-        dense_loss: mean loss of the dense model on the batches.
-        rounded_loss: with every layer rounded.
-        steps: points of the integral.
-    """
-
-    layers: list[LayerSensitivity]
-    dense_loss: float
-    rounded_loss: float
-    steps: int
-
-    @property
-    def change(self) -> float:
-        """The true change of the loss."""
-        return self.rounded_loss - self.dense_loss
-
-    @property
-    def predicted(self) -> float:
-        """The sum of PQI over all weights."""
-        return sum(layer.pqi for layer in self.layers)
-
-    @property
-    def first_order(self) -> float:
-        """The change by the gradient at the dense weights alone."""
-        return sum(layer.first_order for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures, in types that JSON has."""
-        sums = {"change": self.change, "predicted": self.predicted, "first_order": self.first_order}
-        return {**sums, **asdict(self)}
-
-
-TOP = 0.005
-"""The share of weights that the paper gives back."""
 
 
 @checked_arguments(
@@ -123,33 +61,33 @@ def sensitivity(
     require(steps >= 1, "steps", steps, "at least 1")
     require(rule in RULES, "rule", rule, f"one of {list(RULES)}")
     given, config = _several(batches), config or SVDQConfig()
-    lines = lines_of(_linear(model, config), config)
-    summed = _Sums(lines)
+    lines = lines_of(linear(model, config), config)
+    summed, first = GradientSums(lines), GradientSums(lines)
     for _ in walk(model, lines, given, places(steps, rule), summed.take(1 / steps), loss):
         pass
-    taylor = dict.fromkeys(lines, 0.0)
-    dense = _mean(walk(model, lines, given, [0.0], partial(_add_total, taylor, lines), loss))
+    dense = _mean(walk(model, lines, given, [0.0], first.take(1.0), loss))
     rounded = _mean(walk(model, lines, given, [1.0], _nothing, loss))
-    rows = [_row(name, summed.terms[name], taylor[name]) for name in lines]
-    return Sensitivity(sorted(rows, key=lambda row: -row.pqi), dense, rounded, steps)
+    terms = summed.terms()
+    taylor = {name: float(one.sum(dtype=torch.float64)) for name, one in first.terms().items()}
+    rows = [layer_sensitivity(name, terms[name], taylor[name]) for name in lines]
+    return Sensitivity(sorted(rows, key=lambda row: -row.pqi), dense, rounded, steps, terms)
 
 
 def pqi(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    config: SVDQConfig,
-    batches: Sequence[Any],
-    steps: int = STEPS,
-    loss: Loss = model_loss,
+    model: nn.Module, lines: Mapping[str, Line], batches: Sequence[Any], loss: Loss = model_loss
 ) -> dict[str, Tensor]:
-    """The PQI of each weight of some layers: about what the loss wins if that weight is not rounded.
+    """The size of the PQI of each weight: of one sequence, the root of the mean of its square over all.
+
+    The sum of PQI is what rounding costs, but its terms are of both signs and cancel. Whoever keeps only the
+    weights that cost ends at a model that is out of balance, with a loss larger than before. What a weight
+    costs for itself, with all others rounded somehow, grows with the square of its term: Fisher's information
+    times the square of its error. So the score is a size.
 
     Args:
         model: the dense model.
-        layers: linear layers of it, by name.
-        config: how they are rounded.
-        batches: what the loss takes.
-        steps: points of the integral.
+        lines: of the layers, by name.
+        batches: what the loss takes, of as many sequences each; each batch has a place of its own on the
+            line, so that one pass over all makes the integral.
         loss: of a model and a batch.
 
     Returns:
@@ -159,60 +97,24 @@ def pqi(
         ValueError: see `sensitivity`.
     """
     given = _several(batches)
-    lines = lines_of(layers, config)
-    summed = _Sums(lines)
-    steps_done = walk(model, lines, given, places(steps), summed.take(1 / steps), loss)
-    for _ in hf_logging.tqdm(steps_done, total=steps * len(given), desc="Integrating the loss"):
-        pass
-    return summed.terms
-
-
-def lines_of(layers: Mapping[str, nn.Module], config: SVDQConfig) -> dict[str, Line]:
-    """The lines from dense to rounded weights; the rounded ones are kept packed.
-
-    Args:
-        layers: linear layers, by name.
-        config: how they are rounded; nothing is salient, and errors are not fed back.
-    """
-    plain = config.replace(k=0, saliency="magnitude", error_feedback=False, target_bits=None, layer_k=None)
-    found = {}
-    for name, module in layers.items():
-        dense = partial(matrix_of, module)
-        parts, _ = quantize_weight(dense(), plain, name)
-        found[name] = Line(module, dense, partial(reconstruct, parts, dense().shape[1], plain.scheme))
-    return found
-
-
-class _Sums:
-    """Sums of gradient times difference, a matrix for each layer."""
-
-    def __init__(self, lines: Mapping[str, Line]) -> None:
-        self.lines = lines
-        self.terms = {
-            name: torch.zeros_like(line.dense(), dtype=torch.float32) for name, line in lines.items()
-        }
-
-    def take(self, weight: float) -> Any:
-        """What receives gradients, each of which counts with a weight."""
-
-        def add(name: str, gradient: Tensor, place: float) -> None:
-            self.terms[name].addcmul_(gradient, self.lines[name].difference(), value=weight)
-
-        return add
-
-
-def _add_total(
-    totals: dict[str, float], lines: Mapping[str, Line], name: str, grad: Tensor, at: float
-) -> None:
-    """Add a layer's sum of gradient times difference to its total."""
-    totals[name] += float((grad * lines[name].difference()).sum(dtype=torch.float64))
+    summed, steps = GradientSums(lines), zip(given, places(len(given)), strict=True)
+    for batch, place in hf_logging.tqdm(steps, total=len(given), desc="Integrating the loss"):
+        for _ in walk(model, lines, [batch], [place], summed.take_square, loss):
+            pass
+    return summed.sizes()
 
 
 def _nothing(name: str, gradient: Tensor, place: float) -> None:
     """Receives gradients that nobody needs."""
 
 
-def _linear(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
+def linear(model: nn.Module, config: SVDQConfig) -> dict[str, nn.Module]:
+    """The layers that are measured, by name: those that a config quantizes, without fused experts.
+
+    Args:
+        model: a dense model.
+        config: how it is quantized.
+    """
     chosen = layers_to_convert(model, config)
     return {name: module for name, module in chosen.items() if layout_of(module) is None}
 
@@ -227,12 +129,3 @@ def _several(batches: Iterable[Any]) -> list[Any]:
 def _mean(seen: Iterable[tuple[float, float]]) -> float:
     losses = [loss for _, loss in seen]
     return sum(losses) / len(losses)
-
-
-def _row(name: str, terms: Tensor, taylor: float) -> LayerSensitivity:
-    positive = terms.clamp(min=0).flatten()
-    total = float(positive.sum(dtype=torch.float64))
-    top = float(positive.topk(max(1, round(TOP * positive.numel()))).values.sum(dtype=torch.float64))
-    cost = float(terms.sum(dtype=torch.float64))
-    out, in_features = terms.shape
-    return LayerSensitivity(name, (out, in_features), cost, taylor, top / total if total else 0.0)

@@ -47,7 +47,11 @@ def test_gradients_are_autograds():
     moved = {name: one.weight.detach() + 0.05 * torch.randn_like(one.weight) for name, one in layers.items()}
     lines = {name: line(one, moved[name]) for name, one in layers.items()}
     found = {}
-    losses = list(walk(model, lines, [batch], [0.25], lambda name, grad, place: found.update({name: grad})))
+
+    def take(name, gradient, place):
+        found[name] = found.get(name, 0) + gradient
+
+    losses = list(walk(model, lines, [batch], [0.25], take))
     for name, one in layers.items():
         one.weight.data = torch.lerp(one.weight.data, moved[name], 0.25)
     loss = model(**batch, labels=batch["input_ids"]).loss
@@ -56,6 +60,16 @@ def test_gradients_are_autograds():
     assert found.keys() == layers.keys()
     for name, one in layers.items():
         assert torch.allclose(found[name], one.weight.grad, atol=1e-6), name
+
+
+def test_each_sequence_hands_out_its_own_gradient():
+    model = Squares()
+    lines = {"layer": line(model.layer, torch.zeros(2, 2))}
+    seen = []
+    batch = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    take = lambda name, gradient, place: seen.append(gradient.tolist())  # noqa: E731
+    list(walk(model, lines, [batch], [0.0], take, lambda one, x: one(x)))
+    assert seen == [[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]]
 
 
 def test_the_model_is_left_as_it_was():

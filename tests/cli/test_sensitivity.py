@@ -52,6 +52,38 @@ def test_json_has_every_layer(folders, capsys):
     assert told["change"] == pytest.approx(told["rounded_loss"] - told["dense_loss"])
 
 
+def test_json_of_scores_and_rows_and_a_heat_map(folders, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install -e '.[evaluate]'")
+    out = tmp_path / "costs.svg"
+    assert command(folders, "dense", "--json", "--rows", "--scores", "--out", str(out)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in told["scores"]} >= {"awq", "spqr", "svd", "magnitude"}
+    for layer in told["layers"]:
+        assert sum(layer["rows"]) == pytest.approx(layer["pqi"])
+    assert out.read_text().startswith("<?xml")
+    assert "down_proj" in out.read_text()
+
+
+def test_scores_are_a_table_of_sixty_columns(folders, capsys, monkeypatch):
+    monkeypatch.setattr("svdq_hf.cli.tables.console", lambda: Console(width=60))
+    assert command(folders, "dense", "--scores", "--dtype", "bfloat16") == 0
+    printed = capsys.readouterr().out
+    assert "do they find PQI's first 0.5 %?" in printed
+    assert "squared gradient" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "costs.png"], "--out costs.png: must end with .svg"),
+        (["--rows"], "--rows is of --json"),
+    ],
+)
+def test_options_without_a_use_are_refused(folders, capsys, options, words):
+    assert command(folders, "dense", *options) == 1
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("quantized", "quantized"), ("encoder", "is no causal language model"), ("nowhere", "nowhere")],
@@ -63,11 +95,15 @@ def test_models_of_no_use_are_refused(folders, capsys, name, words):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_quantize_keeps_what_the_loss_misses(folders, tmp_path):
+@pytest.mark.parametrize("saliency", ["pqi", "requant"])
+def test_quantize_keeps_what_the_loss_misses(folders, tmp_path, saliency):
     text = ["--calibration", str(folders / "text.txt"), "--samples", "2", "--length", "16"]
     out = tmp_path / "out"
-    assert main(["quantize", str(folders / "dense"), str(out), "--saliency", "pqi", "--k", "8", *text]) == 0
-    assert {layer.k for layer in read_footprint(out).layers} == {8}
+    chosen = ["--saliency", saliency, "--k", "8", *text]
+    assert main(["quantize", str(folders / "dense"), str(out), *chosen]) == 0
+    counts = [layer.k for layer in read_footprint(out).layers]
+    assert sum(counts) == 8 * len(counts)
+    assert (set(counts) == {8}) == (saliency == "pqi")
 
 
 def test_a_table_of_no_rows_and_choices_without_effect_are_refused(folders, capsys):

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from tiny_models import bert, llama, tokens
+from torch import nn
 
 import svdq_hf
 from svdq_hf import SVDQConfig, footprint, quantize_model
-from svdq_hf.calibration.inputs import InputStatistics
-from svdq_hf.quantize.budget import by_sensitivity
+from svdq_hf.quantize.budget import by_loss
+from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity import pqi, sensitivity
 
@@ -32,6 +33,27 @@ def test_a_one_sided_sum_comes_nearer_with_its_steps_and_the_midpoint_faster():
         off[rule, steps] = abs(found.predicted - found.change)
     assert off["left", 8] >= 3 * off["left", 32]
     assert off["midpoint", 8] < off["left", 32]
+
+
+def test_rows_and_weights_sum_to_their_layer():
+    found = sensitivity(llama(), batches(), steps=2)
+    for layer in found.layers:
+        terms = found.terms[layer.name]
+        assert terms.shape == layer.shape
+        assert layer.rows == pytest.approx(terms.double().sum(1).tolist())
+        assert layer.pqi == pytest.approx(sum(layer.rows))
+    assert "rows" in found.to_dict()["layers"][0]
+    assert "rows" not in found.to_dict(rows=False)["layers"][0]
+
+
+def test_a_model_in_half_precision_gives_about_the_same():
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = llama().to(torch.bfloat16).to(dtype)
+        terms = sensitivity(model, batches(), SVDQConfig(bits=3), steps=1).terms
+        found.append(torch.cat([one.flatten() for one in terms.values()]))
+    assert all(terms.dtype == torch.float32 for terms in found)
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.99
 
 
 def test_taylor_is_the_sum_at_the_dense_weights():
@@ -63,7 +85,7 @@ def test_a_budget_follows_the_loss():
     model, given = llama(), batches()
     config = SVDQConfig(saliency="pqi", target_bits=5.5)
     layers = layers_to_convert(model, config)
-    terms = pqi(model, layers, config, given)
+    terms = pqi(model, lines_of(layers, config), given)
     quantize_model(model, config, given)
     counts = {layer.name: layer.k for layer in footprint(model).layers}
     kept = sum(counts.values())
@@ -77,13 +99,32 @@ def test_a_budget_follows_the_loss():
 def test_salient_weights_have_the_largest_pqi():
     model, given = llama(), batches()
     config = SVDQConfig(k=10, saliency="pqi")
-    terms = pqi(model, layers_to_convert(model, config), config, given)
+    terms = pqi(model, lines_of(layers_to_convert(model, config), config), given)
     quantize_model(model, config, given)
     layer = model.model.layers[1].mlp.down_proj
     kept = terms["model.layers.1.mlp.down_proj"][layer.salient_rows.long(), layer.salient_columns.long()]
     assert sorted(kept.tolist(), reverse=True) == pytest.approx(
         terms["model.layers.1.mlp.down_proj"].flatten().topk(10).values.tolist()
     )
+
+
+def test_the_size_of_pqi_is_the_root_of_the_mean_square_over_sequences_by_hand():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).sum() / x.shape[0]
+
+    torch.manual_seed(0)
+    model = Sum()
+    x = torch.randn(2, 3, 64)  # two sequences of three tokens: the gradient is the sum of the tokens
+    lines = lines_of({"layer": model.layer}, SVDQConfig())
+    found = pqi(model, lines, [x], lambda one, batch: one(batch))["layer"]
+    squares = x.sum(1).div(2).square().sum(0)
+    expected = lines["layer"].difference().abs() * squares.sqrt()
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +153,8 @@ def test_without_data_the_score_says_what_it_needs():
 
 def test_a_budget_takes_equal_terms_in_order_and_nothing_that_rounding_helps():
     terms = {"a": torch.tensor([[2.0, 1.0]]), "b": torch.tensor([[1.0, 1.0], [-1.0, 0.0]])}
-    seen = {name: InputStatistics(sensitivity=values) for name, values in terms.items()}
-    assert by_sensitivity(seen, 0) == {"a": 0, "b": 0}
-    assert by_sensitivity(seen, 3) == {"a": 2, "b": 1}
-    assert by_sensitivity(seen, 6) == {"a": 2, "b": 2}
+    assert by_loss(terms, 0) == {"a": 0, "b": 0}
+    assert by_loss(terms, 3) == {"a": 2, "b": 1}
+    assert by_loss(terms, 6) == {"a": 2, "b": 2}
+    terms["b"][1, 0] = torch.inf
+    assert by_loss(terms, 1) == {"a": 0, "b": 1}

@@ -66,21 +66,21 @@ def free_memory() -> int | None:
     return int(psutil.virtual_memory().available)
 
 
-def check_fits(where: str, weights: int, copies: int = 1) -> None:
+def check_fits(where: str, weights: int, dtype: str = "float32") -> None:
     """Refuse a model that does not fit into the memory that is free, before the system kills the process.
 
     Args:
         where: the model's folder or name.
         weights: how many it has.
-        copies: of them in float32.
+        dtype: of them.
 
     Raises:
         ValueError: it says how much is needed and how much is free.
     """
-    needed, free = 4 * weights * copies, free_memory()
+    needed, free = weights * (4 if dtype == "float32" else 2), free_memory()
     if free is not None and needed > free:
         raise ValueError(
-            f"{where}: needs {needed / 1e9:.1f} GB of memory in float32, {free / 1e9:.1f} are free; take a "
+            f"{where}: needs {needed / 1e9:.1f} GB of memory in {dtype}, {free / 1e9:.1f} are free; take a "
             "smaller model of the family, or a machine with more"
         )
 

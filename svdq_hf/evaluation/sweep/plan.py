@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import VERSION_1
 from svdq_hf.config.presets import PRESETS
-from svdq_hf.core.saliency import check_name, score_needs
+from svdq_hf.core.saliency import BY_LOSS, check_name, score_needs
 from svdq_hf.evaluation.sweep.defaults import GRID_NAMES, KS, METHODS, PRESETS_GRID, RANKS, SEEDS
 
 DEFAULT, OURS, PAPERS = GRID_NAMES.values()
@@ -141,8 +141,9 @@ class Key(NamedTuple):
 
     @property
     def scoring(self) -> tuple[object, ...]:
-        """Equal for cells that share their scores: all k, and all grids where the score sees no grid."""
+        """Equal for cells that share scores: all k, and all grids, where the score sees none of them."""
         needs = score_needs(self.config.saliency)
-        sees_grid = self.config.column_scale or not {"group", "sensitivity"}.isdisjoint(needs)
+        sees_grid = self.config.column_scale or not {"group", *BY_LOSS}.isdisjoint(needs)
         depends = self.method not in BASELINES and sees_grid
-        return self.method, self.seed, self.rank, self.grid if depends else None
+        k = self.k if "given_back" in needs else None  # ReQuant's rounds depend on what they may spend
+        return self.method, self.seed, self.rank, self.grid if depends else None, k

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.saliency import Scored, data_needs
+from svdq_hf.core.saliency import BY_LOSS, Scored, data_needs
 from svdq_hf.core.topk import salient_count, top_positions
 from svdq_hf.evaluation.sweep.cell import Evaluator, measured, write_cell
 from svdq_hf.evaluation.sweep.defaults import PRESETS_GRID
@@ -28,6 +28,7 @@ from svdq_hf.evaluation.sweep.plan import BASELINES, Key, SweepPlan
 from svdq_hf.evaluation.sweep.store import OVERLAPS, append, finished, whole_lines
 from svdq_hf.integrations.transformers.in_memory import quantize_model
 from svdq_hf.nn.expert_layouts import layout_of
+from svdq_hf.quantize.budget import affordable, by_loss, items_of
 from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
 from svdq_hf.quantize.layer import matrix_of, quantized_layer
@@ -104,7 +105,7 @@ class Sweep:
         if key.method in BASELINES:
             return {}
         config, inputs = key.config, self.inputs
-        if "sensitivity" in data_needs(key.method):  # which depends on how weights are rounded
+        if not set(BY_LOSS).isdisjoint(data_needs(key.method)):  # which depends on how weights are rounded
             inputs = collect_for(self.model, self.layers, config, self.evaluate.calibration())
         elif data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
@@ -116,11 +117,11 @@ class Sweep:
         }
 
     def _run_cell(self, key: Key, scores: Scores) -> None:
-        started = time.perf_counter()
+        started, config = time.perf_counter(), self._spent(key, scores)
         errors: dict[str, float] = {}
         try:
             for name, module in self.layers.items():
-                layer = quantized_layer(name, module, key.config, scored=scores.get(name))
+                layer = quantized_layer(name, module, config, scored=scores.get(name))
                 errors[name] = layer.facts["relative_error"]
                 self.model.set_submodule(name, layer)
             quantized = time.perf_counter()
@@ -131,6 +132,14 @@ class Sweep:
                 self.model.set_submodule(name, module)
         seconds = {"quantize": quantized - started, "evaluate": time.perf_counter() - quantized}
         self._write(key, {**result, "bits_per_weight": bits}, errors, seconds)
+
+    def _spent(self, key: Key, scores: Scores) -> SVDQConfig:
+        """The cell's config; of ReQuant with the k of each layer, as many in all as k gives the others."""
+        config = key.config
+        if "given_back" not in config.data_needs:
+            return config
+        order = {name: scored.scores for name, scored in scores.items()}
+        return config.replace(layer_k=by_loss(order, affordable(items_of(self.layers), config)))
 
     def _run_contestant(self, key: Key) -> None:
         """Evaluate a copy of the model that is quantized as a whole, heads and embeddings too."""

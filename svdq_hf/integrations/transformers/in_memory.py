@@ -45,9 +45,9 @@ def quantize_model(
     Args:
         model: a dense model.
         config: an SVDQConfig, or its choices as a dict; None: the defaults.
-        batches: for error feedback, the scores that need data ("awq", "spqr", "pqi"), and better bases where
-            activations are rounded: a few inputs of the model, each a mapping of keyword arguments, a tuple,
-            or one tensor. Tokens hidden by a mask do not count.
+        batches: for error feedback, the scores that need data ("awq", "spqr", "pqi", "requant"), and better
+            bases where activations are rounded: a few inputs of the model, each a mapping of keyword
+            arguments, a tuple, or one tensor. Tokens hidden by a mask do not count.
 
     Returns:
         The model.

@@ -109,6 +109,26 @@ def test_relative_depends_on_the_group_and_is_scored_for_each_grid(tmp_path):
     assert errors[0] != errors[1]
 
 
+def test_requant_has_one_budget_for_all_layers(tmp_path):
+    model, batches = tiny.classifier(), [{"input_ids": X, "labels": torch.arange(4) % 3}]
+    key = Key("requant", "default", 30, 0, None)
+    assert key.scoring != Key("requant", "default", 31, 0, None).scoring
+
+    class Given(Outputs):
+        def calibration(self):
+            return batches
+
+        def __call__(self, model):
+            return {"loss": 0.0}
+
+    mine = Sweep(model, "tiny", Given(), SweepPlan(ks=(30,), methods=("requant",)), tmp_path)
+    scores = mine._scores(key)
+    config = mine._spent(key, scores)
+    quantized = quantize_model(tiny.classifier(), key.config, batches)
+    assert config.layer_k == {layer.name: layer.k for layer in footprint(quantized).layers}
+    assert sum(config.layer_k.values()) == 30 * len(mine.layers)
+
+
 def test_dense_model_is_as_it_was(tmp_path):
     _, model = run(tmp_path)
     assert not any(isinstance(module, SVDQLinear) for module in model.modules())

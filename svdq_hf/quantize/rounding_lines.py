@@ -1,0 +1,101 @@
+"""Lines of a model's layers from their dense to their rounded weights, and sums over them.
+
+What `calibration.pqi` walks along, made from a config. Rounded weights are kept packed, and sums in a file
+that is mapped into memory. Not here: what the sums tell (`quantize.sensitivity`, `quantize.requant`).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from svdq_hf.calibration.inputs import InputStatistics
+from svdq_hf.calibration.mapped import mapped_zeros
+from svdq_hf.calibration.pqi import Line, Take
+from svdq_hf.config import SVDQConfig
+from svdq_hf.core.saliency import Scored
+from svdq_hf.format.decode import reconstruct
+from svdq_hf.quantize.layer import matrix_of
+from svdq_hf.quantize.weight import quantize_weight
+
+
+def lines_of(layers: Mapping[str, nn.Module], config: SVDQConfig) -> dict[str, Line]:
+    """The lines from dense to rounded weights, where nothing is salient and errors are not fed back.
+
+    Args:
+        layers: linear layers, by name.
+        config: how they are rounded.
+    """
+    plain = config.replace(error_feedback=False)
+    nowhere = torch.empty(0, dtype=torch.int64)
+    return {name: line_of(name, module, plain, nowhere) for name, module in layers.items()}
+
+
+def line_of(
+    name: str,
+    module: nn.Module,
+    config: SVDQConfig,
+    kept: Tensor,
+    inputs: InputStatistics | None = None,
+) -> Line:
+    """The line of one layer, of which some weights are salient: those do not move.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        config: how it is rounded; its score and its k are not used.
+        kept: places of the salient weights in the matrix `[out, in]`, counted row by row, `[k]`, int64.
+        inputs: statistics of the layer's inputs, for error feedback.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    dense = partial(matrix_of, module)
+    shape, scores = dense().shape, torch.zeros(dense().numel(), device=dense().device)
+    scores[kept.to(scores.device)] = 1.0
+    chosen = config.replace(k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None)
+    parts, _ = quantize_weight(dense(), chosen, name, inputs, Scored(scores.view(shape), {}))
+    return Line(module, dense, partial(reconstruct, parts, shape[1], chosen.scheme))
+
+
+class GradientSums:
+    """Sums of gradients along lines, or of their squares, a matrix for each layer.
+
+    Args:
+        lines: of the layers, by name.
+
+    Attributes:
+        sums: `[out, in]`, float32, on the CPU, by the layer's name.
+    """
+
+    def __init__(self, lines: Mapping[str, Line]) -> None:
+        self.lines = lines
+        self.sums = mapped_zeros({name: tuple(line.dense().shape) for name, line in lines.items()})
+
+    def take(self, weight: float) -> Take:
+        """What receives gradients `[out, in]`, each of which counts with a weight.
+
+        Args:
+            weight: of each, such as 1 over the number of steps.
+        """
+
+        def add(name: str, gradient: Tensor, place: float) -> None:
+            self.sums[name].add_(gradient.cpu(), alpha=weight)
+
+        return add
+
+    def take_square(self, name: str, gradient: Tensor, place: float) -> None:
+        """Receive a gradient `[out, in]`, of which the square is summed up."""
+        self.sums[name].add_(gradient.square().cpu())
+
+    def terms(self) -> dict[str, Tensor]:
+        """The sums times the way of each weight, its part of the change, `[out, in]`; uses the sums up."""
+        return {name: sums.mul_(self.lines[name].difference().cpu()) for name, sums in self.sums.items()}
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Of squares: the size of these parts by any one sequence, `[out, in]`; uses the sums up."""
+        return {
+            name: sums.sqrt_().mul_(self.lines[name].difference().abs_().cpu())
+            for name, sums in self.sums.items()
+        }
