@@ -10,8 +10,8 @@ exact cache. "plain 4" is what rounding alone does: 16 levels between the least 
 head, without outlier channels or rotation.
 
 Memory: a process fills a cache with random states, a DynamicCache in bfloat16 or a packed one, and says what
-it uses more than before. Speed: one token after a context of random states, the model in bfloat16, the caches
-in turn; a figure is the median of the steps.
+it uses more than before. Speed: one token after a context of random states, the caches in turn, among them a
+DynamicCache in the model's dtype; a figure is the median of the steps.
 """
 
 import argparse
@@ -128,24 +128,27 @@ def _trimmed() -> Memory:
     return memory_now()
 
 
-def _filled(cache: Any, config: Any, tokens: int) -> Any:
+def _filled(cache: Any, config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A cache with random states of so many tokens."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     torch.manual_seed(0)
     for start in range(0, tokens, 1024):
         size = (1, config.num_key_value_heads, min(1024, tokens - start), head_dim)
         for layer in range(config.num_hidden_layers):
-            cache.update(*(torch.randn(size, dtype=torch.bfloat16) for _ in range(2)), layer)
+            cache.update(*(torch.randn(size, dtype=dtype) for _ in range(2)), layer)
     return cache
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Print tokens a second after contexts, with both caches in turn."""
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
+    """Print tokens a second after contexts, with the caches in turn."""
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
     config = model.config.get_text_config(decoder=True)
     for tokens in options.contexts:
-        caches = {"bfloat16": _filled(DynamicCache(config=config), config, tokens)}
-        caches |= {f"{bits}": _filled(SVDQCache(model, bits), config, tokens) for bits in (8, 4.5, 4)}
+        caches = {options.dtype: DynamicCache(config=config)}
+        caches |= {str(bits): SVDQCache(model, bits) for bits in (8, 4.5, 4)}
+        for cache in caches.values():
+            _filled(cache, config, tokens, dtype)
         seconds: dict[str, list[float]] = {name: [] for name in caches}
         with torch.inference_mode():
             for _ in range(options.steps):
@@ -155,7 +158,7 @@ def speed(options: argparse.Namespace) -> None:
                     seconds[name].append(time.perf_counter() - started)
         steps = {name: statistics.median(each[2:]) for name, each in seconds.items()}
         for name, step in steps.items():
-            ratio = steps["bfloat16"] / step
+            ratio = steps[options.dtype] / step
             print(f"{tokens} tokens, {name:8}: {1 / step:6.1f} tokens/s, {ratio:.2f} x", flush=True)
 
 
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--tokens", type=int, default=8192, help="of memory: that the cache is filled with")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--dtype", default="bfloat16", help="of speed: the model's")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--bits", help="of fill")
     options = parser.parse_args()

@@ -9,7 +9,8 @@ from tiny_models import llama, llama_config
 from torch import Tensor
 
 from svdq_hf import SVDQCache
-from svdq_hf.integrations.transformers.cache import FORMATS, PackedLayer, PackedSlidingLayer, cache_keyword
+from svdq_hf.integrations.transformers.cache import FORMATS, cache_keyword
+from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
 
 WINDOW = 12
 SIZES = {
