@@ -281,3 +281,8 @@ def test_matrix_of_another_height_is_refused(plugin, checkpoint):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"qkv_proj \(q\): 64 rows, where the model's config says 128"):
         load(layer, checkpoint[0], {f"{ATTENTION}.q_proj": "q"})
+
+
+def test_layers_that_round_their_activations_are_refused(plugin):
+    with pytest.raises(ValueError, match="activations=4: vLLM runs layers of svdq that round weights alone"):
+        plugin.SVDQVllmConfig.from_config(SVDQConfig.resq().to_dict())
