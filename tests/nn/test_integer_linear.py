@@ -106,6 +106,7 @@ def test_autocast_gives_its_dtype():
         assert layer(torch.randn(3, 192)).dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @every_layer
 def test_it_has_shapes_without_data_and_is_one_graph(name):
     _, layer = layer_of(name)
