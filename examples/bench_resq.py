@@ -63,6 +63,9 @@ ROWS = {
     ),
     "quik": Row("an eighth in 8 bits, channels, rotated", RESQ, channel_axes),
     "resq": Row("ResQ, axes from data", RESQ, principal_axes),
+    "resq-feedback": Row(
+        "ResQ, axes from data, error feedback", RESQ.replace(error_feedback=True), principal_axes
+    ),
     "resq-weights": Row("ResQ, axes from weights", RESQ, principal_axes, data=False),
     "no-U_D": Row("ResQ without U_D", RESQ, principal_axes, without="D"),
     "no-U_A": Row("ResQ without U_A", RESQ, principal_axes, without="A"),
@@ -78,7 +81,7 @@ def covariances(dense: Any, batches: list[Any]) -> Covariances:
     return seen_covariances(model, stream, batches)
 
 
-def quantized(row: Row, model: Any, data: Covariances | None) -> Any:
+def quantized(row: Row, model: Any, data: Covariances | None, batches: list[Any]) -> Any:
     """A model, quantized as a row says."""
     if row.config is None:
         return model
@@ -91,7 +94,8 @@ def quantized(row: Row, model: Any, data: Covariances | None) -> Any:
     inputs = layer_inputs(model, stream)
     if row.without in ("D", "R"):
         inputs = {name: one for name, one in inputs.items() if one != "hadamard"}
-    convert_layers(model, row.config.replace(layer_inputs=inputs))
+    config = row.config.replace(layer_inputs=inputs)
+    convert_layers(model, config, batches if config.data_needs else None)
     return model
 
 
@@ -166,7 +170,7 @@ def main() -> None:
     print(f"{'':52}{'KL':>8}{'loss':>9}{'bits':>7}{'s':>6}")
     for name in given.rows:
         row, started = ROWS[name], time.process_time()
-        model = quantized(row, copy.deepcopy(dense), data)
+        model = quantized(row, copy.deepcopy(dense), data, batches)
         found = log_probabilities(model, windows)
         kl, more = divergence(exact, found), loss(found, windows) - loss(exact, windows)
         bits = svdq_hf.footprint(model).bits_per_weight or 16.0

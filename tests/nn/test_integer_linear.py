@@ -104,3 +104,13 @@ def test_autocast_gives_its_dtype():
     _, layer = layer_of("q")
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(3, 192)).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@every_layer
+def test_it_has_shapes_without_data_and_is_one_graph(name):
+    _, layer = layer_of(name)
+    x = torch.randn(2, 5, 192)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    assert layer.to("meta")(x.to("meta")).shape == (2, 5, 24)

@@ -36,3 +36,8 @@ def test_vllm_with_other_internals_is_named_when_a_model_is_loaded(plugin, monke
             methods()["svdq"].from_config({"quant_method": "svdq"})
     finally:
         methods()["svdq"] = plugin.SVDQVllmConfig
+
+
+def test_layers_that_round_their_activations_are_refused(plugin):
+    with pytest.raises(ValueError, match="activations=4: vLLM runs layers of svdq that round weights alone"):
+        plugin.SVDQVllmConfig.from_config(SVDQConfig.resq().to_dict())
