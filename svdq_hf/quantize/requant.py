@@ -67,7 +67,7 @@ class ReQuant:
 
         Returns:
             `[out, in]`, float32, by the layer's name: infinity for weights that are given back before the
-            last round, for the others what the loss would win by them then.
+            last round, for the others the size of their PQI then.
 
         Raises:
             ValueError: see `calibration.pqi.walk` and `quantize_weight`.

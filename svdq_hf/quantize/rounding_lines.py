@@ -94,7 +94,7 @@ class GradientSums:
         return {name: sums.mul_(self.lines[name].difference().cpu()) for name, sums in self.sums.items()}
 
     def sizes(self) -> dict[str, Tensor]:
-        """Of squares: the size of these parts by any one sequence, `[out, in]`; uses the sums up."""
+        """Of squares: the size of these parts over all sequences, `[out, in]`; uses the sums up."""
         return {
             name: sums.sqrt_().mul_(self.lines[name].difference().abs_().cpu())
             for name, sums in self.sums.items()

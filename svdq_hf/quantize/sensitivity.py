@@ -76,7 +76,7 @@ def sensitivity(
 def pqi(
     model: nn.Module, lines: Mapping[str, Line], batches: Sequence[Any], loss: Loss = model_loss
 ) -> dict[str, Tensor]:
-    """The size of the PQI of each weight: of one sequence, the root of the mean of its square over all.
+    """The size of the PQI of each weight: the root of the sum of its squares over the sequences.
 
     The sum of PQI is what rounding costs, but its terms are of both signs and cancel. Whoever keeps only the
     weights that cost ends at a model that is out of balance, with a loss larger than before. What a weight

@@ -108,7 +108,7 @@ def test_salient_weights_have_the_largest_pqi():
     )
 
 
-def test_the_size_of_pqi_is_the_root_of_the_mean_square_over_sequences_by_hand():
+def test_the_size_of_pqi_is_the_root_of_its_squares_over_sequences_by_hand():
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
