@@ -144,8 +144,9 @@ def test_two_processes_share_a_model(tmp_path, choices):
     check_answers(loaded(folder), asked, told, TOKENS)
 
 
-def test_adapter_on_packed_layers(tmp_path):
-    folder = folder_of(tmp_path / "model")
+@pytest.mark.parametrize("choices", [{}, {"lm_head": True, "tie": True}], ids=["layers", "tied head"])
+def test_adapter_on_packed_layers(tmp_path, choices):
+    folder = folder_of(tmp_path / "model", **choices)
     model = adapted(folder, tmp_path / "adapter")
     asked = prompts(COUNT, VOCABULARY)
     wanted = {**request(folder, asked, enable_lora=True), "adapter": str(tmp_path / "adapter")}

@@ -59,16 +59,19 @@ class SVDQVocabularyMethod(SVDQLinearMethod):
             ValueError: a tensor is missing; or nothing has come for an embedding, and there is no head in
                 this process.
         """
-        if layer.svdq_shards:
-            return super().process_weights_after_loading(layer)
         device = layer.weight.device
-        for name in part_specs(1, 1, self.scheme):
-            delattr(layer, name)
-        if layer.svdq_dense is not None:
-            layer.weight = nn.Parameter(layer.svdq_dense.to(device), requires_grad=False)
-            layer.svdq_dense, layer.quant_method = None, UnquantizedEmbeddingMethod()
-            layer.quant_method.process_weights_after_loading(layer)
-        elif len(self.heads) != 1 or self.heads[0] is layer:
+        if layer.svdq_shards:
+            super().process_weights_after_loading(layer)
+        else:
+            for name in part_specs(1, 1, self.scheme):
+                delattr(layer, name)
+            if layer.svdq_dense is not None:
+                return _leave_to_vllm(layer, device)
+            self._check_there_is_a_head(layer)
+        layer.weight = torch.empty(0, dtype=layer.params_dtype, device=device)  # adapters look at these
+
+    def _check_there_is_a_head(self, layer: Any) -> None:
+        if len(self.heads) != 1 or self.heads[0] is layer:
             raise ValueError(
                 f"{layer.prefix or type(layer).__name__}: the files have no weight for it, and this process "
                 f"{len(self.heads)} output heads whose rows it could read; serve without pipeline parallelism"
@@ -118,6 +121,13 @@ class SVDQVocabularyMethod(SVDQLinearMethod):
             ids, *stored, matrix.in_features, matrix.group, layer.params_dtype
         )
         return rows
+
+
+def _leave_to_vllm(layer: Any, device: torch.device) -> None:
+    """Make a layer for which a dense weight has come one of vLLM's own."""
+    layer.weight = nn.Parameter(layer.svdq_dense.to(device), requires_grad=False)
+    layer.svdq_dense, layer.quant_method = None, UnquantizedEmbeddingMethod()
+    layer.quant_method.process_weights_after_loading(layer)
 
 
 def _rows_of_device(layer: Any, total: int) -> Tensor:
