@@ -212,7 +212,6 @@ PEERS: dict[str, Peer] = {
     "sinq nf4 g64 (our code)": Peer((), partial(rounded, by=partial(sinq_nf4, group=64))),
     "higgs (our code)": Peer((), partial(rounded, by=higgs)),
     "trellis, window 12 (our code)": Peer((), partial(rounded, by=partial(trellis, window=12))),
-    "trellis, window 16 (our code)": Peer((), partial(rounded, by=partial(trellis, window=16))),
     "gptq g64": Peer(_GPTQ, partial(gptq, group=64, symmetric=True), data=True),
     "gptq g64 asymmetric": Peer(_GPTQ, partial(gptq, group=64, symmetric=False), data=True),
     "gptq g128": Peer(_GPTQ, partial(gptq, group=128, symmetric=True), data=True),
