@@ -7,7 +7,8 @@
 
 Each cell is one JSON line of OUT/quality.jsonl; finished cells are not run again, so runs into one OUT add
 up, and one that was killed goes on. Every method's weight is put, dequantized, into the dense model: what
-is compared is the rounding, not anybody's kernel. KL is from the FP32 model, over all scored positions.
+is compared is the rounding, not anybody's kernel. KL is from the FP32 model, over all scored positions;
+"same" is how often the top token is FP32's; intervals are a bootstrap's, over blocks of 64 tokens.
 Methods that need data get the *end* of the text (or training texts), which is not scored.
 
 The peers are optional: pip install bitsandbytes hqq sinq torchao optimum-quanto gguf llmcompressor.
@@ -238,12 +239,12 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
 def _group(model: str, text: str, cells: list[dict[str, Any]]) -> str:
     by_name = {cell["method"]: cell for cell in cells}
     scores = list(cells[0]["metrics"])
-    titles = ["method", "bits", "change of loss", f"x {BASELINE}", "KL", f"x {BASELINE}", *scores,
+    titles = ["method", "bits", "change of loss", "95 %", f"x {BASELINE}", "KL", f"x {BASELINE}", *scores,
               "output error", "seconds"]  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for cell in sorted(cells, key=lambda cell: cell["kl"]):
         entries = [cell["method"], number(cell["bits"], 3)]
-        entries += [change(cell["change"]), _times(cell, by_name, "change")]
+        entries += [change(cell["change"]), _interval(cell), _times(cell, by_name, "change")]
         entries += [small(cell["kl"]), _times(cell, by_name, "kl")]
         entries += [number(cell["metrics"][score]) for score in scores]
         entries += [number(cell.get("output_error")), number(cell.get("seconds"), 1)]
@@ -251,6 +252,10 @@ def _group(model: str, text: str, cells: list[dict[str, Any]]) -> str:
     dense = by_name[FP32]
     title = f"### {model}: {text} (n = {dense['n']}, FP32 loss {dense['loss']:.4f})"
     return "\n".join([title, "", *lines, ""])
+
+
+def _interval(cell: dict[str, Any]) -> str:
+    return " to ".join(map(change, cell["interval"])) if cell.get("interval") else "-"
 
 
 def _times(cell: dict[str, Any], by_name: dict[str, dict[str, Any]], key: str) -> str:

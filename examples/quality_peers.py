@@ -4,8 +4,9 @@ A function takes a weight `[out, in]`, float32, and what the layer saw (or None)
 stored and how it comes back. Scales go in half precision where the package takes the weight's own
 dtype, as it would from a model in 16 bits. What cannot run here says so by its own error.
 
-Only `awq` is our code, by the formula of arXiv 2306.00978 without its clipping: its packages (autoawq,
-llmcompressor) work on whole models of known families.
+Rows that say so are our code: `awq` by the formula of arXiv 2306.00978 without its clipping (its packages,
+autoawq and llmcompressor, work on whole models of known families), and those of `quality_published` and
+`quality_trellis`.
 """
 
 import importlib
@@ -14,6 +15,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from quality_gguf import by_llama_cpp
+from quality_published import higgs, round_group, rtn, sinq_nf4
+from quality_trellis import trellis
 from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import InputStatistics
@@ -117,6 +121,14 @@ def gguf(weight: Tensor, inputs: InputStatistics | None, *, kind: str) -> Packed
     return Packed(8 * stored.nbytes, lambda: torch.from_numpy(quants.dequantize(stored, qtype)))
 
 
+def rounded(
+    weight: Tensor, inputs: InputStatistics | None, *, by: Callable[..., Any], **choices: Any
+) -> Packed:
+    """What a rounding that returns bits and weight makes of a layer."""
+    bits, found = by(weight, **choices)
+    return Packed(bits, lambda: found)
+
+
 def gptq(weight: Tensor, inputs: InputStatistics | None, *, group: int, symmetric: bool) -> Packed:
     """GPTQ by llmcompressor, its defaults (damping 1 %, static order); inputs are the dense model's.
 
@@ -152,23 +164,14 @@ def awq(weight: Tensor, inputs: InputStatistics | None, *, group: int) -> Packed
     for step in range(20):
         scale = norm ** (step / 20)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        found = _round(weight * scale, group) / scale
+        grouped = (weight * scale).unflatten(1, (-1, group))
+        found = round_group(grouped).flatten(1) / scale
         lost = found - weight
         error = float(((lost @ gram) * lost).sum())
         if error < least:
             best, least = found, error
     bits = 4 * weight.numel() + 20 * weight.numel() // group + 16 * weight.shape[1]
     return Packed(bits, lambda: best)
-
-
-def _round(weight: Tensor, group: int) -> Tensor:
-    """Plain rounding: a 16-bit scale and a 4-bit zero point for each group."""
-    grouped = weight.unflatten(1, (-1, group))
-    low, high = grouped.amin(-1, keepdim=True).clamp_max(0), grouped.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / 15).clamp_min(1e-7).half().float()
-    zero = (-low / scale).round().clamp(0, 15)
-    codes = ((grouped / scale).round() + zero).clamp(0, 15)
-    return ((codes - zero) * scale).flatten(1)
 
 
 def _gram(inputs: InputStatistics | None) -> tuple[Tensor, int]:
@@ -185,6 +188,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 _AO = ("torchao.prototype.quantization.int4.int4_opaque_tensor",)
 _GPTQ = ("llmcompressor.modifiers.gptq.gptq_quantize",)
+_LLAMA = ("gguf", "llama_cpp")
 BASELINE = "nf4"
 PEERS: dict[str, Peer] = {
     BASELINE: Peer(("bitsandbytes",), partial(bitsandbytes, double=False)),
@@ -200,11 +204,18 @@ PEERS: dict[str, Peer] = {
     "quanto qint4 g64 hqq": Peer(("optimum.quanto",), partial(quanto, optimizer="HqqOptimizer")),
     "gguf q4_0": Peer(("gguf.quants",), partial(gguf, kind="Q4_0")),
     "gguf q4_1": Peer(("gguf.quants",), partial(gguf, kind="Q4_1")),
-    "gguf q4_k": Peer(("gguf.quants",), partial(gguf, kind="Q4_K")),
+    "gguf q3_k": Peer(_LLAMA, partial(rounded, by=partial(by_llama_cpp, kind="Q3_K"))),
+    "gguf q4_k": Peer(_LLAMA, partial(rounded, by=partial(by_llama_cpp, kind="Q4_K"))),
+    "gguf iq4_nl": Peer(_LLAMA, partial(rounded, by=partial(by_llama_cpp, kind="IQ4_NL"))),
+    "gguf iq4_xs": Peer(_LLAMA, partial(rounded, by=partial(by_llama_cpp, kind="IQ4_XS"))),
+    "rtn g128 (our code)": Peer((), partial(rounded, by=partial(rtn, group=128))),
+    "sinq nf4 g64 (our code)": Peer((), partial(rounded, by=partial(sinq_nf4, group=64))),
+    "higgs (our code)": Peer((), partial(rounded, by=higgs)),
+    "trellis, window 12 (our code)": Peer((), partial(rounded, by=partial(trellis, window=12))),
     "gptq g64": Peer(_GPTQ, partial(gptq, group=64, symmetric=True), data=True),
     "gptq g64 asymmetric": Peer(_GPTQ, partial(gptq, group=64, symmetric=False), data=True),
     "gptq g128": Peer(_GPTQ, partial(gptq, group=128, symmetric=True), data=True),
     "awq g64 (our code)": Peer((), partial(awq, group=64), data=True),
     "awq g128 (our code)": Peer((), partial(awq, group=128), data=True),
 }
-"""Every peer by name; a new one is a function and a line here. HIGGS is not one: its kernels need CUDA."""
+"""Every peer by name; a new one is a function and a line here."""

@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdq_hf.calibration.texts import read_text
-from svdq_hf.evaluation.comparison.log_probabilities import divergences, log_probabilities
+from svdq_hf.evaluation.comparison.log_probabilities import divergences_and_agreement, log_probabilities
+from svdq_hf.evaluation.comparison.statistics import estimate
 from svdq_hf.evaluation.comparison.windows import windows_of
 from svdq_hf.evaluation.tasks.classification import GlueEvaluator
 from svdq_hf.evaluation.tasks.perplexity import token_ids
 
 SAMPLE = 256
 """Tokens on which the error of layers' outputs is taken."""
+BLOCK = 64
+"""Neighbouring tokens that the interval of a change of loss draws together, as `svdq compare` does."""
 
 
 class Task(Protocol):
@@ -50,21 +53,27 @@ class TextTask:
         self.windows = windows_of(ids[:tokens], context, tokenizer.bos_token_id)
         self.held = windows_of(ids[-held:], context, tokenizer.bos_token_id)
         self.reference: list[Tensor] = []
+        self.dense = torch.empty(0)
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """Mean loss and KL in nats over all tokens, and the loss of each window."""
-        known, losses, divergence = bool(self.reference), [], 0.0
+        """Means over all tokens, in nats, the loss of each window, and how often the top token stays."""
+        losses, answers = [], []
         for place, window in enumerate(self.windows):
             logits = model(input_ids=window).logits[0, :-1]
-            losses.append(float(F.cross_entropy(logits.float(), window[0, 1:])))
-            if known:
-                divergence += float(divergences(self.reference[place], logits).sum())
+            losses.append(F.cross_entropy(logits.float(), window[0, 1:], reduction="none"))
+            if self.dense.numel():
+                answers.append(divergences_and_agreement(self.reference[place], logits))
             else:
                 self.reference.append(log_probabilities(logits))
-        sizes = torch.tensor([window.numel() - 1 for window in self.windows])
-        loss = float((torch.tensor(losses, dtype=torch.float64) * sizes).sum() / sizes.sum())
-        n = int(sizes.sum())
-        return {"n": n, "loss": loss, "loss_each": losses, "kl": divergence / n, "metrics": {}}
+        loss, each = torch.cat(losses).double(), [float(one.mean()) for one in losses]
+        cell = {"n": loss.numel(), "loss": float(loss.mean()), "loss_each": each}
+        if not answers:
+            self.dense = loss
+            return {**cell, "kl": 0.0, "interval": [0.0, 0.0], "metrics": {"same": 1.0}}
+        kl, same = (torch.cat(list(part)).double() for part in zip(*answers, strict=True))
+        change = estimate(loss - self.dense, torch.arange(loss.numel()) // BLOCK)
+        about = {"interval": [change.low, change.high], "metrics": {"same": float(same.mean())}}
+        return {**cell, "kl": float(kl.mean()), **about}
 
     def calibration(self) -> list[Any]:
         """Windows of the end of the text."""

@@ -99,7 +99,10 @@ def test_text_scores_each_token_once(text, first, n, monkeypatch):
         found = task(model)
         assert found["n"] == n
         assert found["loss"] == pytest.approx(total / n, rel=1e-5)
-        assert abs(task(model)["kl"]) < KL_FLOOR
+        again = task(model)
+        assert abs(again["kl"]) < KL_FLOOR
+        assert again["metrics"] == {"same": 1.0}
+        assert again["interval"] == [0.0, 0.0]
 
 
 def test_figures_are_those_of_svdq_compare(task, tmp_path):
@@ -113,6 +116,9 @@ def test_figures_are_those_of_svdq_compare(task, tmp_path):
         assert two.n == one["n"]
         assert float(two.loss.mean()) == pytest.approx(one["loss"], rel=1e-6)
         assert float(two.kl.mean()) == pytest.approx(one["kl"], rel=1e-9)
+        assert float(two.same.double().mean()) == one["metrics"]["same"]
+    change = theirs[1]["loss"] - theirs[0]["loss"]
+    assert theirs[1]["interval"] == pytest.approx([change] * 2)  # 40 tokens are one block
 
 
 def test_calibration_is_not_what_is_scored(text):
@@ -219,14 +225,18 @@ def test_table():
             "loss": 2.1,
             "change": 0.1,
             "kl": 0.1,
+            "interval": [0.08, 0.12],
             "output_error": 0.05,
         },
     ]
     title, _, _, _, *entries = bq.table(rows).splitlines()
     assert title == "### m: t (n = 8, FP32 loss 2.0000)"
     assert [line.split(" | ")[0] for line in entries] == ["| fp32", "| ours", "| nf4"]
-    assert entries[1] == "| ours | 4.250 | +0.1000 | 0.50 | 0.100 | 0.25 | 0.5000 | 0.0500 | - |"
-    assert entries[2] == "| nf4 | 4.500 | +0.2000 | 1.00 | 0.400 | 1.00 | 0.5000 | - | 3.0 |"
+    assert (
+        entries[1]
+        == "| ours | 4.250 | +0.1000 | +0.0800 to +0.1200 | 0.50 | 0.100 | 0.25 | 0.5000 | 0.0500 | - |"
+    )
+    assert entries[2] == "| nf4 | 4.500 | +0.2000 | - | 1.00 | 0.400 | 1.00 | 0.5000 | - | 3.0 |"
     assert bq.table(rows[:1] + rows[2:]).splitlines()[5].count("| - |") == 3
 
 
@@ -291,14 +301,11 @@ def test_peer_rounds_to_four_bits(name):
         pytest.skip(reason)
     weight, inputs = torch.randn(64, 256) / 16, torch.randn(600, 256)
     kept = weight.clone()
-    if name == "gguf q4_k":  # the package itself does not quantize to it
-        with pytest.raises(NotImplementedError):
-            peer.quantize(weight, None)
-        return
     packed = peer.quantize(weight, statistics(inputs) if peer.data else None)
     found = packed.dequantize()
     assert torch.equal(weight, kept)
     assert found.shape == weight.shape
     # uniform 4 bits on a normal weight: step = 5 sigma / 15, error = step / sqrt(12) = 0.096 sigma
-    assert (found.float() - weight).norm() / weight.norm() < 0.13
-    assert 4.1 < packed.bits / weight.numel() < 5.1
+    bits = packed.bits / weight.numel()
+    assert (found.float() - weight).norm() / weight.norm() < (0.13 if bits > 4 else 0.26)
+    assert 3.4 < bits < 5.1
