@@ -6,12 +6,12 @@ from transformers import BertModel, T5Config, T5ForConditionalGeneration
 
 from svdq_hf import SVDQConfig, SVDQLinear, quantize_model
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
-from svdq_hf.core.saliency import data_needs, saliency_names, score
+from svdq_hf.core.saliency import BY_LOSS, data_needs, saliency_names, score
 from svdq_hf.core.topk import top_positions
 from svdq_hf.quantize.selection import layers_to_convert
 
 FROM_DATA = [name for name in saliency_names() if data_needs(name)]
-FROM_INPUTS = [name for name in FROM_DATA if "sensitivity" not in data_needs(name)]
+FROM_INPUTS = [name for name in FROM_DATA if set(BY_LOSS).isdisjoint(data_needs(name))]
 """Scores that look at a layer's inputs alone, and not at the loss."""
 
 
