@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from svdq_hf.core.state_codes import FIELDS, StateFormat
 from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
@@ -69,7 +69,8 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
     def unpacked(self) -> dict[int, str]:
         """Layers that hold states of their own which are not packed, by number: the class of each."""
         others = {at: layer for at, layer in enumerate(self.layers) if not isinstance(layer, PackedLayer)}
-        return {at: type(layer).__name__ for at, layer in others.items() if not isinstance(layer, DummyLayer)}
+        kinds = {at: type(layer).__name__ for at, layer in others.items()}
+        return {at: kind for at, kind in kinds.items() if kind != "DummyLayer"}  # of 5.24, and holds nothing
 
     @property
     def nbytes(self) -> int:

@@ -68,12 +68,14 @@ WAYS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("way", WAYS)
 def test_with_nothing_packed_it_is_the_dynamic_cache(model, way):
     expected = generated(model, dynamic(model), **WAYS[way])
     assert torch.equal(generated(model, SVDQCache(model, recent=NOTHING_PACKED), **WAYS[way]), expected)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bits", [8, 4.5])
 def test_every_way_of_generating_runs_packed(model, way, bits):
@@ -163,6 +165,7 @@ def test_reset_begins_anew():
     assert torch.equal(layer.keys, first)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_sliding_layer_is_transformers_own(seed, record):
