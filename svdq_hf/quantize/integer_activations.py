@@ -34,7 +34,8 @@ def prepare_activations(
 
     Raises:
         ValueError: the model cannot be rotated (`NotRotatable`), a weight is not finite, or `basis` is "data"
-            and there are no batches; nothing is changed then.
+            and there are no batches: nothing is changed then; or the batches are of no use
+            (`collect_inputs`): then the norms are folded, and the model computes what it did.
     """
     basis = config.basis or ("weights" if batches is None else "data")
     if basis == "data" and batches is None:

@@ -207,8 +207,13 @@ def _one_token(model: Any) -> list[_Call]:
     if not isinstance(embedding, nn.Embedding):
         raise NotRotatable(f"{type(model).__name__} has no input embedding, where a stream would start")
     calls: list[_Call] = []
-    with _recorded(model, embedding, calls), evaluating(model):
-        model(input_ids=torch.ones(1, 1, dtype=torch.long, device=embedding.weight.device), use_cache=False)
+    token = torch.ones(1, 1, dtype=torch.long, device=embedding.weight.device)
+    try:
+        with _recorded(model, embedding, calls), evaluating(model):
+            model(input_ids=token, use_cache=False)
+    except (TypeError, ValueError) as error:  # it wants more than tokens, or has no cache: no decoder
+        kind = type(model).__name__
+        raise NotRotatable(f"{kind} does not run as a decoder on one token: {error}") from error
     return calls
 
 

@@ -20,6 +20,7 @@ REFUSED = {
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, "layers.1.input_layernorm reads something else"),
     "cohere": (hf.CohereForCausalLM, hf.CohereConfig, "is no RMSNorm"),
     "headless": (hf.LlamaModel, hf.LlamaConfig, "no linear layer reads norm"),
+    "t5": (hf.T5ForConditionalGeneration, hf.T5Config, "does not run as a decoder on one token"),
     "bert": (hf.BertModel, hf.BertConfig, "embeddings.LayerNorm reads something else"),
 }
 
