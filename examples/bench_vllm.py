@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of each model
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 PROMPT = 16
 """Tokens of a prompt: short, so that it is decoding that is measured."""
