@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of each model
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))  # as its server: one is left
 
 PROMPT = 16
 """Tokens of a prompt: short, so that it is decoding that is measured."""
@@ -33,9 +34,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="N")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations, and of what is dense")
     parser.add_argument("--compile", action="store_true", help="compile the models, which takes minutes")
     chosen = parser.parse_args()
-    engines = {folder: engine(folder, eager=not chosen.compile) for folder in chosen.folders}
+    engines = {folder: engine(folder, chosen.dtype, eager=not chosen.compile) for folder in chosen.folders}
     print(f"{date.today()}, {os.cpu_count()} cores: new tokens a second, {chosen.tokens} of each request\n")
     print("| requests at once | " + " | ".join(Path(folder).name for folder in engines) + " |")
     print("|---|" + "---|" * len(engines), flush=True)
