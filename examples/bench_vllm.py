@@ -45,12 +45,12 @@ def main() -> None:
         print(row(count, list(speeds(engines, count, chosen.tokens, chosen.rounds).values())), flush=True)
 
 
-def engine(folder: str, *, eager: bool) -> Any:
-    """VLLM's engine with the model of a folder, in bfloat16."""
+def engine(folder: str, dtype: str, *, eager: bool) -> Any:
+    """An engine with the model of a folder."""
     from vllm import LLM
 
     choices = {"max_model_len": 512, "enable_prefix_caching": False, "enforce_eager": eager}
-    return LLM(folder, dtype="bfloat16", **choices)
+    return LLM(folder, dtype=dtype, **choices)
 
 
 def row(count: int, found: Sequence[float]) -> str:
