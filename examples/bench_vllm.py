@@ -20,6 +20,8 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of each model
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))  # as its server: one is left
 
 PROMPT = 16
 """Tokens of a prompt: short, so that it is decoding that is measured."""
@@ -32,9 +34,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="N")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations, and of what is dense")
     parser.add_argument("--compile", action="store_true", help="compile the models, which takes minutes")
     chosen = parser.parse_args()
-    engines = {folder: engine(folder, eager=not chosen.compile) for folder in chosen.folders}
+    engines = {folder: engine(folder, chosen.dtype, eager=not chosen.compile) for folder in chosen.folders}
     print(f"{date.today()}, {os.cpu_count()} cores: new tokens a second, {chosen.tokens} of each request\n")
     print("| requests at once | " + " | ".join(Path(folder).name for folder in engines) + " |")
     print("|---|" + "---|" * len(engines), flush=True)
@@ -42,12 +45,12 @@ def main() -> None:
         print(row(count, list(speeds(engines, count, chosen.tokens, chosen.rounds).values())), flush=True)
 
 
-def engine(folder: str, *, eager: bool) -> Any:
-    """VLLM's engine with the model of a folder, in bfloat16."""
+def engine(folder: str, dtype: str, *, eager: bool) -> Any:
+    """An engine with the model of a folder."""
     from vllm import LLM
 
     choices = {"max_model_len": 512, "enable_prefix_caching": False, "enforce_eager": eager}
-    return LLM(folder, dtype="bfloat16", **choices)
+    return LLM(folder, dtype=dtype, **choices)
 
 
 def row(count: int, found: Sequence[float]) -> str:

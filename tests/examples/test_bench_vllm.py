@@ -16,7 +16,7 @@ def test_models_take_turns_and_none_sees_a_prompt_twice(monkeypatch, capsys):
         turns.append((engine, [tuple(prompt) for prompt in asked]))
         return {"some/dense": 2.0, "packed": 0.5}[engine] * len(asked)
 
-    monkeypatch.setattr(bench_vllm, "engine", lambda folder, eager: folder)
+    monkeypatch.setattr(bench_vllm, "engine", lambda folder, dtype, eager: folder)
     monkeypatch.setattr(bench_vllm, "seconds", seconds)
     wanted = ["x", "some/dense", "packed", "--requests", "1", "4", "--rounds", "1", "--tokens", "8"]
     monkeypatch.setattr(sys, "argv", wanted)
