@@ -10,6 +10,7 @@ from places import EXAMPLES
 
 sys.path.insert(0, str(EXAMPLES))
 import quality_published as published  # examples are no package
+from quality_peers import PEERS
 
 ZADOR = 5 / (36 * 3**0.5) * 8 * math.pi / 256
 """Squared error of many points for normal pairs: hexagons' 0.0802 times 8 pi, over their number."""
@@ -47,7 +48,11 @@ def test_sinq_with_nf4_levels_whatever_the_tails(power):
 
 def test_sinq_is_its_packages_where_that_is_right(monkeypatch):
     monkeypatch.setitem(os.environ, "SINQ_AUTO_PATCH", "0")
-    package = pytest.importorskip("sinq.sinqlinear")
+    reason = PEERS["sinq g64 nf4"].missing()
+    if reason is not None:
+        pytest.skip(reason)
+    from sinq import sinqlinear as package
+
     layer = torch.nn.Linear(256, 128, bias=False)
     weight = torch.randn(128, 256) * (1 + torch.rand(256)) / 30  # kurtosis 3.3: its limit is 5
     layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-PEERS = "bitsandbytes|gguf|gptqmodel|hqq|llmcompressor|optimum|sinq|torchao"
+PEERS = "bitsandbytes|gguf|gptqmodel|hqq|llama_cpp|llmcompressor|optimum|sinq|torchao"
 KNOWN: dict[str, str] = {
     r"the processor has no byte products": "compute='fast' has nothing to round there: it is the exact path",
     r"gcc has no sanitizers here": "libasan and libubsan are packages of their own on some systems",
