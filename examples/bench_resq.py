@@ -167,7 +167,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if given.json and Path(given.json).is_file():
         figures = json.loads(Path(given.json).read_text())
-    print(f"{'':52}{'KL':>8}{'loss':>9}{'bits':>7}{'s':>6}")
+    print(f"{'':56}{'KL':>8}{'loss':>9}{'bits':>7}{'s':>6}")
     for name in given.rows:
         row, started = ROWS[name], time.process_time()
         model = quantized(row, copy.deepcopy(dense), data, batches)
@@ -175,7 +175,7 @@ def main() -> None:
         kl, more = divergence(exact, found), loss(found, windows) - loss(exact, windows)
         bits = svdq_hf.footprint(model).bits_per_weight or 16.0
         seconds = time.process_time() - started
-        print(f"{row.title:52}{kl:8.4f}{more:+9.4f}{bits:7.2f}{seconds:6.0f}", flush=True)
+        print(f"{row.title:56}{kl:8.4f}{more:+9.4f}{bits:7.2f}{seconds:6.0f}", flush=True)
         figures[name] = {"title": row.title, "kl": kl, "loss": more, "bits": bits, "seconds": seconds}
         if given.json:
             Path(given.json).write_text(json.dumps(figures, indent=1) + "\n")
