@@ -88,7 +88,7 @@ def test_every_block_of_a_page_prints_its_answer(page, tmp_path):
 
 
 def test_the_few_blocks_that_are_not_run_say_why_and_compile():
-    assert len(NOT_RUN) <= 8
+    assert len(NOT_RUN) <= 10  # a GPU, vLLM, llama.cpp, sinq, and what takes minutes
     for page, block in NOT_RUN:
         assert len(block.reason.split()) >= 3, page
         if block.language == "python":
