@@ -90,7 +90,9 @@ class PackedStates:
         self.recent_states = held[:, :, count:].clone()
 
     def keep(self, first: int, stop: int) -> None:
-        """Drop the tokens before and after some.
+        """Drop the tokens before and after some, and free what they took where little is left.
+
+        Where none is left, the outlier channels are forgotten too: the next tokens may be of another text.
 
         Args:
             first: the first that stays, from 0.
@@ -98,9 +100,12 @@ class PackedStates:
         """
         before = 0 if self.packed is None else self.packed.shape[-2]
         if self.packed is not None:
-            self.packed = self.packed[:, :, first:stop] if first < before else None
+            self.packed = _compact(self.packed[:, :, first:stop]) if first < before else None
         if self.recent_states is not None:
-            self.recent_states = self.recent_states[:, :, max(first - before, 0) : max(stop - before, 0)]
+            kept = self.recent_states[:, :, max(first - before, 0) : max(stop - before, 0)]
+            self.recent_states = _compact(kept)
+        if not len(self):
+            self.packed = self.channels = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change what is held: move it, or choose sequences of the batch.
@@ -115,3 +120,9 @@ class PackedStates:
 
     def _parts(self) -> list[Tensor]:
         return [part for part in (self.packed, self.recent_states) if part is not None]
+
+
+def _compact(part: Tensor) -> Tensor:
+    """A part of a tensor, by itself where it is less than half of what its storage holds."""
+    used = part.numel() * part.element_size()
+    return part.clone() if 2 * used < part.untyped_storage().nbytes() else part

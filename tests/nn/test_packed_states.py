@@ -79,6 +79,28 @@ def test_nothing_kept_and_nothing_come():
         states.dense()
 
 
+@pytest.mark.parametrize(("first", "stop"), [(0, 40), (110, 150), (0, 1), (149, 150)])
+def test_what_is_dropped_is_freed(first, stop):
+    """Views of a few tokens would hold on to the storage of all."""
+    states = filled(StateFormat(4, outliers=True), 20, tokens())
+    states.keep(first, stop)
+    parts = [part for part in (states.packed, states.recent_states) if part is not None]
+    needed = sum(part.numel() * part.element_size() for part in parts)
+    assert needed <= states.nbytes <= 2 * needed
+
+
+def test_another_text_after_the_last_token_chooses_its_own_outlier_channels():
+    form, other = StateFormat(4, outliers=True), tokens().flip(-1)
+    states = filled(form, 20, tokens())
+    states.keep(0, 0)
+    assert states.nbytes == 0
+    states.append(other)
+    states.pack()
+    fresh = filled(form, 20, other)
+    assert torch.equal(states.channels, fresh.channels)
+    assert torch.equal(states.dense(), fresh.dense())
+
+
 def test_each_changes_packed_and_recent_alike():
     states = filled(StateFormat(4, outliers=True), 10, tokens())
     dense = states.dense()
