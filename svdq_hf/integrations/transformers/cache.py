@@ -77,6 +77,20 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
         """Bytes that the packed layers hold now, with their recent tokens."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, PackedLayer))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens: of all layers, or of none where one cannot.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers counts.
+
+        Raises:
+            ValueError: the number is positive; or tokens that have left a sliding window would be needed again.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def __repr__(self) -> str:
         tokens = self.get_seq_length()
         return f"{type(self).__name__}(bits={self.bits}, recent={self.recent}, layers={len(self)}, {tokens=})"
