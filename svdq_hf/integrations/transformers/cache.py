@@ -84,7 +84,7 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
             tokens_to_remove: minus their number, as transformers counts.
 
         Raises:
-            ValueError: the number is positive; or tokens that have left a sliding window would be needed again.
+            ValueError: the number is positive; or tokens that have left a window would be needed again.
         """
         for layer in self.layers:
             if isinstance(layer, PackedLayer):

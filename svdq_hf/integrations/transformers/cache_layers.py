@@ -28,7 +28,7 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, form: StateFormat, recent: int) -> None:
         # not the parents': they set keys and values, which are read off the packed states here
         self.is_initialized = False
-        self.states = (PackedStates(form, recent), PackedStates(form, recent))
+        self.states = (PackedStates(form, recent, "keys"), PackedStates(form, recent, "values"))
 
     @property
     def keys(self) -> Tensor | None:
@@ -75,6 +75,9 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
 
         Returns:
             All keys and values `[batch, heads, tokens, head_dim]`.
+
+        Raises:
+            ValueError: a size of heads, or a state, that cannot be packed.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
