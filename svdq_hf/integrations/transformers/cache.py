@@ -9,6 +9,7 @@ Not here: what a layer does (`integrations.transformers.cache_layers`), how a st
 (`core.state_codes`).
 """
 
+from numbers import Real
 from typing import Any
 
 import transformers
@@ -32,7 +33,7 @@ FORMATS = {
 
 
 class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
-    """KV cache in 4.5 bits a value, or in 2 to 8, for decoder models of transformers.
+    """KV cache in 8, 4.5, 4, 3.5, 3, 2.5 or 2 bits a value, for decoder models of transformers.
 
     `model.generate(..., cache=SVDQCache(model))`; before transformers 5.24 `past_key_values=`. Sampling,
     beams, assisted decoding, padded batches and several turns work as with `DynamicCache`. Gradients do not
@@ -51,8 +52,8 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """
 
     def __init__(self, model: Any, bits: float = 4.5, recent: int = RECENT) -> None:
-        form = FORMATS.get(bits)
-        if form is None or isinstance(bits, bool):
+        form = FORMATS.get(bits) if isinstance(bits, Real) and not isinstance(bits, bool) else None
+        if form is None:
             raise ValueError(
                 f"bits={bits!r}: a cache is packed in one of {', '.join(map(str, sorted(FORMATS)))}"
             )

@@ -9,6 +9,7 @@ from tiny_models import llama, llama_config
 from torch import Tensor
 
 from svdq_hf import SVDQCache
+from svdq_hf.config.choices import CACHE_BITS
 from svdq_hf.integrations.transformers.cache import FORMATS, cache_keyword
 from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
 
@@ -282,10 +283,14 @@ def test_an_untouched_layer_is_empty():
     assert layer.get_mask_sizes(3) == (3, 0)
 
 
-@pytest.mark.parametrize("bits", [5, 0, 1, 16, "4", None, True, 8.5])
+@pytest.mark.parametrize("bits", [5, 0, 1, 16, "4", None, True, 8.5, [4], {}, torch.ones(2)])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"bits=.*packed in one of 2, 2.5, 3, 3.5, 4, 4.5, 8"):
         SVDQCache(llama_config(), bits=bits)
+
+
+def test_the_command_line_knows_the_bits():
+    assert sorted(CACHE_BITS) == sorted(FORMATS)
 
 
 @pytest.mark.parametrize("recent", [-1, 1.5, True, "32"])
