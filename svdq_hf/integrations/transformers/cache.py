@@ -52,11 +52,7 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """
 
     def __init__(self, model: Any, bits: float = 4.5, recent: int = RECENT) -> None:
-        form = FORMATS.get(bits) if isinstance(bits, Real) and not isinstance(bits, bool) else None
-        if form is None:
-            raise ValueError(
-                f"bits={bits!r}: a cache is packed in one of {', '.join(map(str, sorted(FORMATS)))}"
-            )
+        form = _form(bits)
         if not isinstance(recent, int) or isinstance(recent, bool) or recent < 0:
             raise ValueError(f"recent={recent!r}: a number of tokens, 0 or more")
         config = _decoder_config(model)
@@ -100,6 +96,14 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
 def cache_keyword() -> str:
     """The name under which transformers takes a cache: "cache", or "past_key_values" before release 5.24."""
     return "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+def _form(bits: Any) -> StateFormat:
+    """How states are packed in so many bits a value."""
+    form = FORMATS.get(float(bits)) if isinstance(bits, Real) and not isinstance(bits, bool) else None
+    if form is None:
+        raise ValueError(f"bits={bits!r}: a cache is packed in one of {', '.join(map(str, sorted(FORMATS)))}")
+    return form
 
 
 def _decoder_config(model: Any) -> PreTrainedConfig:
