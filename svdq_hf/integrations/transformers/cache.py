@@ -41,7 +41,7 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
 
     Args:
         model: a model, or its config.
-        bits: of a value, without its share of the scales: 2, 3, 4 or 8; half a bit more gives an eighth of
+        bits: of a value, without its share of the scales: 8, 4, 3 or 2; 4.5, 3.5 and 2.5 give an eighth of
             the channels of each head, the largest, 4 bits more. With scales 4.5 are 4.875, where a head has
             64 channels or a multiple.
         recent: the least number of last tokens that stay as they came.
