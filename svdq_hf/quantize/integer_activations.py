@@ -9,14 +9,19 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.bases import bases_of, seen_covariances, weight_covariances
+from svdq_hf.quantize.module_calls import NotRotatable, few_logits
 from svdq_hf.quantize.residual_stream import ResidualStream, find_stream
 from svdq_hf.quantize.rotate import fold_norms, rotate
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import check_weight
+
+CLOSE, ROUNDINGS = 1e-3, 32
+"""Largest relative difference of the logits of a rotated model; at least so many roundings of its dtype."""
 
 
 def prepare_activations(
@@ -35,21 +40,44 @@ def prepare_activations(
     Raises:
         ValueError: the model cannot be rotated (`NotRotatable`), a weight is not finite, or `basis` is "data"
             and there are no batches: nothing is changed then; or the batches are of no use
-            (`collect_inputs`): then the norms are folded, and the model computes what it did.
+            (`collect_inputs`): then the norms are folded, and the model computes what it did; or the rotated
+            model computes something else: then it must be loaded again.
     """
     basis = config.basis or ("weights" if batches is None else "data")
     if basis == "data" and batches is None:
         raise ValueError("basis='data' needs batches: quantize_model(model, config, batches), --calibration")
     for name, layer in layers_to_convert(model, config).items():
         check_weight(name, dense_weight(layer))
-    stream = find_stream(model)
+    stream, before = find_stream(model), few_logits(model)
     fold_norms(model, stream)
     if basis == "data" and batches is not None:
         covariances = seen_covariances(model, stream, batches)
     else:
         covariances = weight_covariances(model, stream)
     rotate(model, stream, bases_of(covariances, config.subspace, config.seed))
+    check_same(model, before)
     return config.replace(basis=basis, layer_inputs=layer_inputs(model, stream))
+
+
+def check_same(model: nn.Module, before: Tensor) -> None:
+    """Refuse a rotated model that does not compute what it did.
+
+    Args:
+        model: the rotated model.
+        before: its `few_logits` before.
+
+    Raises:
+        NotRotatable: they differ by more than rounding does.
+    """
+    apart = float((few_logits(model) - before).norm() / before.norm())
+    roundings = [torch.finfo(one.dtype).eps for one in model.parameters() if one.is_floating_point()]
+    allowed = max(CLOSE, ROUNDINGS * max(roundings))
+    if not apart <= allowed:
+        raise NotRotatable(
+            f"{type(model).__name__} cannot be rotated: its logits differ by {apart:.2g} afterwards, where "
+            f"rounding allows {allowed:.2g}; something reads its stream unseen. Load the model again: this "
+            "one is changed"
+        )
 
 
 def layer_inputs(model: nn.Module, stream: ResidualStream) -> dict[str, int | Literal["hadamard"]]:
