@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.bases import bases_of, seen_covariances, weight_covariances
-from svdq_hf.quantize.module_calls import NotRotatable, few_logits
+from svdq_hf.quantize.module_calls import NotRotatable, logits_of, typical_tokens
 from svdq_hf.quantize.residual_stream import ResidualStream, find_stream
 from svdq_hf.quantize.rotate import fold_norms, rotate
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import check_weight
 
-CLOSE, ROUNDINGS = 1e-3, 32
-"""Largest relative difference of the logits of a rotated model; at least so many roundings of its dtype."""
+PROBES, CLOSE, ROUNDINGS = 15, 1e-3, 32
+"""Tokens of which a rotated model's logits are compared; how much these may differ, relatively, or how many
+roundings of the dtype. (Their median, since the logits of single tokens are noise in half precision.)"""
 
 
 def prepare_activations(
@@ -48,28 +49,30 @@ def prepare_activations(
         raise ValueError("basis='data' needs batches: quantize_model(model, config, batches), --calibration")
     for name, layer in layers_to_convert(model, config).items():
         check_weight(name, dense_weight(layer))
-    stream, before = find_stream(model), few_logits(model)
+    stream, tokens = find_stream(model), typical_tokens(model, PROBES)
+    before = logits_of(model, tokens)
     fold_norms(model, stream)
     if basis == "data" and batches is not None:
         covariances = seen_covariances(model, stream, batches)
     else:
         covariances = weight_covariances(model, stream)
     rotate(model, stream, bases_of(covariances, config.subspace, config.seed))
-    check_same(model, before)
+    check_same(model, tokens, before)
     return config.replace(basis=basis, layer_inputs=layer_inputs(model, stream))
 
 
-def check_same(model: nn.Module, before: Tensor) -> None:
+def check_same(model: nn.Module, tokens: Tensor, before: Tensor) -> None:
     """Refuse a rotated model that does not compute what it did.
 
     Args:
         model: the rotated model.
-        before: its `few_logits` before.
+        tokens: `[1, count]`.
+        before: its logits on them before, `[count, classes]`.
 
     Raises:
         NotRotatable: they differ by more than rounding does.
     """
-    apart = float((few_logits(model) - before).norm() / before.norm())
+    apart = float(((logits_of(model, tokens) - before).norm(dim=1) / before.norm(dim=1)).median())
     roundings = [torch.finfo(one.dtype).eps for one in model.parameters() if one.is_floating_point()]
     allowed = max(CLOSE, ROUNDINGS * max(roundings))
     if not apart <= allowed:

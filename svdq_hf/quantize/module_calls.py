@@ -1,7 +1,8 @@
 """Calls of a decoder's modules for a few tokens: what its embedding, linear layers and norms read and answer.
 
-The tokens are those whose rows of the embedding are largest, since an empty row (padding has one) would tell
-nothing. Not here: what the calls say of the model (`quantize.residual_stream`).
+The tokens are of typical rows of the embedding: an empty one (padding has it) would tell nothing, and what a
+model answers to the largest is noise in half precision. Not here: what the calls say of the model
+(`quantize.residual_stream`).
 """
 
 from collections.abc import Iterator
@@ -41,34 +42,54 @@ def one_token(model: nn.Module) -> list[Call]:
     """
     calls: list[Call] = []
     with _recorded(model, _embedding(model), calls):
-        _run(model, 1)
+        _run(model, typical_tokens(model, 1))
     return calls
 
 
-def few_logits(model: nn.Module, tokens: int = 8) -> Tensor:
-    """What a model answers on a sequence of a few tokens, float32.
+def typical_tokens(model: nn.Module, count: int) -> Tensor:
+    """The tokens whose rows of the embedding are of middling size among those that are not zero.
+
+    Args:
+        model: the model.
+        count: how many tokens; fewer where the embedding has fewer.
+
+    Returns:
+        `[1, count]`, int64.
+
+    Raises:
+        NotRotatable: the model has no input embedding.
+    """
+    table = _embedding(model).weight.detach()
+    sizes = torch.cat([rows.float().norm(dim=1) for rows in torch.split(table, 4096)])
+    order = sizes.argsort()[int((sizes == 0).sum()) :]
+    start = max(0, (len(order) - count) // 2)
+    return order[start : start + count][None] if len(order) else order.new_zeros(1, 1)
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What a model answers, float32.
 
     Args:
         model: the model; it is left as it was.
-        tokens: how many.
+        tokens: `[1, count]`, int64.
+
+    Returns:
+        `[answers, classes]`: of a decoder's head, one for each token.
 
     Raises:
-        NotRotatable: see `one_token`.
+        NotRotatable: it does not run on tokens alone, or answers with no tensor.
     """
     answer = _run(model, tokens)
     logits = answer if isinstance(answer, Tensor) else answer[0]
     if not isinstance(logits, Tensor):
         raise NotRotatable(f"{type(model).__name__} answers with no tensor of logits")
-    return logits.float()
+    return logits.float().flatten(0, -2)
 
 
-def _run(model: Any, tokens: int) -> Any:
-    table = _embedding(model).weight.detach()
-    sizes = torch.cat([rows.float().norm(dim=1) for rows in torch.split(table, 4096)])
-    ids = sizes.topk(min(tokens, len(sizes))).indices
+def _run(model: nn.Module, tokens: Tensor) -> Any:
     try:
         with evaluating(model):
-            return model(input_ids=ids[None], use_cache=False)
+            return model(input_ids=tokens, use_cache=False)
     except (TypeError, ValueError) as error:  # it wants more than tokens, or has no cache: no decoder
         kind = type(model).__name__
         raise NotRotatable(f"{kind} does not run as a decoder on one token: {error}") from error
