@@ -23,7 +23,14 @@ class NotRotatable(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its name, input and output."""
+    """One call of a module.
+
+    Attributes:
+        name: of the module.
+        module: which was called.
+        x: its input, `[..., in]`; of an embedding, ids.
+        y: its output, `[..., out]`.
+    """
 
     name: str
     module: nn.Module
