@@ -83,9 +83,14 @@ class Model:
         self.model: Any = Llama(str(path), logits_all=True, verbose=False, n_threads_batch=THREADS, **sizes)
 
     def windows(self, text: str, tokens: int) -> list[list[int]]:
-        """The first tokens of a text in windows."""
+        """The first tokens of a text in windows; each begins with <bos> where the model's texts did."""
+        first = [self.model.token_bos()] if self._begins() else []
         found = self.model.tokenize(text[: 8 * tokens].encode(), add_bos=False)[:tokens]
-        return [found[start : start + WINDOW] for start in range(0, len(found) - WINDOW + 1, WINDOW)]
+        step = WINDOW - len(first)
+        return [first + found[start : start + step] for start in range(0, len(found) - step + 1, step)]
+
+    def _begins(self) -> bool:
+        return self.model.metadata.get("tokenizer.ggml.add_bos_token") == "true"
 
     def logits(self, windows: list[list[int]]) -> Iterator[Logits]:
         """Log probabilities `[window, vocabulary]` of each window."""

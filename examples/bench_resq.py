@@ -5,7 +5,8 @@
 
 Each row quantizes the model anew and runs it on the same windows of the text; KL is that of the next token's
 distribution against the 16-bit model's, in nats a token, and so is the change of the loss. Rows whose name
-ends in "weights" read no data. A row takes a minute or two of one core for a model of 135M.
+ends in "weights" read no data; where a KV cache is packed, every earlier token is read from it. A row takes
+a minute or two of one core for a model of 135M.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from svdq_hf.quantize.integer_activations import layer_inputs
 from svdq_hf.quantize.residual_stream import find_stream
 from svdq_hf.quantize.rotate import Bases, fold_norms, rotate
 
+FED = 64
+"""Tokens that are read at once where the KV cache is packed."""
 RESQ = SVDQConfig.resq()
 WHOLE = RESQ.replace(subspace=0.0)
 """The same without a subspace: 4 bits everywhere."""
@@ -50,6 +53,8 @@ class Row(NamedTuple):
     axes: Callable[[torch.Tensor], torch.Tensor] | None = None
     data: bool = True
     without: str = ""
+    cache: float | None = None
+    """Bits of the KV cache; None: it is not packed."""
 
 
 ROWS = {
@@ -66,6 +71,8 @@ ROWS = {
     "resq-feedback": Row(
         "ResQ, axes from data, error feedback", RESQ.replace(error_feedback=True), principal_axes
     ),
+    "kv": Row("KV cache in 4.5 bits, all else exact", None, cache=4.5),
+    "resq-kv": Row("ResQ, axes from data, KV cache in 4.5 bits", RESQ, principal_axes, cache=4.5),
     "resq-weights": Row("ResQ, axes from weights", RESQ, principal_axes, data=False),
     "no-U_D": Row("ResQ without U_D", RESQ, principal_axes, without="D"),
     "no-U_A": Row("ResQ without U_A", RESQ, principal_axes, without="A"),
@@ -121,10 +128,20 @@ def windows_of(text: str, tokenizer: Any, count: int, length: int) -> list[torch
     return [torch.tensor([ids[start : start + length]]) for start in starts]
 
 
-def log_probabilities(model: Any, windows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the next token, `[length, vocabulary]` for each window."""
-    with torch.no_grad():
-        return [torch.log_softmax(model(input_ids=one).logits[0].float(), -1) for one in windows]
+@torch.no_grad()
+def log_probabilities(
+    model: Any, windows: list[torch.Tensor], cache_bits: float | None = None
+) -> list[torch.Tensor]:
+    """Of the next token, `[length, vocabulary]` for each window; cache_bits: of the KV cache."""
+    return [torch.log_softmax(_logits(model, one, cache_bits).float(), -1) for one in windows]
+
+
+def _logits(model: Any, ids: torch.Tensor, cache_bits: float | None) -> torch.Tensor:
+    if cache_bits is None:
+        return model(input_ids=ids).logits[0]
+    cache = svdq_hf.SVDQCache(model, cache_bits, recent=0)
+    parts = ids.split(FED, 1)
+    return torch.cat([model(input_ids=part, past_key_values=cache).logits[0] for part in parts])
 
 
 def loss(found: list[torch.Tensor], windows: list[torch.Tensor]) -> float:
@@ -171,7 +188,7 @@ def main() -> None:
     for name in given.rows:
         row, started = ROWS[name], time.process_time()
         model = quantized(row, copy.deepcopy(dense), data, batches)
-        found = log_probabilities(model, windows)
+        found = log_probabilities(model, windows, row.cache)
         kl, more = divergence(exact, found), loss(found, windows) - loss(exact, windows)
         bits = svdq_hf.footprint(model).bits_per_weight or 16.0
         seconds = time.process_time() - started

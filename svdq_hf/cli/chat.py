@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from svdq_hf.cli.options import add_choices, check_there, config_of, examples
-from svdq_hf.config.choices import CHOICES
+from svdq_hf.config.choices import CACHE_BITS, CHOICES
 
 PROMPT = "> "
 LEAVE, FORGET = ("/quit", "/exit"), "/new"
@@ -34,9 +34,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--greedy", action="store_true", help="the likeliest token each time, whatever the model's settings"
     )
-    parser.add_argument(
-        "--cache-bits", type=float, metavar="BITS", help="pack the KV cache, as in SVDQCache: 4.5, or 2 to 8"
-    )
+    packed = f"pack the KV cache, as in SVDQCache: {', '.join(map(str, CACHE_BITS))}"
+    parser.add_argument("--cache-bits", type=float, choices=CACHE_BITS, metavar="BITS", help=packed)
     parser.add_argument("--quantize", action="store_true", help="quantize a dense model while it is loaded")
     add_choices(parser, "demo")
     return parser

@@ -9,12 +9,11 @@ import argparse
 import math
 from collections import defaultdict
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdq_hf.cli.options import add_choices, check_there, config_of, examples
+from svdq_hf.cli.pictures import check_picture, write_picture
 from svdq_hf.config.choices import COMPUTE_DTYPES, part_of_grid
-from svdq_hf.core.release import how_to_install
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         options: the parsed command line.
 
     Raises:
-        ValueError: the model is quantized or no causal one, or the text or a number cannot be used.
+        ValueError: the model is quantized or no causal one, or the text, a number or --out cannot be used.
     """
     _check(options)
     config = config_of(options)
@@ -72,10 +71,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     found = sensitivity(model, batches, config, steps=options.steps)
     layers = linear(model, config)
     scores = score_agreement(model, layers, config, batches) if options.scores else []
-    if options.out:
-        _draw(found, Path(options.out))
     if not options.json:
         _print(found, scores, options.top)
+    if options.out is not None:
+        _draw(found, options.out)
     told = found.to_dict(rows=options.rows)
     return told | {"scores": [asdict(row) for row in scores], "picture": options.out}
 
@@ -84,10 +83,7 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
     if options.top < 1:
         raise ValueError(f"--top {options.top}: must be 1 or more")
-    if options.out and Path(options.out).suffix != ".svg":
-        raise ValueError(f"--out {options.out}: must end with .svg")
-    if options.out:
-        _drawing()
+    check_picture(options.out)
     if options.rows and not options.json:
         raise ValueError("--rows is of --json, which is not given")
     check_there(options.model)
@@ -117,21 +113,12 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     return model, batches
 
 
-def _drawing() -> Any:
-    try:
-        from svdq_hf.evaluation import sensitivity_picture
-    except ImportError as error:
-        raise ImportError(f"--out needs matplotlib: {how_to_install('evaluate')}") from error
-    return sensitivity_picture
-
-
-def _draw(found: "Sensitivity", out: Path) -> None:
+def _draw(found: "Sensitivity", out: str) -> None:
     """Write the heat map; layers in the model's order."""
-    from svdq_hf.evaluation.report.drawing import svg
+    from svdq_hf.evaluation.sensitivity_picture import sensitivity_picture
 
     costs = {layer.name: layer.pqi for layer in found.layers}
-    figure = _drawing().sensitivity_picture({name: costs[name] for name in found.terms})
-    out.write_text(svg(figure), encoding="utf-8")
+    write_picture(sensitivity_picture({name: costs[name] for name in found.terms}), out)
 
 
 def _print(found: "Sensitivity", scores: "list[ScoreAgreement]", top: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from svdq_hf.cli.options import examples
-from svdq_hf.core.release import how_to_install
+from svdq_hf.cli.pictures import check_picture, write_picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,12 +50,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         raise ValueError(
             f"{options.folder} and {options.other} have different layers; compare two of one model"
         )
-    if options.out:
-        _draw(found, Path(options.out))
     if not options.json:
         from svdq_hf.cli.tables import console
 
         console().print(_table(found))
+    if options.out is not None:
+        _draw(found, options.out)
     models = [
         {"folder": folder, "layers": {one.name: one.to_dict() for one in layers}}
         for folder, layers in zip(folders, found, strict=True)
@@ -67,14 +67,14 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded.
 
     Raises:
-        ValueError: no such text, too few tokens, or a picture that is no .svg file.
+        ValueError: no such text, too few tokens, or a picture that cannot be written.
+        ImportError: matplotlib is not installed.
     """
     if options.text is not None and not Path(options.text).is_file():
         raise ValueError(f"--text {options.text}: no such file")
     if options.tokens < 2:
         raise ValueError(f"--tokens {options.tokens}: must be 2 or more")
-    if options.out and Path(options.out).suffix != ".svg":
-        raise ValueError(f"--out {options.out}: must end with .svg")
+    check_picture(options.out)
 
 
 def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
@@ -100,19 +100,11 @@ def _measured(folder: str, options: argparse.Namespace) -> list["Spectrum"]:
     return measure_spectra(model, batches)
 
 
-def _draw(found: list[list["Spectrum"]], out: Path) -> None:
-    """Write the picture.
+def _draw(found: list[list["Spectrum"]], out: str) -> None:
+    from svdq_hf.evaluation.spectrum_picture import spectra_picture
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from svdq_hf.evaluation.report.drawing import svg
-        from svdq_hf.evaluation.spectrum_picture import spectra_picture
-    except ImportError as error:
-        raise ImportError(f"--out needs matplotlib: {how_to_install('evaluate')}") from error
     values = [{one.name: one.values for one in layers} for layers in found]
-    out.write_text(svg(spectra_picture(*values)), encoding="utf-8")
+    write_picture(spectra_picture(*values), out)
 
 
 def _table(found: list[list["Spectrum"]]) -> "Table":

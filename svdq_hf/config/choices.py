@@ -28,6 +28,8 @@ BASES = ("data", "weights")
 HADAMARD = "hadamard"
 """What a layer does with its inputs that multiplies them by a Hadamard matrix."""
 COMPUTE = ("exact", "fast")
+CACHE_BITS = (8, 4.5, 4, 3.5, 3, 2.5, 2)
+"""Bits a value of the KV cache, without scales."""
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 

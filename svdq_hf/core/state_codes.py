@@ -110,6 +110,9 @@ def encode(states: Tensor, form: StateFormat, channels: Tensor | None) -> Tensor
 
     Returns:
         `[..., heads, tokens, row_bytes]`, uint8.
+
+    Raises:
+        OverflowError: a state is NaN or infinite, or needs a larger step than the largest of `STEPS`.
     """
     dense = states.float()
     group = group_of(dense.shape[-1])
@@ -183,7 +186,13 @@ def _steps(step: Tensor) -> Tensor:
 
 
 def _step_byte(least: Tensor) -> Tensor:
-    """The byte of the smallest step that is at least so large."""
+    """The byte of the smallest step that is at least so large.
+
+    Raises:
+        OverflowError: there is none; NaN is larger than any.
+    """
+    if not bool((least <= STEPS[-1]).all()):
+        raise OverflowError(f"values need a step of {float(least.max()):.3g}, the largest is {STEPS[-1]:.0f}")
     return (torch.log2(least).mul(8).sub(1e-4).ceil() + 136).clamp(0, 255).to(torch.uint8)
 
 

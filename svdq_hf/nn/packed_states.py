@@ -8,6 +8,7 @@ conversation's own.
 Not here: what transformers asks of a cache (`integrations.transformers.cache`).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ class PackedStates:
     Args:
         form: how states are packed.
         recent: the least number of last tokens that stay as they came.
+        name: what the states are, for errors.
 
     Attributes:
         recent_states: the last tokens, `[batch, heads, tokens, head_dim]`; None before the first.
@@ -33,8 +35,8 @@ class PackedStates:
         channels: the outlier channels `[heads, head_dim / 8]` of a form that has them.
     """
 
-    def __init__(self, form: StateFormat, recent: int) -> None:
-        self.form, self.recent = form, recent
+    def __init__(self, form: StateFormat, recent: int, name: str = "states") -> None:
+        self.form, self.recent, self.name = form, recent, name
         self.clear()
 
     def clear(self) -> None:
@@ -78,19 +80,30 @@ class PackedStates:
         return states
 
     def pack(self) -> None:
-        """Pack whole blocks of the oldest tokens that are not among the recent ones."""
+        """Pack whole blocks of the oldest tokens that are not among the recent ones.
+
+        Raises:
+            ValueError: they are not finite, or too large.
+        """
         held = self.recent_states
         count = 0 if held is None else (held.shape[-2] - self.recent) // BLOCK * BLOCK
         if held is None or count <= 0:
             return
-        if self.channels is None and self.form.outliers:
-            self.channels = outlier_channels(held[:, :, :BLOCK])
-        packed = encode(held[:, :, :count], self.form, self.channels)
+        channels = self.channels
+        if channels is None and self.form.outliers:
+            channels = outlier_channels(held[:, :, :BLOCK])
+        try:
+            packed = encode(held[:, :, :count], self.form, channels)
+        except OverflowError as error:
+            raise ValueError(self._why_not(held[:, :, :count])) from error
+        self.channels = channels
         self.packed = packed if self.packed is None else torch.cat([self.packed, packed], -2)
         self.recent_states = held[:, :, count:].clone()
 
     def keep(self, first: int, stop: int) -> None:
-        """Drop the tokens before and after some.
+        """Drop the tokens before and after some, and free what they took where little is left.
+
+        Where none is left, the outlier channels are forgotten too: the next tokens may be of another text.
 
         Args:
             first: the first that stays, from 0.
@@ -98,9 +111,12 @@ class PackedStates:
         """
         before = 0 if self.packed is None else self.packed.shape[-2]
         if self.packed is not None:
-            self.packed = self.packed[:, :, first:stop] if first < before else None
+            self.packed = _compact(self.packed[:, :, first:stop]) if first < before else None
         if self.recent_states is not None:
-            self.recent_states = self.recent_states[:, :, max(first - before, 0) : max(stop - before, 0)]
+            kept = self.recent_states[:, :, max(first - before, 0) : max(stop - before, 0)]
+            self.recent_states = _compact(kept)
+        if not len(self):
+            self.packed = self.channels = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change what is held: move it, or choose sequences of the batch.
@@ -113,5 +129,21 @@ class PackedStates:
         if self.recent_states is not None:
             self.recent_states = change(self.recent_states)
 
+    def _why_not(self, states: Tensor) -> str:
+        """Why states cannot be packed, and what can be done."""
+        largest = float(states.abs().max())
+        if not math.isfinite(largest):
+            dtype = str(states.dtype).removeprefix("torch.")
+            remedy = f"load the model in bfloat16 or float32 (these came in {dtype}), or look for its cause"
+            return f"{self.name} that are NaN or infinite cannot be packed: {remedy} with a DynamicCache"
+        remedy = "take bits=8 or a DynamicCache" if self.form.bits < 8 else "take a DynamicCache"
+        return f"{self.name} as large as {largest:.3g} cannot be packed in {self.form.bits} bits: {remedy}"
+
     def _parts(self) -> list[Tensor]:
         return [part for part in (self.packed, self.recent_states) if part is not None]
+
+
+def _compact(part: Tensor) -> Tensor:
+    """A part of a tensor, by itself where it is less than half of what its storage holds."""
+    used = part.numel() * part.element_size()
+    return part.clone() if 2 * used < part.untyped_storage().nbytes() else part

@@ -126,7 +126,7 @@ def test_what_cannot_talk_is_refused_in_one_line(folder, tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_a_packed_cache_answers_and_other_bits_are_refused(folder, capsys):
+def test_a_packed_cache_answers(folder, capsys):
     question = [
         "chat",
         str(folder),
@@ -141,5 +141,9 @@ def test_a_packed_cache_answers_and_other_bits_are_refused(folder, capsys):
     packed = json.loads(capsys.readouterr().out)
     assert main(question) == 0
     assert packed["text"] == json.loads(capsys.readouterr().out)["text"]  # few tokens: all of them are recent
-    assert main([*question, "--cache-bits", "5"]) != 0
-    assert "bits=5.0: a cache is packed in one of 2, 2.5" in capsys.readouterr().err
+
+
+def test_other_bits_of_a_cache_are_refused_before_a_model_is_looked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "nowhere", "--prompt", "hello", "--cache-bits", "5"])
+    assert "invalid choice: 5.0 (choose from 8, 4.5, 4, 3.5, 3, 2.5, 2)" in capsys.readouterr().err

@@ -64,6 +64,19 @@ def test_json_of_scores_and_rows_and_a_heat_map(folders, capsys, tmp_path):
     assert "down_proj" in out.read_text()
 
 
+def test_a_picture_that_cannot_be_written_after_all_leaves_the_table(folders, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install -e '.[evaluate]'")
+
+    def full(figure):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("svdq_hf.evaluation.report.drawing.svg", full)
+    assert command(folders, "dense", "--out", str(tmp_path / "costs.svg")) == 1
+    printed = capsys.readouterr()
+    assert "layers that cost most" in printed.out
+    assert "No space left on device" in printed.err
+
+
 def test_scores_are_a_table_of_sixty_columns(folders, capsys, monkeypatch):
     monkeypatch.setattr("svdq_hf.cli.tables.console", lambda: Console(width=60))
     assert command(folders, "dense", "--scores", "--dtype", "bfloat16") == 0
@@ -76,6 +89,7 @@ def test_scores_are_a_table_of_sixty_columns(folders, capsys, monkeypatch):
     ("options", "words"),
     [
         (["--out", "costs.png"], "--out costs.png: must end with .svg"),
+        (["--out", "no-folder/x.svg"], "--out no-folder/x.svg: no such folder: no-folder; make it"),
         (["--rows"], "--rows is of --json"),
     ],
 )

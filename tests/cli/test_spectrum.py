@@ -68,6 +68,7 @@ def test_sixty_columns_hold_the_table(folders, capsys, monkeypatch):
         (["--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--tokens", "1"], "--tokens 1: must be 2 or more"),
         (["--out", "spectra.png"], "--out spectra.png: must end with .svg"),
+        (["--out", "no-folder/x.svg"], "--out no-folder/x.svg: no such folder: no-folder; make it"),
     ],
 )
 def test_options_are_refused_before_a_model_is_loaded(arguments, message, capsys):

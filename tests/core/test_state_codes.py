@@ -104,3 +104,28 @@ def test_strided_and_half_precision_states_are_packed_like_others():
     form = StateFormat(4)
     strided = dense.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(encode(strided, form, None), encode(dense.float(), form, None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("channel", [3, 40])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_no_step_reaches_is_refused(form, channel, value):
+    """One such value among others, in an outlier channel or beside them."""
+    dense = states(64)
+    channels = outlier_channels(dense) if form.outliers else None
+    dense[1, 2, 7, channel] = value
+    with pytest.raises(OverflowError, match="the largest is 30048"):
+        encode(dense, form, channels)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_range_that_the_page_promises_is_packed(form):
+    """Values of one size make the largest turned ones: a spike, or two of either sign."""
+    size = {2: 11_000, 3: 26_000, 4: 56_000, 8: 470_000}[form.bits]
+    apart = torch.ones(64)
+    apart[1::2] = 0
+    for dense in (size * torch.ones(64), -size * torch.ones(64), size * apart, size * (1 - 2 * apart)):
+        lost = there_and_back(dense.view(1, 1, 1, 64), form) - dense
+        assert lost.norm() < 0.4 * dense.norm()
+    with pytest.raises(OverflowError):
+        there_and_back(1.1 * size * torch.ones(1, 1, 1, 64), form)

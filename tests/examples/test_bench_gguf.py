@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -43,3 +44,18 @@ def test_a_text_may_be_lines_of_json(bench, tmp_path):
 def test_names_of_llama_cpps_types_are_its_own(bench):
     llama_cpp = pytest.importorskip("llama_cpp")
     assert all(hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}") for name in bench.THEIRS)
+
+
+@pytest.mark.parametrize(("begins", "first"), [("true", [2]), ("false", [])])
+def test_a_window_begins_as_the_models_texts_did(bench, monkeypatch, begins, first):
+    class Told:
+        metadata: ClassVar = {"tokenizer.ggml.add_bos_token": begins}
+        token_bos = staticmethod(lambda: 2)
+        tokenize = staticmethod(lambda text, add_bos: list(range(100, 100 + len(text))))
+
+    monkeypatch.setattr(bench, "WINDOW", 4)
+    model = bench.Model.__new__(bench.Model)
+    model.model = Told()
+    found = model.windows("some text", 8)
+    rest = 4 - len(first)
+    assert found == [first + list(range(100 + at, 100 + at + rest)) for at in range(0, 9 - rest, rest)]

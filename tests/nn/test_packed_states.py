@@ -79,6 +79,28 @@ def test_nothing_kept_and_nothing_come():
         states.dense()
 
 
+@pytest.mark.parametrize(("first", "stop"), [(0, 40), (110, 150), (0, 1), (149, 150)])
+def test_what_is_dropped_is_freed(first, stop):
+    """Views of a few tokens would hold on to the storage of all."""
+    states = filled(StateFormat(4, outliers=True), 20, tokens())
+    states.keep(first, stop)
+    parts = [part for part in (states.packed, states.recent_states) if part is not None]
+    needed = sum(part.numel() * part.element_size() for part in parts)
+    assert needed <= states.nbytes <= 2 * needed
+
+
+def test_another_text_after_the_last_token_chooses_its_own_outlier_channels():
+    form, other = StateFormat(4, outliers=True), tokens().flip(-1)
+    states = filled(form, 20, tokens())
+    states.keep(0, 0)
+    assert states.nbytes == 0
+    states.append(other)
+    states.pack()
+    fresh = filled(form, 20, other)
+    assert torch.equal(states.channels, fresh.channels)
+    assert torch.equal(states.dense(), fresh.dense())
+
+
 def test_each_changes_packed_and_recent_alike():
     states = filled(StateFormat(4, outliers=True), 10, tokens())
     dense = states.dense()
@@ -91,3 +113,25 @@ def test_bytes_held_are_those_of_the_codes_and_of_the_recent():
     form = StateFormat(4, outliers=True)
     states = filled(form, 20, *tokens().bfloat16().split(10, -2))
     assert states.nbytes == 2 * 3 * (128 * 39 + 22 * 64 * 2)
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "said"),
+    [
+        (StateFormat(4), float("nan"), "keys that are NaN or infinite .*bfloat16 or .*came in float32"),
+        (StateFormat(4, outliers=True), float("inf"), "keys that are NaN or infinite .*DynamicCache"),
+        (StateFormat(2), 1e6, r"keys as large as 1e\+06 cannot be packed in 2 bits: take bits=8 or"),
+        (StateFormat(8), 1e9, r"keys as large as 1e\+09 cannot be packed in 8 bits: take a DynamicCache"),
+    ],
+)
+def test_states_that_cannot_be_packed_are_refused_and_nothing_is_lost(form, value, said):
+    came = tokens(64)
+    came[0, 1, 40, 5] = value
+    states = PackedStates(form, 0, "keys")
+    states.append(came)
+    with pytest.raises(ValueError, match=said):
+        states.pack()
+    assert torch.equal(states.dense().nan_to_num(7), came.nan_to_num(7))
+    states.keep(0, 35)
+    states.pack()
+    assert states.packed.shape[-2] == BLOCK

@@ -62,9 +62,18 @@ def check(choices: Choices) -> None:
         raise ValueError(f"--text {text}: no such file; leave it out for a text that comes along")
     if task is not None:
         _check_task(task)
+    if choices.get("out") is not None:
+        _check_out(Path(choices["out"] or ""))
 
 
 def _check_task(task: str) -> None:
     from svdq_hf.evaluation.tasks.glue_tasks import task_of
 
     task_of(task)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that could not be made."""
+    there = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file, no folder; name another folder")

@@ -9,6 +9,7 @@ Not here: what a layer does (`integrations.transformers.cache_layers`), how a st
 (`core.state_codes`).
 """
 
+from numbers import Real
 from typing import Any
 
 import transformers
@@ -32,7 +33,7 @@ FORMATS = {
 
 
 class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
-    """KV cache in 4.5 bits a value, or in 2 to 8, for decoder models of transformers.
+    """KV cache in 8, 4.5, 4, 3.5, 3, 2.5 or 2 bits a value, for decoder models of transformers.
 
     `model.generate(..., cache=SVDQCache(model))`; before transformers 5.24 `past_key_values=`. Sampling,
     beams, assisted decoding, padded batches and several turns work as with `DynamicCache`. Gradients do not
@@ -40,7 +41,7 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
 
     Args:
         model: a model, or its config.
-        bits: of a value, without its share of the scales: 2, 3, 4 or 8; half a bit more gives an eighth of
+        bits: of a value, without its share of the scales: 8, 4, 3 or 2; 4.5, 3.5 and 2.5 give an eighth of
             the channels of each head, the largest, 4 bits more. With scales 4.5 are 4.875, where a head has
             64 channels or a multiple.
         recent: the least number of last tokens that stay as they came.
@@ -51,11 +52,7 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """
 
     def __init__(self, model: Any, bits: float = 4.5, recent: int = RECENT) -> None:
-        form = FORMATS.get(bits)
-        if form is None or isinstance(bits, bool):
-            raise ValueError(
-                f"bits={bits!r}: a cache is packed in one of {', '.join(map(str, sorted(FORMATS)))}"
-            )
+        form = _form(bits)
         if not isinstance(recent, int) or isinstance(recent, bool) or recent < 0:
             raise ValueError(f"recent={recent!r}: a number of tokens, 0 or more")
         config = _decoder_config(model)
@@ -77,6 +74,20 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
         """Bytes that the packed layers hold now, with their recent tokens."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, PackedLayer))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens: of all layers, or of none where one cannot.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers counts.
+
+        Raises:
+            ValueError: the number is positive; or tokens that have left a window would be needed again.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def __repr__(self) -> str:
         tokens = self.get_seq_length()
         return f"{type(self).__name__}(bits={self.bits}, recent={self.recent}, layers={len(self)}, {tokens=})"
@@ -85,6 +96,14 @@ class SVDQCache(Cache):  # type: ignore[misc]  # transformers ships no types
 def cache_keyword() -> str:
     """The name under which transformers takes a cache: "cache", or "past_key_values" before release 5.24."""
     return "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+def _form(bits: Any) -> StateFormat:
+    """How states are packed in so many bits a value."""
+    form = FORMATS.get(float(bits)) if isinstance(bits, Real) and not isinstance(bits, bool) else None
+    if form is None:
+        raise ValueError(f"bits={bits!r}: a cache is packed in one of {', '.join(map(str, sorted(FORMATS)))}")
+    return form
 
 
 def _decoder_config(model: Any) -> PreTrainedConfig:

@@ -28,7 +28,7 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, form: StateFormat, recent: int) -> None:
         # not the parents': they set keys and values, which are read off the packed states here
         self.is_initialized = False
-        self.states = (PackedStates(form, recent), PackedStates(form, recent))
+        self.states = (PackedStates(form, recent, "keys"), PackedStates(form, recent, "values"))
 
     @property
     def keys(self) -> Tensor | None:
@@ -75,6 +75,9 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
 
         Returns:
             All keys and values `[batch, heads, tokens, head_dim]`.
+
+        Raises:
+            ValueError: a size of heads, or a state, that cannot be packed.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -101,11 +104,25 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
             tokens_to_remove: minus their number, as transformers counts.
 
         Raises:
-            ValueError: the number is positive.
+            ValueError: see `check_crop`.
         """
-        _check_crop(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
         for one in self.states:
             one.keep(0, max(len(one) + tokens_to_remove, 0))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` cannot do, before anything is dropped.
+
+        Args:
+            tokens_to_remove: of `crop`.
+
+        Raises:
+            ValueError: the number is positive, which transformers would not take either.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): minus the number of tokens to drop, as crop({-tokens_to_remove})"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose a sequence for each place of the batch, as beam search does.
@@ -211,17 +228,34 @@ class PackedSlidingLayer(PackedLayer):
             tokens_to_remove: minus their number, as transformers counts.
 
         Raises:
+            ValueError: see `check_crop`.
+        """
+        super().crop(tokens_to_remove)
+        self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
+        self._slide()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` cannot do, before anything is dropped.
+
+        Args:
+            tokens_to_remove: of `crop`.
+
+        Raises:
             ValueError: the number is positive; or tokens that have left the window would be needed again.
         """
-        _check_crop(tokens_to_remove)
+        super().check_crop(tokens_to_remove)
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             raise ValueError(
                 "a layer of sliding attention that has passed its window cannot be cropped: "
                 "call cache.activate_past_recording() before the tokens that may be dropped"
             )
-        super().crop(tokens_to_remove)
-        self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
-        self._slide()
+        kept, some_stay = len(self.states[0]), self.cumulative_length + tokens_to_remove > 0
+        spare = kept - self.sliding_window + 1
+        if kept < self.cumulative_length and some_stay and spare + tokens_to_remove < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): at most {spare} tokens can be dropped, as those before have left "
+                f"the window of {self.sliding_window}; call cache.activate_past_recording() before them all"
+            )
 
     def _pack(self) -> None:
         if not self.record_past:
@@ -240,12 +274,4 @@ def _check_head(head_dim: int, form: StateFormat) -> None:
         raise ValueError(
             f"heads of {head_dim} channels: packed are multiples of {least}"
             + ("; bits=4 takes multiples of 8" if form.outliers and head_dim % 8 == 0 else "")
-        )
-
-
-def _check_crop(tokens_to_remove: int) -> None:
-    """Raise ValueError for a number that transformers would not take either."""
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"crop({tokens_to_remove}): minus the number of tokens to drop, as crop({-tokens_to_remove})"
         )

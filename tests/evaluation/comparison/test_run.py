@@ -159,6 +159,8 @@ def test_the_language_part_of_a_vision_text_model_is_compared(tmp_path):
         ("causal", {"speech": True}, "--speech: LlamaForCausalLM is no speech model"),
         ("causal", {"data": "somewhere"}, "--data: goes with --task, or with a speech model"),
         ("causal", {"text": "nowhere.txt"}, "--text nowhere.txt: no such file; leave it out"),
+        ("causal", {"out": __file__}, "--out .*test_run.py is a file, no folder; name another folder"),
+        ("causal", {"out": f"{__file__}/page"}, "--out .*test_run.py is a file, no folder"),
         ("causal", {"tokens": 1}, "tokens=1: must be a whole number from 2 on"),
         ("causal", {"context": 999}, "context 999: must be from 2 to 40"),
         ("causal", {"speech": True, "task": "rte"}, "--task and --speech: .* one thing at a time"),

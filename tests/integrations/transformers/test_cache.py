@@ -9,6 +9,7 @@ from tiny_models import llama, llama_config
 from torch import Tensor
 
 from svdq_hf import SVDQCache
+from svdq_hf.config.choices import CACHE_BITS
 from svdq_hf.integrations.transformers.cache import FORMATS, cache_keyword
 from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
 
@@ -206,6 +207,33 @@ def test_a_packed_sliding_layer_holds_its_window_alone():
         layer.crop(-1)
 
 
+@pytest.mark.parametrize(("dropped", "fits"), [(0, True), (2, True), (3, False), (20, False), (32, True)])
+def test_a_sliding_layer_is_cropped_as_far_as_its_window_is_there(dropped, fits):
+    """Of 32 tokens the last 2 are recorded: the 15 before them are the window's, and all may go."""
+    layer = PackedSlidingLayer(FORMATS[4.5], 0, 16)
+    layer.update(*states(30))
+    layer.activate_past_recording()
+    layer.update(*states(2))
+    if not fits:
+        with pytest.raises(ValueError, match=rf"crop\(-{dropped}\): at most 2 tokens can be dropped"):
+            layer.crop(-dropped)
+        dropped = 0
+    else:
+        layer.crop(-dropped)
+    assert layer.get_seq_length() == 32 - dropped
+    assert layer.update(*states(1))[0].shape[2] == min(16, 33 - dropped)
+
+
+def test_a_refused_crop_changes_no_layer():
+    model = gemma()
+    cache = SVDQCache(model, recent=0)
+    with torch.inference_mode():
+        model(**prompt(1), **{cache_keyword(): cache})
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20, 20, 20]
+
+
 def test_several_turns_go_on_where_the_last_ended():
     model, cache = wide_llama(), SVDQCache(wide_llama(), recent=NOTHING_PACKED)
     first = generated(model, cache, batch=1, max_new_tokens=5)
@@ -255,10 +283,14 @@ def test_an_untouched_layer_is_empty():
     assert layer.get_mask_sizes(3) == (3, 0)
 
 
-@pytest.mark.parametrize("bits", [5, 0, 1, 16, "4", None, True, 8.5])
+@pytest.mark.parametrize("bits", [5, 0, 1, 16, "4", None, True, 8.5, [4], {}, torch.ones(2)])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"bits=.*packed in one of 2, 2.5, 3, 3.5, 4, 4.5, 8"):
         SVDQCache(llama_config(), bits=bits)
+
+
+def test_the_command_line_knows_the_bits():
+    assert sorted(CACHE_BITS) == sorted(FORMATS)
 
 
 @pytest.mark.parametrize("recent", [-1, 1.5, True, "32"])
