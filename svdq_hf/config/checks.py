@@ -60,10 +60,10 @@ def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> No
     require(grouped, "group_size", size, "a number of columns where error_feedback is on")
     bits, levels = choices["bits"], choices["levels"]
     require(levels in LEVELS[bits], "levels", levels, f"one of {list(LEVELS[bits])} where bits is {bits}")
-    _check_activations(choices)
+    _check_activations(choices, score_needs)
 
 
-def _check_activations(choices: Mapping[str, Any]) -> None:
+def _check_activations(choices: Mapping[str, Any], score_needs: Sequence[str]) -> None:
     """Refuse what layers that round their activations cannot have, and choices that only these have."""
     activations = choices["activations"]
     if activations is None:
@@ -73,6 +73,8 @@ def _check_activations(choices: Mapping[str, Any]) -> None:
     beside = f"where activations is {activations} (SVDQConfig.resq(), --preset resq, sets what goes with it)"
     for name, value in WITH_ACTIVATIONS.items():
         require(choices[name] == value, name, choices[name], f"{value!r} {beside}")
+    score = choices["saliency"]
+    require(not score_needs, "saliency", score, f"one without data {beside}: no salient weights are kept")
     whole = choices["scale_bits"] == 8 or choices["group_size"] == "row"
     require(whole, "scale_bits", choices["scale_bits"], f"8, or group_size 'row', {beside}")
 

@@ -313,9 +313,18 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         return max([self.scheme.format_version, *asked])
 
 
+def is_end(end: str, layer: str) -> bool:
+    """Whether a key of `layer_inputs` fits a layer's name: at a dot, or any name where it is empty.
+
+    >>> is_end("mlp.down_proj", "layers.0.mlp.down_proj"), is_end("proj", "layers.0.mlp.down_proj")
+    (True, False)
+    """
+    return not end or f".{layer}".endswith(f".{end}")
+
+
 def _input_of(layer: str, inputs: Mapping[str, LayerInput]) -> LayerInput:
     """What a layer does with its inputs: what is said for the longest end of its name; 1: nothing."""
-    ends = [end for end in inputs if not end or f".{layer}".endswith(f".{end}")]
+    ends = [end for end in inputs if is_end(end, layer)]
     return inputs[max(ends, key=len)] if ends else 1
 
 

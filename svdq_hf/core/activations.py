@@ -41,9 +41,20 @@ class Activations:
     def columns(self, in_features: int) -> tuple[int, int]:
         """Columns outside of the subspace, and in it.
 
+        Args:
+            in_features: columns of the input.
+
+        Raises:
+            ValueError: no such layer can be: `heads` does not divide the columns, the subspace is as large as
+                a head, or the columns cannot be turned.
+
         >>> Activations(4, 1 / 8, heads=3).columns(192)
         (168, 24)
         """
+        if in_features % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the {in_features} columns of the input")
+        if self.hadamard:
+            rotation.check_order(in_features)
         inside = self.heads * subspace_columns(in_features // self.heads, self.subspace)
         return in_features - inside, inside
 

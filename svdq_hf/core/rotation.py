@@ -17,6 +17,9 @@ from torch import Tensor
 FACTOR = 64
 """Largest power of two that one product with a dense matrix turns; larger ones are turned by factors."""
 
+LARGEST_ODD = 4096
+"""Most that the odd part of an order may be: its factor is a dense matrix."""
+
 
 def hadamard(n: int) -> Tensor:
     """The matrix of `rotate`: symmetric, orthogonal, its entries at most sqrt(2 / n) in size.
@@ -28,7 +31,7 @@ def hadamard(n: int) -> Tensor:
         `[n, n]`, float64.
 
     Raises:
-        ValueError: n is not positive.
+        ValueError: n is not positive, or its odd part is more than `LARGEST_ODD`.
 
     >>> (2 * hadamard(4)).int().tolist()
     [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
@@ -47,6 +50,9 @@ def rotate(x: Tensor) -> Tensor:
     Returns:
         `[..., n]`, in the dtype of x.
 
+    Raises:
+        ValueError: see `hadamard`.
+
     >>> rotate(torch.tensor([8.0, 0, 0, 0])).tolist()
     [4.0, 4.0, 4.0, 4.0]
     """
@@ -59,11 +65,23 @@ def rotate(x: Tensor) -> Tensor:
     return y.reshape(x.shape).to(x.dtype)
 
 
+def check_order(n: int) -> None:
+    """Refuse an order that `rotate` does not turn.
+
+    Args:
+        n: columns that are to be turned.
+
+    Raises:
+        ValueError: see `hadamard`.
+    """
+    _orders(n)
+
+
 def _orders(n: int) -> list[int]:
     """Orders of the Kronecker factors of `hadamard(n)`: its odd part, then powers of two up to `FACTOR`.
 
     Raises:
-        ValueError: n is not positive.
+        ValueError: n is not positive, or its odd part is more than `LARGEST_ODD`.
 
     >>> _orders(64), _orders(1536), _orders(11008)
     ([64], [3, 8, 64], [43, 4, 64])
@@ -71,6 +89,10 @@ def _orders(n: int) -> list[int]:
     if n < 1:
         raise ValueError(f"n={n}: a rotation turns at least one coordinate")
     power = n & -n
+    if n // power > LARGEST_ODD:
+        raise ValueError(
+            f"n={n}: its odd part is {n // power}, and a rotation turns those up to {LARGEST_ODD}"
+        )
     orders: list[int] = []
     while power > FACTOR:
         orders.insert(0, FACTOR)

@@ -23,12 +23,18 @@ def subspace_columns(columns: int, share: float) -> int:
         columns: of the whole space.
         share: 0 to below 1; 0: there is no subspace.
 
+    Raises:
+        ValueError: the subspace would be the whole space, or more.
+
     >>> [subspace_columns(columns, 1 / 8) for columns in (16, 64, 576, 896, 4096)]
     [8, 8, 72, 112, 512]
     """
     if not share:
         return 0
-    return STEP * max(1, round(columns * share / STEP))
+    found = STEP * max(1, round(columns * share / STEP))
+    if found >= columns:
+        raise ValueError(f"a subspace={share:g} of {columns} columns would be {found}, which leaves none")
+    return found
 
 
 def principal_axes(covariance: Tensor) -> Tensor:

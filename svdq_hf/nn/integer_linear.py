@@ -2,8 +2,8 @@
 
 The input is turned and ordered (`core.activations`), each token is rounded, and the product is that of whole
 numbers; in the columns of the subspace both factors have 8 bits. Rounding has no gradient, so neither has the
-layer: training through it is an error and not a silent zero. Not here: the product
-(`kernels.integer_product`), how the weight is made (`quantize.integer_weight`).
+layer: going back through it is an error, since a gradient that passes it by would be wrong. Not here: the
+product (`kernels.integer_product`), how the weight is made (`quantize.integer_weight`).
 
 Source: arXiv 2412.14363 (ResQ).
 """
@@ -21,6 +21,12 @@ from svdq_hf.format.subspace import arranged_weight, halves
 from svdq_hf.kernels.backends import Choice
 from svdq_hf.kernels.integer_product import multiply
 from svdq_hf.nn.linear import SVDQLinear, as_computed, keeping_dtypes, leaf_of_a_trace
+
+NO_GRADIENT = (
+    "a layer that rounds its activations has no gradient (SVDQConfig.resq()): train the dense model and "
+    "quantize it then, or quantize weights alone (SVDQConfig.best())"
+)
+"""What training is told."""
 
 
 class SVDQIntegerLinear(SVDQLinear):
@@ -68,7 +74,15 @@ class SVDQIntegerLinear(SVDQLinear):
             y = self._product(arranged)
             if self.bias is not None:
                 y = y + self.bias.double()
-        return y.to(result).view(*x.shape[:-1], self.out_features)
+        y = y.to(result).view(*x.shape[:-1], self.out_features)
+        return self._without_gradient(y, x) if torch.is_grad_enabled() else y
+
+    def _without_gradient(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product y, through which no gradient reaches x or the bias unseen."""
+        if not x.requires_grad and (self.bias is None or not self.bias.requires_grad):
+            return y
+        refusing: Tensor = _WithoutGradient.apply(y, x, self.bias)  # type: ignore[no-untyped-call]
+        return refusing
 
     def _product(self, x: Tensor) -> Tensor:
         """The product of arranged tokens `[tokens, in]` and the weight, float64."""
@@ -99,3 +113,21 @@ class SVDQIntegerLinear(SVDQLinear):
         text = f"{super().extra_repr()}, activations={own.bits}, subspace={own.subspace:g}"
         text += f", heads={own.heads}" if own.heads > 1 else ""
         return text + (", hadamard=True" if own.hadamard else "")
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The product as it is; going back is an error, where gradients would pass it by in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product y, which depends on x and bias."""
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(NO_GRADIENT)

@@ -74,6 +74,25 @@ def weight_covariances(model: nn.Module, stream: ResidualStream) -> Covariances:
     return Covariances(written, values)
 
 
+def check_subspaces(model: nn.Module, stream: ResidualStream, share: float) -> None:
+    """Refuse a model in which a subspace would be all of the stream, or all of a head.
+
+    Args:
+        model: the dense model.
+        stream: what `find_stream` found.
+        share: of the subspace.
+
+    Raises:
+        ValueError: it names the embedding, or the layer that makes the values of the head.
+    """
+    widths = {heads.value: heads.size for _, heads in _attention(stream)}
+    for name, width in {stream.embedding: _weight(model, stream.embedding).shape[1], **widths}.items():
+        try:
+            subspace_columns(width, share)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; take subspace=0") from error
+
+
 def bases_of(
     covariances: Covariances,
     share: float,

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE
+from svdq_hf.config.svdq_config import is_end
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of
@@ -24,7 +25,7 @@ from svdq_hf.quantize.budget import items_of, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
 from svdq_hf.quantize.layer import dense_layer, empty_layer, quantized_layer
 from svdq_hf.quantize.layer_inputs import collect_for
-from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert
+from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
 from svdq_hf.quantize.weight import check_weight
 
 Item = TypeVar("Item")
@@ -76,6 +77,7 @@ def convert_layers(
             check_experts(name, module)
     linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
     check_layer_k([*linear, *(others or {})], config)
+    check_layer_inputs(chosen, config)
     seen = collect_for(model, linear, config, batches)
     config = spend(items_of({**linear, **(others or {})}), config, seen)
     linear.clear()  # it would keep dense weights alive
@@ -106,6 +108,31 @@ def check_layer_k(layers: Container[str], config: SVDQConfig) -> None:
                 f"layer_k names {name!r}, which is no linear layer that is quantized here; take the names "
                 "from footprint(model).layers or `svdq inspect`"
             )
+
+
+def check_layer_inputs(layers: Mapping[str, nn.Module], config: SVDQConfig) -> None:
+    """Refuse a config of which layers cannot do with their inputs what it says.
+
+    Args:
+        layers: the dense layers that are quantized, by name.
+        config: the config.
+
+    Raises:
+        ValueError: a key of `layer_inputs` ends the name of no layer, or a layer has no such heads, subspace
+            or Hadamard matrix; it names the one or the other.
+    """
+    if config.activations is None:
+        return
+    for end in config.layer_inputs or {}:
+        if not any(is_end(end, name) for name in layers):
+            raise ValueError(f"layer_inputs names {end!r}, which ends the name of no layer that is quantized")
+    for name, module in layers.items():
+        if layout_of(module) is not None:
+            continue
+        try:
+            config.of_layer(name).scheme.columns(shape_of(module)[1])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:

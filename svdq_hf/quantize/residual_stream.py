@@ -4,23 +4,16 @@ Found by running the model on one token and comparing tensors, so that no family
 norm's input is the stream, a reader's input is that norm's output, a writer's output is what is added before
 the next norm reads. With a single token attention returns its values, which tells the layer that makes them
 and how heads share them. Whatever does not fit (a norm behind a block, a scaled stream, experts) is refused
-with the tensor that told. Not here: rotating it (`quantize.rotate`).
+with the tensor that told. Not here: running it (`quantize.module_calls`), rotating it (`quantize.rotate`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration.inputs import evaluating
 from svdq_hf.quantize.code_inspection import is_linear
-
-
-class NotRotatable(ValueError):
-    """The model's stream cannot be rotated; the message says at which module, and why."""
+from svdq_hf.quantize.module_calls import Call, NotRotatable, one_token
 
 
 @dataclass(frozen=True)
@@ -79,16 +72,6 @@ class ResidualStream:
         return [*((block.norm, block.readers) for block in self.blocks), (self.norm, self.heads)]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module: its name, input and output."""
-
-    name: str
-    module: nn.Module
-    x: Tensor
-    y: Tensor
-
-
 def find_stream(model: nn.Module) -> ResidualStream:
     """The residual stream of a model, found by running it on one token.
 
@@ -98,30 +81,33 @@ def find_stream(model: nn.Module) -> ResidualStream:
     Raises:
         NotRotatable: its stream is not one that a rotation leaves intact; the module is named.
     """
-    calls = _one_token(model)
-    return _Search(model, calls).found()
+    return _Search(model, one_token(model)).found()
 
 
 class _Search:
     """The calls of one run, sorted into norms, readers and writers."""
 
-    def __init__(self, model: nn.Module, calls: list[_Call]) -> None:
+    def __init__(self, model: nn.Module, calls: list[Call]) -> None:
         self.model, self.calls = model, calls
-        self.norms: list[_Call] = []
-        self.writers: list[_Call] = []
+        self.norms: list[Call] = []
+        self.writers: list[Call] = []
         self.offsets: set[int] = set()
         self.stream = calls[0].y
-        last: _Call | None = None  # the linear layer that ran last
+        last: Call | None = None  # the linear layer that ran last
         for call in calls[1:]:
             if not is_linear(call.module):
                 self._norm(call, last)
             else:
                 last = call
 
-    def _norm(self, call: _Call, last: _Call | None) -> None:
+    def _norm(self, call: Call, last: Call | None) -> None:
         """Note a norm that reads the stream, and the layer that has written to it before."""
         if call.x.shape != self.stream.shape:
             return  # of queries and keys, head by head
+        if not call.x.any():
+            raise NotRotatable(
+                f"{call.name} reads nothing but zeros, which does not tell where they are from"
+            )
         if last is not None and torch.equal(call.x, self.stream + last.y):
             self.writers.append(last)
         elif not (torch.equal(call.x, self.stream) and not self.norms):
@@ -139,6 +125,7 @@ class _Search:
         if len(self.norms) < 2 or len(self.writers) != len(self.norms) - 1:
             raise NotRotatable(f"{type(self.model).__name__} has no blocks that a norm precedes")
         readers = [self._readers(norm) for norm in self.norms]
+        self._check_copies([one for read in readers for one in read])
         self._check_complete()
         blocks = tuple(
             Block(norm.name, tuple(one.name for one in read), writer.name, self._heads(writer, read))
@@ -147,9 +134,10 @@ class _Search:
         heads = tuple(one.name for one in readers[-1])
         return ResidualStream(self.calls[0].name, blocks, self.norms[-1].name, heads, max(self.offsets))
 
-    def _readers(self, norm: _Call) -> list[_Call]:
+    def _readers(self, norm: Call) -> list[Call]:
         place = norm.y.data_ptr()
-        found = [one for one in self.calls if is_linear(one.module) and one.x.data_ptr() == place]
+        linear = [one for one in self.calls if is_linear(one.module) and one.x.shape[-1] == norm.y.shape[-1]]
+        found = [one for one in linear if one.x.data_ptr() == place]
         if not found:
             raise NotRotatable(
                 f"no linear layer reads {norm.name}: where that is the last norm, load the model with its "
@@ -157,20 +145,34 @@ class _Search:
             )
         return found
 
-    def _heads(self, writer: _Call, readers: list[_Call]) -> Heads | None:
+    def _heads(self, writer: Call, readers: list[Call]) -> Heads | None:
         """Which reader's output the writer's input is, when attention sees one token; None: no attention."""
         owner = self.model.get_submodule(writer.name.rpartition(".")[0])
         size = getattr(owner, "head_dim", None)
         if not isinstance(size, int):
             return None
-        for reader in readers:
-            width, count = reader.y.shape[-1], reader.y.shape[-1] // size
-            if width % size or writer.x.numel() % width:
+        if not writer.x.any():
+            raise NotRotatable(
+                f"{writer.name} reads nothing but zeros, which does not tell the values' layer"
+            )
+        found = [one for one in readers if _makes_values(one.y, writer.x, size)]
+        if len(found) != 1:
+            which = "no layer" if not found else "more than one layer"
+            raise NotRotatable(
+                f"{writer.name}: {which} beside it makes the values that it reads, head by head"
+            )
+        return Heads(found[0].name, found[0].y.shape[-1] // size, size)
+
+    def _check_copies(self, readers: list[Call]) -> None:
+        """Refuse linear layers that read copies of the stream, or of a norm's output."""
+        known = {one.name for one in readers}
+        tensors = [(norm.name, one) for norm in self.norms for one in (norm.x, norm.y)]
+        for call in self.calls:
+            if not is_linear(call.module) or call.name in known:
                 continue
-            seen, value = writer.x.reshape(count, -1, size), reader.y.reshape(count, 1, size)
-            if torch.allclose(seen.float(), value.expand_as(seen).float(), rtol=1e-2):
-                return Heads(reader.name, count, size)
-        raise NotRotatable(f"{writer.name}: no layer beside it makes the values that it reads, head by head")
+            for name, one in tensors:
+                if call.x.shape == one.shape and torch.equal(call.x.float(), one.float()):
+                    raise NotRotatable(f"{call.name} reads a copy of what {name} reads or answers")
 
     def _check_complete(self) -> None:
         """Refuse matrices that did not run, or not as linear layers: they might read the stream unseen."""
@@ -184,7 +186,16 @@ class _Search:
                 raise NotRotatable(f"{name}.{matrix} is of no linear layer that runs with every token")
 
 
-def _offset(call: _Call) -> int:
+def _makes_values(y: Tensor, x: Tensor, size: int) -> bool:
+    """Whether `x` is `y`, each of its heads of `size` columns as often as query heads share it."""
+    width = y.shape[-1]
+    if width % size or x.numel() % width:
+        return False
+    seen, value = x.reshape(width // size, -1, size), y.reshape(width // size, 1, size)
+    return torch.allclose(seen.float(), value.expand_as(seen).float(), rtol=1e-2)
+
+
+def _offset(call: Call) -> int:
     """What an RMSNorm adds to its weight: it answers `x / rms(x) * (offset + weight)`."""
     x, y, weight = call.x.float(), call.y.float(), getattr(call.module, "weight", None)
     weight = weight.detach() if isinstance(weight, Tensor) else None
@@ -199,47 +210,3 @@ def _offset(call: _Call) -> int:
 
 def _epsilon(norm: nn.Module) -> float:
     return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)
-
-
-def _one_token(model: Any) -> list[_Call]:
-    """The calls of a model's embedding, linear layers and norms for one token, in order."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Embedding):
-        raise NotRotatable(f"{type(model).__name__} has no input embedding, where a stream would start")
-    calls: list[_Call] = []
-    token = torch.ones(1, 1, dtype=torch.long, device=embedding.weight.device)
-    try:
-        with _recorded(model, embedding, calls), evaluating(model):
-            model(input_ids=token, use_cache=False)
-    except (TypeError, ValueError) as error:  # it wants more than tokens, or has no cache: no decoder
-        kind = type(model).__name__
-        raise NotRotatable(f"{kind} does not run as a decoder on one token: {error}") from error
-    return calls
-
-
-@contextmanager
-def _recorded(model: nn.Module, embedding: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """Context manager: calls of the model's embedding, linear layers and norms are appended to `calls`."""
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def note(_: nn.Module, given: tuple[Any, ...], y: Any) -> None:
-            if given and isinstance(y, Tensor):
-                calls.append(_Call(name, module, given[0], y))
-
-        return module.register_forward_hook(note)
-
-    watched = [
-        watch(name, module)
-        for name, module in model.named_modules()
-        if module is embedding or is_linear(module) or _may_be_norm(module)
-    ]
-    try:
-        yield
-    finally:
-        for hook in watched:
-            hook.remove()
-
-
-def _may_be_norm(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return bool(own) and all(one.ndim == 1 for one in own.values()) and not list(module.children())

@@ -13,7 +13,8 @@ from torch import nn
 
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.format.names import is_salient_values
-from svdq_hf.nn.inventory import number_of_weights, packed_weights
+from svdq_hf.nn.integer_linear import NO_GRADIENT, SVDQIntegerLinear
+from svdq_hf.nn.inventory import number_of_weights, packed_weights, svdq_layers
 from svdq_hf.quantize.selection import heads
 
 ADAMW_BYTES = 4 + 4 + 4
@@ -84,7 +85,7 @@ def mark_trainable(
 
     Raises:
         TypeError: an argument is of a wrong type (`WrongKind`, which is a ValueError as well).
-        ValueError: the model is not quantized, has adapters, or nothing would train.
+        ValueError: the model is not quantized, rounds its activations, has adapters, or nothing would train.
     """
     if next(packed_weights(model), None) is None:
         raise ValueError(
@@ -95,6 +96,9 @@ def mark_trainable(
             "the model has adapters, which train by themselves and would be frozen here; salient tuning "
             "takes the model without them"
         )
+    rounding = next((name for name, one in svdq_layers(model) if isinstance(one, SVDQIntegerLinear)), None)
+    if rounding is not None:
+        raise ValueError(f"{rounding}: {NO_GRADIENT}")
     kinds = {"salient": salient, "biases": biases, "norms": norms, "head": head}
     counts = {kind: 0 for kind, chosen in kinds.items() if chosen}
     chosen = [(kind, p) for kind, p in _kinds(model) if kind in counts]

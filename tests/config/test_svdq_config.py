@@ -463,3 +463,9 @@ def test_a_key_of_another_method_is_told_by_our_name(key, meant):
 def test_the_names_of_others_stand_for_choices_and_are_none():
     assert set(ELSEWHERE.values()) <= CHOICES.keys()
     assert not ELSEWHERE.keys() & CHOICES.keys()
+
+
+@pytest.mark.parametrize("saliency", ["awq", "spqr", "pqi", "requant"])
+def test_a_score_from_data_is_refused_where_no_salient_weights_are_kept(saliency):
+    with pytest.raises(ValueError, match=f"saliency='{saliency}'.*one without data where activations is 4"):
+        SVDQConfig.resq(saliency=saliency)

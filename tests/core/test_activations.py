@@ -59,3 +59,17 @@ def test_tokens_of_zeros_and_of_one_sign_are_rounded():
     torch.testing.assert_close(found, x, rtol=0, atol=0.51)
     assert scale[0] == 0
     assert not found[0].any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "columns", "reason"),
+    [
+        (Activations(4, 1 / 8, heads=5), 64, "heads=5 does not divide the 64 columns"),
+        (Activations(4, 1 / 8, heads=8), 64, r"subspace=0\.125 of 8 columns"),
+        (Activations(4, 1 / 8, heads=65), 64, "heads=65 does not divide"),
+        (Activations(4, hadamard=True), 49999, "n=49999: its odd part"),
+    ],
+)
+def test_an_input_that_a_layer_cannot_have_is_refused(scheme, columns, reason):
+    with pytest.raises(ValueError, match=reason):
+        scheme.columns(columns)

@@ -50,6 +50,12 @@ def test_an_outlier_is_spread_and_lengths_stay():
     torch.testing.assert_close(turned.norm(), x.norm())
 
 
+@pytest.mark.parametrize("n", [4099, 2 * 4097, 49999 * 64])
+def test_an_order_with_a_large_odd_part_is_refused(n):
+    with pytest.raises(ValueError, match=f"n={n}: its odd part is .* up to 4096"):
+        rotate(torch.zeros(1, n))
+
+
 def test_an_order_below_one_is_refused():
     with pytest.raises(ValueError, match="n=0"):
         hadamard(0)

@@ -60,3 +60,9 @@ def test_a_subspace_is_a_multiple_of_eight_near_its_share(columns, share):
     found = subspace_columns(columns, share)
     assert found % 8 == 0 < found
     assert abs(found - columns * share) <= 8
+
+
+@pytest.mark.parametrize(("columns", "share"), [(8, 1 / 8), (1, 0.01), (16, 0.99)])
+def test_a_subspace_that_leaves_nothing_is_refused(columns, share):
+    with pytest.raises(ValueError, match=f"of {columns} columns would be .*, which leaves none"):
+        subspace_columns(columns, share)

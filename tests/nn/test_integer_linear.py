@@ -79,15 +79,35 @@ def test_eight_bits_of_activations_are_nearer_than_four():
         dense, layer = layer_of("q", activations=bits)
         x = torch.randn(50, 192)
         exact = nn.functional.linear(x, layer.dequantize(), dense.bias).detach()
-        errors.append(float((layer(x) - exact).norm()))
+        with torch.no_grad():
+            errors.append(float((layer(x) - exact).norm()))
     assert errors[1] < errors[0] / 8
 
 
-def test_training_through_it_is_an_error_and_no_silent_zero():
-    _, layer = layer_of("q")
+@pytest.mark.parametrize("bias", [True, False])
+def test_training_through_it_or_around_it_is_an_error_and_no_wrong_gradient(bias):
+    _, layer = layer_of("q", bias=bias)
     x = torch.randn(3, 192, requires_grad=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        layer(x).sum().backward()
+    with pytest.raises(RuntimeError, match="rounds its activations has no gradient"):
+        (layer(x).sum() + x.sum()).backward()
+    assert x.grad is None
+
+
+def test_its_output_requires_a_gradient_only_where_something_it_depends_on_does():
+    _, layer = layer_of("q")
+    x = torch.randn(3, 192)
+    assert layer(x).requires_grad
+    assert not layer.requires_grad_(False)(x).requires_grad
+    with torch.no_grad():
+        assert not layer(x.requires_grad_()).requires_grad
+
+
+def test_it_is_exported_without_gradients():
+    _, layer = layer_of("o")
+    x = torch.randn(4, 192)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()
+        assert torch.equal(exported(x), layer(x))
 
 
 def test_a_copy_and_a_state_dict_are_the_layer():
@@ -111,6 +131,7 @@ def test_autocast_gives_its_dtype():
 def test_it_has_shapes_without_data_and_is_one_graph(name):
     _, layer = layer_of(name)
     x = torch.randn(2, 5, 192)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
     assert layer.to("meta")(x.to("meta")).shape == (2, 5, 24)

@@ -1,6 +1,7 @@
 """Models of which weights and activations are integers: quantized, saved, loaded, made dense again."""
 
 import json
+import shutil
 
 import pytest
 import tiny_models as tiny
@@ -148,6 +149,85 @@ def test_a_weight_that_is_not_finite_is_refused_before_anything_is_rotated():
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
         quantize_model(model, CONFIG)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def poisoned(name):
+    model = loud("qwen2")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = torch.inf
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.self_attn.v_proj.bias",
+    ],
+)
+def test_any_parameter_that_is_not_finite_is_refused_by_its_name(name):
+    model = poisoned(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^{name} has a NaN or an infinity"):
+        quantize_model(model, CONFIG)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_heads_that_a_subspace_would_fill_are_refused_before_anything_is_rotated():
+    sizes = {**tiny._DECODER, "head_dim": 8, "num_attention_heads": 8}
+    model = tiny._seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**sizes))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj: a subspace=0\.125 of 8 columns"):
+        quantize_model(model, CONFIG)
+    with pytest.raises(ValueError, match=r"v_proj: a subspace=0\.125 of 8 columns .* take subspace=0"):
+        quantize_model(model, CONFIG.replace(modules_to_not_convert=["o_proj"]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("choices", "given", "reason"),
+    [
+        ({"layer_inputs": {"o_proj": 4}}, None, "layer_inputs=.*leave it out"),
+        ({"basis": "weights"}, batches(), "basis='weights' needs no data: leave the batches out"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(choices, given, reason):
+    with pytest.raises(ValueError, match=reason):
+        quantize_model(loud(), CONFIG.replace(**choices), given)
+
+
+def test_only_layers_that_are_quantized_are_named(tmp_path):
+    model = quantize_model(loud(), CONFIG.replace(modules_to_not_convert=["down_proj"]))
+    assert model.config.quantization_config.layer_inputs == {"self_attn.o_proj": 4}
+    found = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path)), found)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    quantize_model(loud(), CONFIG).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"attn.o_proj": 4}, "layer_inputs names 'attn.o_proj', which ends the name of no layer"),
+        ({"self_attn.o_proj": 3}, r"layers\.0\.self_attn\.o_proj: heads=3 does not divide the 64 columns"),
+        ({"self_attn.o_proj": 8}, r"layers\.0\.self_attn\.o_proj: a subspace=0\.125 of 8 columns"),
+    ],
+)
+def test_a_file_whose_config_names_what_no_layer_has_is_refused(inputs, reason, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layer_inputs"] |= inputs
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=reason):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_quantizing_while_loading_is_refused_with_the_remedy(tmp_path):

@@ -6,6 +6,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.quantize.residual_stream import Heads, NotRotatable, find_stream
 
 REFUSED = {
@@ -63,6 +64,55 @@ def test_a_layer_that_runs_twice_is_refused():
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
     with pytest.raises(NotRotatable, match="runs more than once"):
         find_stream(model)
+
+
+def test_an_empty_row_of_the_embedding_hides_nothing():
+    model = tiny._seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny._DECODER, "pad_token_id": 1}))
+    assert not model.model.embed_tokens.weight[1].any()
+    assert find_stream(model) == find_stream(tiny.llama())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("embed_tokens", "0.input_layernorm reads"), ("layers.0.self_attn.v_proj", "0.self_attn.o_proj reads")],
+)
+def test_nothing_is_told_by_zeros(name, reason):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.get_submodule(name).weight.zero_()
+    with pytest.raises(NotRotatable, match=f"{reason} nothing but zeros"):
+        find_stream(model)
+
+
+class Doubling(nn.Module):
+    """A feed-forward block, one layer of which reads a copy of what the others read, times a factor."""
+
+    def __init__(self, block, factor):
+        super().__init__()
+        self.block, self.factor, self.more = block, factor, nn.Linear(64, 96, bias=False)
+
+    def forward(self, x):
+        gate = self.block.act_fn(self.block.gate_proj(x)) * self.more(x * self.factor)
+        return self.block.down_proj(gate * self.block.up_proj(x))
+
+
+def doubling(factor):
+    model = tiny.llama()
+    model.model.layers[1].mlp = Doubling(model.model.layers[1].mlp, factor)
+    with torch.no_grad():
+        for parameter in model.model.layers[1].mlp.parameters():
+            parameter.mul_(tiny.LOUD)
+    return model
+
+
+def test_a_layer_that_reads_a_copy_of_a_norms_output_is_refused():
+    with pytest.raises(NotRotatable, match=r"mlp\.more reads a copy of what .*post_attention_layernorm"):
+        find_stream(doubling(1.0))
+
+
+def test_a_model_that_computes_something_else_when_rotated_is_refused():
+    with pytest.raises(NotRotatable, match=r"its logits differ by .* Load the model again"):
+        quantize_model(doubling(2.0), SVDQConfig.resq())
 
 
 def test_the_model_is_left_as_it_was():

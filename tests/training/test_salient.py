@@ -123,6 +123,12 @@ def test_a_dense_model_is_refused():
         mark_trainable(tiny.classifier())
 
 
+def test_a_model_that_rounds_its_activations_is_refused():
+    quantized = quantize_model(tiny.llama(), SVDQConfig.resq())
+    with pytest.raises(ValueError, match=r"layers\.0\..* rounds its activations has no gradient"):
+        mark_trainable(quantized, show=False)
+
+
 # Training.
 
 

@@ -18,6 +18,7 @@ from svdq_hf.format.files import REMEDY as SOURCE_REMEDY
 from svdq_hf.format.names import WeightName
 from svdq_hf.integrations.transformers.checkpoint_headers import REMEDY, Checkpoint, HeaderEntry
 from svdq_hf.integrations.transformers.expert_conversions import is_merge
+from svdq_hf.quantize.convert import check_layer_inputs
 from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.selection import convertible, weights_of
 from svdq_hf.quantize.weight import check_source_dtype
@@ -128,20 +129,22 @@ def stored_layers(
 
     Raises:
         ValueError: a part is missing, there is one too many, or its shape or dtype is not that of
-            `part_specs`.
+            `part_specs`; see also `check_layer_inputs`.
     """
-    found = {}
-    for name, module in layers.items():
-        weights = weights_of(name, module)
-        if any(_is_packed(stored, checkpoint) for stored in weights):
-            for stored in weights:  # of experts both, or none
-                _check_stored(stored, checkpoint, config)
-            found[name] = module
+    found = {
+        name: module
+        for name, module in layers.items()
+        if any(_is_packed(stored, checkpoint) for stored in weights_of(name, module))
+    }
     if not found:
         raise ValueError(
             f"config.json says svdq, and no layer of the files is quantized. {REMEDY}; or, where the model "
             "is meant to be dense, take quantization_config out of its config.json"
         )
+    check_layer_inputs(found, config)
+    for name, module in found.items():
+        for stored in weights_of(name, module):  # of experts both, or none
+            _check_stored(stored, checkpoint, config)
     return found
 
 

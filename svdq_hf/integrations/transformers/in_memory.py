@@ -86,6 +86,7 @@ def _quantized(
     table = chosen_embedding(model, config, head)
     others = {one.name: one.module for one in (head, table) if one is not None}
     if config.activations is not None:
+        _check_given(config, batches)
         batches = None if batches is None else list(batches)  # read twice
         config = prepare_activations(model, config, batches)
         batches = batches if config.data_needs else None
@@ -99,6 +100,17 @@ def _quantized(
     name_packed_codes(model)
     patches.apply()  # a part of a model: the whole may be saved
     return model
+
+
+def _check_given(config: SVDQConfig, batches: Iterable[Any] | None) -> None:
+    """Refuse what quantizing for integer activations would overwrite, or not read."""
+    if config.layer_inputs is not None:
+        raise ValueError(
+            f"layer_inputs={config.layer_inputs}: is written by quantizing, from what the model is; leave it "
+            "out, or config.replace(layer_inputs=None)"
+        )
+    if batches is not None and config.basis == "weights" and not config.data_needs:
+        raise ValueError("basis='weights' needs no data: leave the batches out, or take basis='data'")
 
 
 def _mark_quantized(model: PreTrainedModel, quantizer: SVDQHfQuantizer) -> None:

@@ -18,7 +18,7 @@ from svdq_hf.integrations.transformers.load_checks import check_values
 from svdq_hf.integrations.transformers.load_progress import LoadProgress
 from svdq_hf.integrations.transformers.quantize_op import SVDQQuantize
 from svdq_hf.nn.inventory import svdq_experts, svdq_layers
-from svdq_hf.quantize.convert import replace_layers
+from svdq_hf.quantize.convert import check_layer_inputs, replace_layers
 from svdq_hf.quantize.embedding import (
     Embedding,
     find_embedding,
@@ -50,6 +50,7 @@ class PackedLoad(Load):
             check_none_missing(model, checkpoint, layers, self.config)
         else:
             chosen = layers_to_convert(model, self.config)
+            check_layer_inputs(chosen, self.config)
         head = stored_head(model, checkpoint, self.config)
         table = stored_embedding(model, checkpoint, self.config, head)
         if head is not None:
