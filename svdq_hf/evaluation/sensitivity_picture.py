@@ -29,8 +29,8 @@ def by_place(costs: Mapping[str, float]) -> tuple[list[str], list[str], dict[tup
 
     >>> rows, columns, found = by_place({"h.0.attn.q": 1.0, "h.0.up": 2.0, "h.1.up": 3.0, "pool": 4.0})
     >>> rows, columns
-    (['0', '1', ''], ['attn.q', 'up', 'pool'])
-    >>> found["1", "up"]
+    (['h.0', 'h.1', ''], ['attn.q', 'up', 'pool'])
+    >>> found["h.1", "up"]
     3.0
     """
     found: dict[tuple[str, str], float] = {}

@@ -275,7 +275,7 @@ def test_awq_beats_plain_rounding_where_inputs_differ():
     inputs[:, ::32] *= 20  # a few inputs that matter
     found = peers.awq(weight, statistics(inputs), group=64)
     assert found.bits == 64 * 128 * 4 + 64 * 2 * 20 + 128 * 16
-    plain = peers._round(weight, 64)
+    plain = peers.rtn(weight, 64)[1]
     assert (inputs @ (plain - weight).T).norm() > 1.5 * (inputs @ (found.dequantize() - weight).T).norm()
     with pytest.raises(ValueError, match="needs the Gram matrix"):
         peers.awq(weight, None, group=64)

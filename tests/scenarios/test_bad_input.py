@@ -334,13 +334,13 @@ def test_a_part_that_the_config_does_not_know_is_named(key, value, part, stored)
 # A quantized file: config.json.
 
 
-@pytest.mark.parametrize("version", [5, 99, 0, -1, "1", None, True, 1.0], ids=repr)
+@pytest.mark.parametrize("version", [6, 99, 0, -1, "1", None, True, 1.0], ids=repr)
 def test_a_format_version_that_is_unknown_is_named(version, stored):
     stored.config["quantization_config"]["format_version"] = version
     with pytest.raises(ValueError, match=f"format_version={version!r}") as error:
         load(stored.write())
-    if version in (5, 99):
-        assert_says(error, "reads up to 4", "install a newer one")
+    if version in (6, 99):
+        assert_says(error, "reads up to 5", "install a newer one")
 
 
 @pytest.mark.parametrize(
