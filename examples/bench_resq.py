@@ -25,6 +25,7 @@ import svdq_hf
 from svdq_hf import SVDQConfig
 from svdq_hf.calibration.texts import read_text, text_batches
 from svdq_hf.core.subspace import channel_axes, principal_axes
+from svdq_hf.integrations.transformers.cache import cache_keyword
 from svdq_hf.quantize.bases import Covariances, bases_of, seen_covariances, weight_covariances
 from svdq_hf.quantize.convert import convert_layers
 from svdq_hf.quantize.integer_activations import layer_inputs
@@ -139,9 +140,8 @@ def log_probabilities(
 def _logits(model: Any, ids: torch.Tensor, cache_bits: float | None) -> torch.Tensor:
     if cache_bits is None:
         return model(input_ids=ids).logits[0]
-    cache = svdq_hf.SVDQCache(model, cache_bits, recent=0)
-    parts = ids.split(FED, 1)
-    return torch.cat([model(input_ids=part, past_key_values=cache).logits[0] for part in parts])
+    cache = {cache_keyword(): svdq_hf.SVDQCache(model, cache_bits, recent=0)}
+    return torch.cat([model(input_ids=part, **cache).logits[0] for part in ids.split(FED, 1)])
 
 
 def loss(found: list[torch.Tensor], windows: list[torch.Tensor]) -> float:
