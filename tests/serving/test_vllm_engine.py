@@ -144,6 +144,7 @@ def test_two_processes_share_a_model(tmp_path, choices):
     check_answers(loaded(folder), asked, told, TOKENS)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT's own
 @pytest.mark.parametrize("choices", [{}, {"lm_head": True, "tie": True}], ids=["layers", "tied head"])
 def test_adapter_on_packed_layers(tmp_path, choices):
     folder = folder_of(tmp_path / "model", **choices)
