@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from svdq_hf.config.choices import CHOICES, DATA, Choice, Option
+from svdq_hf.config.choice_row import Choice, Option
+from svdq_hf.config.choices import CHOICES, DATA
 from svdq_hf.config.presets import PRESETS
 
 NO_PRESET = "default"

@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svdq_hf.config.choices import CHOICES, QUANT_METHOD, is_count
+from svdq_hf.config.choice_row import is_count
+from svdq_hf.config.choices import CHOICES, QUANT_METHOD
 from svdq_hf.core.grid_values import LEVELS, require
 from svdq_hf.core.release import how_to_install
 from svdq_hf.format.versions import FORMAT_VERSION

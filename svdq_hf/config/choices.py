@@ -1,14 +1,13 @@
 """Table of the choices of SVDQConfig: one row each for checks, stored keys, options and the docs page.
 
 Imports neither torch nor transformers, so that `svdq --help` is fast. Not here: the signature, which
-`SVDQConfig.__init__` writes out for editors (a test compares it with this table), and what the values do
-(`core`, `format`).
+`SVDQConfig.__init__` writes out for editors (a test compares it with this table), what a row is
+(`config.choice_row`), and what the values do (`core`, `format`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from svdq_hf.config.choice_row import FLAG, Check, Choice, Option, is_count
 from svdq_hf.core.grid_values import (
     BITS,
     GROUP_SIZES,
@@ -35,61 +34,6 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 EVERY = ("quantize", "demo", "evaluate")
 """The commands that quantize."""
-
-
-class Check(NamedTuple):
-    """What a value may be: as a predicate, and in words."""
-
-    fits: Callable[[Any], bool]
-    allowed: str
-
-
-class Option(NamedTuple):
-    """How a choice is given on the command line."""
-
-    parse: Callable[[str], Any] = str
-    values: tuple[Any, ...] = ()
-    """The allowed values; the command line refuses others. Empty: the check decides."""
-    name: str = ""
-    """Name of the option. Empty: made of the choice's name, as in `--group-size`."""
-    repeats: bool = False
-    """Whether it takes one name and may be given several times."""
-    more: str = ""
-    """Help that only the command line needs."""
-    commands: tuple[str, ...] = ("quantize", "demo")
-
-
-_OPTION = Option()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One row of the table: a choice, its default, its check, and where it is stored and shown."""
-
-    default: Any
-    check: Check
-    help: str
-    """The choice in plain words; its row of docs/choices.md begins with them."""
-    since: int = 1
-    """The first version of the format whose files hold it."""
-    before: Any = None
-    """For a part of the grid that is newer than version 1: the value that older files imply."""
-    of: Literal["grid", "files", ""] = ""
-    """"grid": an attribute of `Grid`. "files": any value but the default needs format version `since`."""
-    stored: bool = True
-    """Whether files hold it; otherwise whoever quantizes or runs the model chooses."""
-    option: Option | None = _OPTION
-    """None: it is no command line option."""
-
-    @property
-    def is_flag(self) -> bool:
-        """Whether it is on or off, and nothing else."""
-        return self.check is _FLAG
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is an int from 0 on; True and False are not."""
-    return type(value) is int and value >= 0
 
 
 def dtype_name(dtype: Any) -> str | None:
@@ -139,7 +83,6 @@ def _are_inputs(value: object) -> bool:
 
 
 _A_SUBSPACE = "a share from 0 to 0.5"
-_FLAG = Check(lambda value: type(value) is bool, "true or false")
 _K = Check(lambda k: is_count(k) or _is_share(k), "an int from 0 on, or a float between 0 and 1")
 _SEED = Check(lambda seed: is_count(seed) and seed < 2**63, "an int from 0 to 2**63 - 1")
 _FEEDBACK = Check(lambda on: type(on) is bool or on == SYNTHETIC, "true, false or 'synthetic'")
@@ -198,7 +141,7 @@ CHOICES: dict[str, Choice] = {
         option=Option(float),
     ),
     "levels": Choice(
-        None,  # depends on the bits: see `_completed` of `config.svdq_config`
+        None,  # depends on the bits: see `completed` of `config.chosen`
         _one_of("linear", "normal"),
         "what the codes stand for: normal or linear",
         since=2,
@@ -207,7 +150,7 @@ CHOICES: dict[str, Choice] = {
         option=Option(values=("linear", "normal")),
     ),
     "column_scale": Choice(
-        True, _FLAG, "each column has a scale of its own too", since=2, before=False, of="grid"
+        True, FLAG, "each column has a scale of its own too", since=2, before=False, of="grid"
     ),
     "scale_bits": Choice(
         8,
@@ -230,11 +173,11 @@ CHOICES: dict[str, Choice] = {
         ),
     ),
     "lm_head": Choice(
-        False, _FLAG, "the output head is quantized too", since=2, of="files", option=Option(commands=EVERY)
+        False, FLAG, "the output head is quantized too", since=2, of="files", option=Option(commands=EVERY)
     ),
     "embeddings": Choice(
         False,
-        _FLAG,
+        FLAG,
         "the input embedding is quantized too",
         since=4,
         of="files",

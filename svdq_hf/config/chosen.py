@@ -3,12 +3,14 @@
 Not here: how they are given, checked and stored (`config.svdq_config`).
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from svdq_hf.config.choices import HADAMARD, SYNTHETIC, part_of_grid
+from svdq_hf.config.layer_inputs import LayerInput
 from svdq_hf.core.activations import Activations
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
@@ -16,7 +18,6 @@ from svdq_hf.core.saliency import data_needs, no_data, saliency_names
 from svdq_hf.format.parts import Scheme
 
 ErrorFeedback = bool | Literal["synthetic"]
-LayerInput = int | Literal["hadamard"]
 
 
 class Chosen:
@@ -113,3 +114,21 @@ def score_data(saliency: str) -> list[str]:
     A stored model may name a score of its author's that is not known here; it loads without that score.
     """
     return data_needs(saliency) if saliency in saliency_names() else []
+
+
+def completed(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices with derived values filled in, and with lists and dicts copied.
+
+    Args:
+        choices: a value for each row of `CHOICES`, by name.
+    """
+    names, layers, levels = (choices[name] for name in ("modules_to_not_convert", "layer_k", "levels"))
+    inputs = choices["layer_inputs"]
+    return {
+        **choices,
+        "layer_inputs": dict(inputs) if isinstance(inputs, dict) else inputs,
+        "modules_to_not_convert": list(names) if isinstance(names, tuple | list) else names,
+        "layer_k": dict(layers) if isinstance(layers, dict) else layers,
+        # The levels of a table have 8 bits themselves, so 8 bits of code leave no choice.
+        "levels": ("linear" if choices["bits"] == 8 else "normal") if levels is None else levels,
+    }

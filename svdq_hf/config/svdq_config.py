@@ -20,7 +20,8 @@ from svdq_hf.config.choices import (
     not_stored,
     stored_in,
 )
-from svdq_hf.config.chosen import Chosen, ErrorFeedback, LayerInput, score_data
+from svdq_hf.config.chosen import Chosen, ErrorFeedback, completed, score_data
+from svdq_hf.config.layer_inputs import LayerInput, input_of
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
 from svdq_hf.core.release import VERSION, how_to_install
@@ -126,7 +127,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
     ) -> None:
         given = locals()
         check_stored(stored)
-        choices = _completed({name: given[name] for name in CHOICES})
+        choices = completed({name: given[name] for name in CHOICES})
         check_choices(choices)
         if "format_version" not in stored:  # a stored model loads where its author's own score is not known
             check_name(saliency)
@@ -235,7 +236,7 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         9
         """
         if self.activations is not None:
-            return self.replace(layer_inputs={"": _input_of(name, self.layer_inputs or {})})
+            return self.replace(layer_inputs={"": input_of(name, self.layer_inputs or {})})
         if self.layer_k is None:
             return self
         return self.replace(k=self.layer_k.get(name, self.k), layer_k=None, target_bits=None)
@@ -311,32 +312,3 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         rows = {name: row for name, row in CHOICES.items() if row.of == "files"}
         asked = [row.since for name, row in rows.items() if getattr(self, name) != row.default]
         return max([self.scheme.format_version, *asked])
-
-
-def is_end(end: str, layer: str) -> bool:
-    """Whether a key of `layer_inputs` fits a layer's name: at a dot, or any name where it is empty.
-
-    >>> is_end("mlp.down_proj", "layers.0.mlp.down_proj"), is_end("proj", "layers.0.mlp.down_proj")
-    (True, False)
-    """
-    return not end or f".{layer}".endswith(f".{end}")
-
-
-def _input_of(layer: str, inputs: Mapping[str, LayerInput]) -> LayerInput:
-    """What a layer does with its inputs: what is said for the longest end of its name; 1: nothing."""
-    ends = [end for end in inputs if is_end(end, layer)]
-    return inputs[max(ends, key=len)] if ends else 1
-
-
-def _completed(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices with derived values filled in, and with lists and dicts copied."""
-    names, layers, levels = (choices[name] for name in ("modules_to_not_convert", "layer_k", "levels"))
-    inputs = choices["layer_inputs"]
-    return {
-        **choices,
-        "layer_inputs": dict(inputs) if isinstance(inputs, dict) else inputs,
-        "modules_to_not_convert": list(names) if isinstance(names, tuple | list) else names,
-        "layer_k": dict(layers) if isinstance(layers, dict) else layers,
-        # The levels of a table have 8 bits themselves, so 8 bits of code leave no choice.
-        "levels": ("linear" if choices["bits"] == 8 else "normal") if levels is None else levels,
-    }

@@ -90,11 +90,11 @@ class SVDQIntegerLinear(SVDQLinear):
         both = halves(self.parts(), self.in_features, self.scheme)
         bits = (self.activations.bits, SUBSPACE_BITS)
         columns = (x[:, :low], x[:, low:])
-        products = [
+        first, *more = (
             multiply(round_tokens(part, width), half.parts, half.group)
-            for half, width, part in zip(both, bits, columns, strict=False)
-        ]
-        return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+            for half, width, part in zip(both, bits, columns, strict=False)  # one half: no subspace
+        )
+        return sum(more, first)
 
     def backend(self, x: Tensor) -> Choice:
         """Which backend computes this layer: plain torch, for every input and device.

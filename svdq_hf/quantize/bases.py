@@ -19,6 +19,7 @@ from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.core.subspace import mixed, principal_axes, subspace_columns
 from svdq_hf.quantize.residual_stream import Block, Heads, ResidualStream
 from svdq_hf.quantize.rotate import Bases
+from svdq_hf.quantize.selection import dense_weight
 
 _STREAM = "residual stream"
 
@@ -64,12 +65,12 @@ def weight_covariances(model: nn.Module, stream: ResidualStream) -> Covariances:
         model: the dense model, its norms folded.
         stream: what `find_stream` found.
     """
-    written = _mean_square(_weight(model, stream.embedding))
-    for weight in (_weight(model, block.writer).double() for block in stream.blocks):
+    written = _mean_square(dense_weight(model.get_submodule(stream.embedding)))
+    for weight in (dense_weight(model.get_submodule(block.writer)).double() for block in stream.blocks):
         written += weight @ weight.T
     values = {}
     for _, heads in _attention(stream):
-        rows = _weight(model, heads.value).double().view(heads.count, heads.size, -1)
+        rows = dense_weight(model.get_submodule(heads.value)).double().view(heads.count, heads.size, -1)
         values[heads.value] = rows @ rows.mT
     return Covariances(written, values)
 
@@ -85,8 +86,9 @@ def check_subspaces(model: nn.Module, stream: ResidualStream, share: float) -> N
     Raises:
         ValueError: it names the embedding, or the layer that makes the values of the head.
     """
-    widths = {heads.value: heads.size for _, heads in _attention(stream)}
-    for name, width in {stream.embedding: _weight(model, stream.embedding).shape[1], **widths}.items():
+    widths = {stream.embedding: dense_weight(model.get_submodule(stream.embedding)).shape[1]}
+    widths |= {heads.value: heads.size for _, heads in _attention(stream)}
+    for name, width in widths.items():
         try:
             subspace_columns(width, share)
         except ValueError as error:
@@ -139,10 +141,3 @@ def _mean_square(rows: Tensor) -> Tensor:
     for block in torch.split(rows, 4096):
         total += block.double().T @ block.double()
     return total / rows.shape[0]
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} has no weight")
-    return weight.detach()

@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import COMPUTE
-from svdq_hf.config.svdq_config import is_end
+from svdq_hf.config.layer_inputs import is_end
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.core.grid_values import require
 from svdq_hf.nn.expert_layouts import layout_of

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from svdq_hf.core.rounding import row_blocks
 from svdq_hf.quantize.residual_stream import Block, Heads, ResidualStream
+from svdq_hf.quantize.selection import dense_weight
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def fold_norms(model: nn.Module, stream: ResidualStream) -> None:
     _untie(model, stream)
     with torch.no_grad():
         for norm, readers in stream.reads:
-            gain = _weight(model, norm)
-            for weight in (_weight(model, name) for name in readers):
+            gain = dense_weight(model.get_submodule(norm))
+            for weight in (dense_weight(model.get_submodule(name)) for name in readers):
                 for rows, block in _blocks(weight):
                     weight[rows] = (block * (gain.double() + stream.offset)).to(weight.dtype)
             gain.fill_(1 - stream.offset)
@@ -71,7 +72,7 @@ def rotate(model: nn.Module, stream: ResidualStream, bases: Bases) -> None:
 def _rotate_stream(model: nn.Module, stream: ResidualStream, basis: Tensor) -> None:
     readers = [name for _, names in stream.reads for name in names]
     for name in (stream.embedding, *readers):
-        _rotate_columns(_weight(model, name), basis)
+        _rotate_columns(dense_weight(model.get_submodule(name)), basis)
     for name in (block.writer for block in stream.blocks):
         layer = model.get_submodule(name)
         for tensor in (layer.weight, layer.bias):
@@ -81,7 +82,7 @@ def _rotate_stream(model: nn.Module, stream: ResidualStream, basis: Tensor) -> N
 
 def _rotate_heads(model: nn.Module, block: Block, heads: Heads, basis: Tensor) -> None:
     """U_B of one attention block; query heads that share values share their basis."""
-    value, reads = model.get_submodule(heads.value), _weight(model, block.writer)
+    value, reads = model.get_submodule(heads.value), dense_weight(model.get_submodule(block.writer))
     basis = basis.to(reads.device)
     for tensor in (value.weight, value.bias):
         if isinstance(tensor, Tensor):
@@ -104,16 +105,9 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, weight[rows].double()
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} has no weight")
-    return weight
-
-
 def _untie(model: Any, stream: ResidualStream) -> None:
     """Give heads that share the embedding's matrix one of their own."""
-    table = _weight(model, stream.embedding)
+    table = dense_weight(model.get_submodule(stream.embedding), detach=False)
     for name in stream.heads:
         head = model.get_submodule(name)
         if head.weight is table:

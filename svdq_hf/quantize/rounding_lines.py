@@ -51,12 +51,13 @@ def line_of(
     Raises:
         ValueError: see `quantize_weight`.
     """
-    dense = partial(matrix_of, module)
-    shape, scores = dense().shape, torch.zeros(dense().numel(), device=dense().device)
+    weight = matrix_of(module)
+    scores = torch.zeros(weight.numel(), device=weight.device)
     scores[kept.to(scores.device)] = 1.0
     chosen = config.replace(k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None)
-    parts, _ = quantize_weight(dense(), chosen, name, inputs, Scored(scores.view(shape), {}))
-    return Line(module, dense, partial(reconstruct, parts, shape[1], chosen.scheme))
+    parts, _ = quantize_weight(weight, chosen, name, inputs, Scored(scores.view(weight.shape), {}))
+    rounded = partial(reconstruct, parts, weight.shape[1], chosen.scheme)
+    return Line(module, partial(matrix_of, module), rounded)
 
 
 class GradientSums:

@@ -22,7 +22,8 @@ from svdq_hf.checkpoint.folders import SHARD_SIZE
 from svdq_hf.cli.command import COMMANDS, _parse, main
 from svdq_hf.cli.evaluate import EXAMPLE
 from svdq_hf.cli.options import config_of, option_name
-from svdq_hf.config.choices import CHOICES, Option
+from svdq_hf.config.choice_row import Option
+from svdq_hf.config.choices import CHOICES
 from svdq_hf.hub.readme import metadata_of
 from svdq_hf.quantize.empty_model import named_class
 

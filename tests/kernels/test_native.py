@@ -163,7 +163,7 @@ def test_one_token_gives_the_same_bits_alone_and_among_eight(split):
 IN_A_PROCESS_OF_ITS_OWN = """
 import os, re, torch
 from svdq_hf.kernels.native import library as native
-assert native.library() is not None and native._parallel_of_torch() is not None
+assert native.library() is not None and native.parallel_of_torch() is not None
 loaded = re.findall(r"\\S*lib[gi]?omp\\S*", open("/proc/self/maps").read())
 print(len({os.path.realpath(file) for file in loaded}))
 """

@@ -177,7 +177,7 @@ def test_what_is_not_supported_says_why(monkeypatch):
     assert "float64" in (rounding.supports(weight.double(), Grid()) or "")
     assert "strided" in (rounding.reads(weight.T) or "")
     assert "meta" in (rounding.reads(weight.to("meta")) or "")
-    monkeypatch.setattr(rounding, "library", lambda: None)
+    monkeypatch.setattr(library, "library", lambda: None)
     rounding.quantizing.cache_clear()
     try:
         assert "not built" in (rounding.supports(weight, Grid()) or "")

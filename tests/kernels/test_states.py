@@ -86,7 +86,7 @@ def test_without_the_library_or_with_an_older_one(monkeypatch):
     form = StateFormat(4, outliers=True)
     packed, channels = packed_states(form, 64)
     for loaded in (None, object()):
-        monkeypatch.setattr(native_states, "library", lambda loaded=loaded: loaded)
+        monkeypatch.setattr(native, "library", lambda loaded=loaded: loaded)
         native_states.decoding.cache_clear()
         dense = torch.empty(2, 3, 77, 64)
         native_states.decode_into(dense, packed, form, channels)

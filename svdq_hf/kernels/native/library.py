@@ -90,6 +90,20 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def library_with(version_of: str, abi: int) -> ctypes.CDLL | None:
+    """The loaded library where it has a part of a version, else None: a library of an older release.
+
+    Args:
+        version_of: name of the function that tells the version of the part.
+        abi: the version.
+    """
+    loaded = library()
+    try:
+        return loaded if loaded is not None and getattr(loaded, version_of)() == abi else None
+    except AttributeError:  # it does not know the part
+        return None
+
+
 def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.svdq_linear.argtypes = [pointer, pointer, pointer, number, number, number, number]
@@ -98,12 +112,12 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, name).restype = number
     loaded.svdq_use_openmp.argtypes = [pointer]
     loaded.svdq_use_openmp.restype = None
-    loaded.svdq_use_openmp(_parallel_of_torch())
+    loaded.svdq_use_openmp(parallel_of_torch())
     return loaded
 
 
 @cache
-def _parallel_of_torch() -> int | None:
+def parallel_of_torch() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP that torch itself runs on; None: one thread."""
     for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         try:  # it is loaded already; looking a name up in it looks into what it depends on, too

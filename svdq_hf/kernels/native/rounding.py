@@ -17,7 +17,7 @@ from svdq_hf.core.column_scale import COLUMN_ROUNDS
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.packing import packed_shape
 from svdq_hf.core.scales import LEAST_CLIP, SIZES
-from svdq_hf.kernels.native.library import AVX2, _parallel_of_torch, best_path, library
+from svdq_hf.kernels.native.library import AVX2, best_path, library_with, parallel_of_torch
 
 ABI: Final = 1
 """Version of quantize.c's interface."""
@@ -80,11 +80,8 @@ class Rounded(NamedTuple):
 @cache
 def quantizing() -> ctypes.CDLL | None:
     """The native library, where it can quantize."""
-    loaded = library()
-    try:
-        if loaded is None or loaded.svdq_quantize_abi() != ABI:
-            return None
-    except AttributeError:  # a library of an older release
+    loaded = library_with("svdq_quantize_abi", ABI)
+    if loaded is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.svdq_quantize.argtypes = loaded.svdq_largest.argtypes = [pointer]
@@ -205,7 +202,7 @@ def round_weight(
 def _source(weight: Tensor, path: int | None) -> _Source:
     chosen = min(best_path() if path is None else path, AVX2)
     kind, threads = KINDS[weight.dtype], torch.get_num_threads()
-    return _Source(weight.data_ptr(), kind, *weight.shape, threads, chosen, _parallel_of_torch())
+    return _Source(weight.data_ptr(), kind, *weight.shape, threads, chosen, parallel_of_torch())
 
 
 def _address(tensor: Tensor | None) -> int | None:

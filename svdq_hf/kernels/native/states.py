@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svdq_hf.core.state_codes import GROUP, STEPS, StateFormat, decode
-from svdq_hf.kernels.native.library import AVX2, _parallel_of_torch, best_path, library
+from svdq_hf.kernels.native.library import AVX2, best_path, library_with, parallel_of_torch
 
 ABI: Final = 1
 """Version of states.c's interface."""
@@ -43,11 +43,8 @@ class _States(ctypes.Structure):
 @cache
 def decoding() -> ctypes.CDLL | None:
     """The native library, where it can decode states."""
-    loaded = library()
-    try:
-        if loaded is None or loaded.svdq_states_abi() != ABI:
-            return None
-    except AttributeError:  # a library of an older release
+    loaded = library_with("svdq_states_abi", ABI)
+    if loaded is None:
         return None
     loaded.svdq_decode_states.argtypes = [ctypes.c_void_p]
     loaded.svdq_decode_states.restype = None
@@ -110,7 +107,7 @@ def _decode(
         dense.stride(1),
         torch.get_num_threads(),
         min(best_path() if path is None else path, AVX2),
-        _parallel_of_torch(),
+        parallel_of_torch(),
     )
     if loaded is not None:
         loaded.svdq_decode_states(ctypes.byref(job))
