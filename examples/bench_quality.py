@@ -62,10 +62,13 @@ OURS: dict[str, Callable[[], SVDQConfig]] = {
     "svdq, one budget": lambda: SVDQConfig(target_bits=4.31892),
     "svdq best, one budget": lambda: SVDQConfig.best(target_bits=4.46083),
     "svdq calibrated": SVDQConfig.calibrated,
+    "svdq calibrated, ReQuant": lambda: SVDQConfig.calibrated(saliency="requant"),
+    "svdq best, ReQuant": lambda: SVDQConfig.best(saliency="requant"),
+    "svdq best, feedback": lambda: SVDQConfig.best(error_feedback=True),
+    "svdq best, ReQuant and feedback": lambda: SVDQConfig.best(saliency="requant", error_feedback=True),
     "svdq paper": SVDQConfig.paper,
 }
 """Our methods by name; a new one is a line here."""
-OURS_WITH_DATA = ("svdq calibrated",)
 FP32 = "fp32"
 
 
@@ -145,7 +148,7 @@ class Bench:
         return {**about, **measured, **result, "change": result["loss"] - self.reference["loss"]}
 
     def _batches(self, method: str) -> list[Any] | None:
-        return self.task.calibration() if method in OURS_WITH_DATA else None
+        return self.task.calibration() if OURS[method]().needs_batches else None
 
     def _calibrate(self) -> float:
         """Collect once what the layers see; the seconds that it took."""

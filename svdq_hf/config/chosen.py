@@ -65,6 +65,11 @@ class Chosen:
         return sorted({*feedback, *score_data(self.saliency)})
 
     @property
+    def needs_batches(self) -> bool:
+        """Whether batches must be given: what they tell is needed, and the model makes none itself."""
+        return bool(self.data_needs) and not self.synthetic
+
+    @property
     def runs_dense(self) -> bool:
         """Whether the dense model is in memory first, to be run or rotated; then batches are of use."""
         return bool(self.data_needs) or self.activations is not None

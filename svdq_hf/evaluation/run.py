@@ -86,7 +86,7 @@ def _data_facts(request: EvaluationRequest) -> dict[str, Any]:
 
 def _needs_data(request: EvaluationRequest) -> bool:
     """Whether a whole config that is compared needs data."""
-    return any(one.data_needs and not one.synthetic for one in request.plan.contestants.values())
+    return any(one.needs_batches for one in request.plan.contestants.values())
 
 
 def _text(request: EvaluationRequest) -> str:

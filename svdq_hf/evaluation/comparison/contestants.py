@@ -145,7 +145,7 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
             f"{first.where}: quantized already; quantize the original: svdq compare ORIGINAL ..."
         )
     for other in others:
-        if isinstance(other, SVDQConfig) and other.data_needs and not other.synthetic:
+        if isinstance(other, SVDQConfig) and other.needs_batches:
             raise ValueError(
                 f"{label(other)}: needs data: svdq quantize MODEL OUT --calibration FILE, with the same "
                 "choices, then svdq compare MODEL OUT"

@@ -145,10 +145,8 @@ class Sweep:
         """Evaluate a copy of the model that is quantized as a whole, heads and embeddings too."""
         started = time.perf_counter()
         config = self.plan.contestants[key.method]
-        needs = config.data_needs and not config.synthetic
-        model = quantize_model(
-            copy.deepcopy(self.model), config, self.evaluate.calibration() if needs else None
-        )
+        batches = self.evaluate.calibration() if config.needs_batches else None
+        model = quantize_model(copy.deepcopy(self.model), config, batches)
         quantized = time.perf_counter()
         self._write(
             key,
