@@ -5,7 +5,7 @@ states come after RoPE, are packed once, and are decoded when they are read. Lay
 chunked) attention are packed; others, as the recurrent states of linear attention, stay what transformers
 makes them (`SVDQCache.unpacked`).
 
-Not here: what a layer does (`integrations.transformers.cache_layers`), how a state becomes bytes
+Not here: what a layer does (`integrations.transformers.cache_layer`), how a state becomes bytes
 (`core.state_codes`).
 """
 
@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from svdq_hf.core.state_codes import FIELDS, StateFormat
-from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
+from svdq_hf.integrations.transformers.cache_layer import PackedLayer
+from svdq_hf.integrations.transformers.sliding_layer import PackedSlidingLayer
 
 RECENT = 32
 """Last tokens that stay as they came, by default."""

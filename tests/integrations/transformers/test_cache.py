@@ -11,7 +11,8 @@ from torch import Tensor
 from svdq_hf import SVDQCache
 from svdq_hf.config.choices import CACHE_BITS
 from svdq_hf.integrations.transformers.cache import FORMATS, cache_keyword
-from svdq_hf.integrations.transformers.cache_layers import PackedLayer, PackedSlidingLayer
+from svdq_hf.integrations.transformers.cache_layer import PackedLayer
+from svdq_hf.integrations.transformers.sliding_layer import PackedSlidingLayer
 
 WINDOW = 12
 SIZES = {
