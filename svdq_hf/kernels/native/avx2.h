@@ -165,7 +165,7 @@ AVX2 INLINE void few_rows(const Layer *layer, int64_t first, int64_t last, int64
     float scales[FEW_COLUMNS / HALF];
     for (int64_t row = first; row < last; row++, sums += EIGHT * tokens) {
         const uint8_t *codes = layer->codes + row * width + start / 8 * bits;
-        scales_of_row(layer, row, start / HALF, 2 * blocks, scales);
+        scales_of_row_avx2(layer, row, start / HALF, 2 * blocks, scales);
         few_tile(codes, blocks, row + 1 < layer->out ? width : 0, scales, levels, x, sums, tokens, bits);
     }
 }
@@ -233,7 +233,7 @@ AVX2 INLINE void fill_row(const Layer *layer, int64_t row, int64_t start, int64_
                           const float *columns, float *to, const int bits) {
     const uint8_t *codes = layer->codes + row * width_of(layer) + start / 8 * bits;
     float scales[BAND_COLUMNS / HALF];
-    scales_of_row(layer, row, start / HALF, width / HALF, scales);
+    scales_of_row_avx2(layer, row, start / HALF, width / HALF, scales);
     for (int64_t column = 0; column < width; column += BLOCK, codes += 8 * bits) {
         Codes block = codes_of_block(codes, bits);
         for (int half = 0; half < 2; half++) {
@@ -375,7 +375,7 @@ AVX2 INLINE void dense_rows(const Layer *layer, int64_t first, int64_t last, Lev
     int64_t blocks = blocks_of(layer);
     for (int64_t row = first; row < last; row++, dense += layer->in) {
         const uint8_t *codes = layer->codes + row * width_of(layer);
-        scales_of_row(layer, row, 0, 2 * blocks, scales);
+        scales_of_row_avx2(layer, row, 0, 2 * blocks, scales);
         for (int64_t b = 0; b < blocks; b++, codes += 8 * bits) {
             Codes block = codes_of_block(codes, bits);
             int whole = BLOCK * (b + 1) <= layer->in;

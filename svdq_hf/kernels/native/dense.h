@@ -23,6 +23,7 @@
 #define AVX2 __attribute__((target("avx2"))) /* without FMA */
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define EXPORT __attribute__((visibility("default")))
 
 #ifndef FEW /* weights for which a second thread costs what it brings */

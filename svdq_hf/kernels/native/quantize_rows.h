@@ -81,8 +81,8 @@ TARGET INLINE Lanes PATH(scale_of)(const PATH(Best) * best) {
 
 /* Judge a size of the scale: what its levels, with the scale that suits them best, take off the error. In
  * double, since that is a small difference of large sums, and sizes are many. */
-TARGET INLINE void PATH(judge)(const Lanes *unit, int64_t columns, Lanes inverse, const Levels *levels,
-                               const int linear, PATH(Best) * best) {
+TARGET INLINE void PATH(judge_here)(const Lanes *unit, int64_t columns, Lanes inverse, const Levels *levels,
+                                    const int linear, PATH(Best) * best) {
     Doubles along[2] = {0}, square[2] = {0};
     for (int64_t start = 0; start < columns; start += SUMMED) {
         int64_t stop = start + SUMMED < columns ? start + SUMMED : columns;
@@ -102,6 +102,23 @@ TARGET INLINE void PATH(judge)(const Lanes *unit, int64_t columns, Lanes inverse
         best->scale[half] = SELECT_DOUBLES(better, scale, best->scale[half]);
         best->gain[half] = SELECT_DOUBLES(better, gain, best->gain[half]);
     }
+}
+
+/* The same, compiled once for each kind of levels and not wherever it is called: that halves the time that a
+ * compiler takes. Vectors go by address, since how they are passed depends on the path. */
+TARGET APART void PATH(judge_linear)(const Lanes *unit, int64_t columns, const Lanes *inverse,
+                                     const Levels *levels, PATH(Best) * best) {
+    PATH(judge_here)(unit, columns, *inverse, levels, 1, best);
+}
+
+TARGET APART void PATH(judge_levels)(const Lanes *unit, int64_t columns, const Lanes *inverse,
+                                     const Levels *levels, PATH(Best) * best) {
+    PATH(judge_here)(unit, columns, *inverse, levels, 0, best);
+}
+
+TARGET INLINE void PATH(judge)(const Lanes *unit, int64_t columns, Lanes inverse, const Levels *levels,
+                               const int linear, PATH(Best) * best) {
+    (linear ? PATH(judge_linear) : PATH(judge_levels))(unit, columns, &inverse, levels, best);
 }
 
 /* lowest ^ (-1 / roots), by Newton's steps from a guess made of the bits: the factor from each size to the
@@ -224,7 +241,7 @@ TARGET INLINE void PATH(pack_field)(const uint8_t *codes, const int field, int d
 }
 
 /* Packs the codes of eight rows, [padded][8 rows], into their rows of bytes. */
-TARGET INLINE void PATH(pack_rows)(const Rounding *job, int64_t row, const uint8_t *codes) {
+TARGET APART void PATH(pack_rows)(const Rounding *job, int64_t row, const uint8_t *codes) {
     int64_t rows = job->source.out - row < ROWS ? job->source.out - row : ROWS,
             blocks = (job->source.in + BLOCK - 1) / BLOCK;
     int64_t each = 8 * job->bits, width = each * blocks;
@@ -244,7 +261,7 @@ TARGET INLINE void PATH(pack_rows)(const Rounding *job, int64_t row, const uint8
 }
 
 /* Scales as they are stored, and the steps [groups] that these stand for. */
-TARGET INLINE void PATH(store_scales)(const Rounding *job, int64_t row, int64_t groups, Lanes *scales) {
+TARGET APART void PATH(store_scales)(const Rounding *job, int64_t row, int64_t groups, Lanes *scales) {
     int64_t rows = job->source.out - row < ROWS ? job->source.out - row : ROWS;
     Lanes top = {0}, unit = {0};
     if (job->scale_kind == INT8) {

@@ -26,6 +26,7 @@
 #include <arm_neon.h>
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define EXPORT __attribute__((visibility("default")))
 
 enum {
@@ -138,10 +139,13 @@ INLINE void scales_of_row(const Layer *layer, int64_t row, int64_t start, int64_
     for (int64_t i = whole < 0 ? 0 : whole; i < count; i++) found[i] = 0.0f; /* padding: its codes are zero */
 }
 
-INLINE void scales_of_rows(const Layer *layer, int64_t row, int64_t rows, float *found) {
-    int64_t halves = HALVES * pairs_of(layer);
-    for (int64_t r = 0; r < rows; r++) scales_of_row(layer, row + r, 0, halves, found + r * halves);
+#if defined(__x86_64__)
+/* The same by itself: inlined for each number of bits and of tokens, it takes a compiler half a minute. */
+AVX2 APART void scales_of_row_avx2(const Layer *layer, int64_t row, int64_t start, int64_t count,
+                                   float *found) {
+    scales_of_row(layer, row, start, count, found);
 }
+#endif
 
 /* ------------------------------------------------- decoding 64 codes: [64] floats, in units of nothing */
 
@@ -224,11 +228,11 @@ INLINE void plain_tile(TILE_ARGUMENTS, const int tokens) {
 }
 
 #if defined(__x86_64__)
-/* `scales_of_rows`; the default grid's, sixteen at a time. */
+/* The scales of some rows; the default grid's, sixteen at a time. */
 AVX512 INLINE void scales_avx512(const Layer *layer, int64_t row, int64_t rows, float *found) {
     int64_t groups = layer->groups, halves = HALVES * pairs_of(layer);
     if (layer->scale_kind != SCALE_INT8 || layer->group != HALF || groups == 1 || layer->scale_rows == 1) {
-        scales_of_rows(layer, row, rows, found);
+        for (int64_t r = 0; r < rows; r++) scales_of_row_avx2(layer, row + r, 0, halves, found + r * halves);
         return;
     }
     for (int64_t r = 0; r < rows; r++, found += halves) {
@@ -440,7 +444,7 @@ typedef void Tile(TILE_ARGUMENTS, int64_t tokens, int64_t rows);
 
 static void tile_plain(TILE_ARGUMENTS, int64_t tokens, int64_t rows) {
     (void)rows;
-    scales_of_rows(layer, row, 1, scales);
+    scales_of_row(layer, row, 0, HALVES * pairs_of(layer), scales);
 #define CALL(n) plain_tile(layer, row, table, scales, x, sums, n)
     EACH_TOKENS(CALL)
 #undef CALL
