@@ -18,7 +18,7 @@ def test_all_experts_of_a_tiny_model_are_quantized(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_quantizing_on_load_never_has_two_dense_layers(dtype, monkeypatch):
-    found = bench.memory(dtype)
+def test_quantizing_on_load_never_has_two_dense_layers():
+    """In the dtype whose dense layer is the smaller one, so that the bound is the tighter one."""
+    found = bench.memory("bfloat16")
     assert found["peak"] <= found["quantized"] + found["work"] + found["layer"]

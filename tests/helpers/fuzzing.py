@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from svdq_hf.format.decode import dense_blocks
 from svdq_hf.format.parts import StoredWeight
 
-SECONDS = float(os.environ.get("SVDQ_FUZZ_SECONDS", "60"))
+SECONDS = float(os.environ.get("SVDQ_FUZZ_SECONDS", "24"))
 """Of all fuzz tests together."""
 ROUND = 10
 """Draws between two looks at the clock."""

@@ -330,7 +330,7 @@ def embeddings(model, folder, texts):
 
 @pytest.mark.slow
 def test_minilm_is_small_comes_back_the_same_and_means_the_same(minilm, tmp_path):
-    texts = sentences(200)
+    texts = sentences(64)
     dense = hf.AutoModel.from_pretrained(minilm)
     model, info = hf.AutoModel.from_pretrained(
         minilm, quantization_config=SVDQConfig(k=256), output_loading_info=True
