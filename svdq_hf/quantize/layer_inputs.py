@@ -70,7 +70,7 @@ def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
         raise ValueError(
             f"saliency {config.saliency!r} follows a loss, which without data only a causal model has, of "
             f"the text it writes: for {type(model).__name__} give batches with labels to "
-            "quantize_model(model, config, batches) and take error_feedback=True, or take another saliency, as 'relative'"
+            "quantize_model(model, config, batches) and take error_feedback=True, or take another saliency"
         )
 
 
