@@ -203,6 +203,16 @@ TENSORS = {
 """Keyword arguments of transformers' models that are always tensors."""
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether a model is a causal one that can continue a text, and learns from any text.
+
+    Args:
+        model: a transformers model, or any other.
+    """
+    can, config = getattr(model, "can_generate", None), getattr(model, "config", None)
+    return callable(can) and bool(can()) and not getattr(config, "is_encoder_decoder", False)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value is made of numbers or texts, alone or in lists or arrays, and not of tensors."""
     while isinstance(value, list | tuple | set) and value:

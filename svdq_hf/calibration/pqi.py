@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration.inputs import call, evaluating
+from svdq_hf.calibration.inputs import call, evaluating, writes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """A function of a model and a batch that returns a mean loss, a scalar that has a gradient."""
@@ -85,9 +85,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _next_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
-    writes = callable(generates) and bool(generates())
-    if not isinstance(ids, Tensor) or not writes or getattr(config, "is_encoder_decoder", False):
+    if not isinstance(ids, Tensor) or not writes(model):
         raise ValueError(
             f"a batch for {type(model).__name__} needs 'labels', since a loss is asked for; a text alone "
             "gives one to causal models: put labels into the batches of quantize_model(model, config, "

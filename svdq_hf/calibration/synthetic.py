@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.utils import logging as hf_logging
 
-from svdq_hf.calibration.inputs import evaluating
+from svdq_hf.calibration.inputs import evaluating, writes
 
 TOKENS = 8192
 """Tokens of all batches together."""
@@ -22,8 +22,8 @@ TOKENS = 8192
 OWN_WORDS, RANDOM_TOKENS = 128, 64
 """Tokens of a text, written or random: too few show only how texts begin, more cost time."""
 
-ROWS = 16
-"""Texts in a batch."""
+BATCH_TOKENS = 512
+"""Tokens of a batch: with a large vocabulary, its logits outgrow a small model's weights."""
 
 
 def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -56,15 +56,16 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same tokens for every device
     device = _device_of(model)
     most = getattr(text, "max_position_embeddings", None) or tokens
-    writes = _writes(model)
-    length = min(OWN_WORDS if writes else RANDOM_TOKENS, most, tokens)
+    own = writes(model)
+    length = min(OWN_WORDS if own else RANDOM_TOKENS, most, tokens)
     ids = torch.randint(vocabulary, (-(-tokens // length), length), generator=generator).to(device)
-    if writes:
+    if own:
         ids = _own_words(model, ids, getattr(text, "bos_token_id", None), seed)
     names = ["input_ids"]
     if getattr(model.config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    return [dict.fromkeys(names, part) for part in torch.split(ids, ROWS)]
+    rows = max(1, BATCH_TOKENS // length)
+    return [dict.fromkeys(names, part) for part in torch.split(ids, rows)]
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -83,12 +84,6 @@ def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
     return get() if callable(get) else config
-
-
-def _writes(model: nn.Module) -> bool:
-    """Whether a model is a causal one that can continue a text."""
-    can = getattr(model, "can_generate", None)
-    return callable(can) and can() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _own_words(model: Any, random: Tensor, first: int | None, seed: int) -> Tensor:

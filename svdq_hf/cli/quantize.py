@@ -140,7 +140,7 @@ def _work(options: argparse.Namespace, source: Any) -> dict[str, Any]:
 
 def _check_data(options: argparse.Namespace, config: Any) -> None:
     """Refuse choices that need data without any, and data or its sizes without a use."""
-    needs = config.data_needs and not config.synthetic
+    needs = config.needs_batches
     if needs and options.calibration is None:
         raise ValueError(
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "

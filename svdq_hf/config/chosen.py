@@ -83,7 +83,8 @@ class Chosen:
             )
         of_score = data_needs(self.saliency)
         if of_score:
-            return no_data(f"saliency {self.saliency!r}", of_score)
+            own = "; or, without data, say error_feedback='synthetic' as well: the model makes the batches"
+            return no_data(f"saliency {self.saliency!r}", of_score, own)
         return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
+from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.saliency import BY_LOSS
@@ -40,6 +40,7 @@ def collect_for(
     if config.synthetic:
         if batches is not None:
             raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
+        _check_loss(model, config)
         batches = synthetic_batches(model, seed=config.seed)
         model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed
     if not needs and batches is not None:
@@ -61,6 +62,16 @@ def collect_for(
             f"{type(model).__name__} does not run on token ids alone ({error}): call quantize_model(model, "
             "config, batches) with batches of your own and error_feedback=True"
         ) from error
+
+
+def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
+    """Raise ValueError for a score by the loss where the batches that the model makes give none."""
+    if not set(BY_LOSS).isdisjoint(config.data_needs) and not writes(model):
+        raise ValueError(
+            f"saliency {config.saliency!r} follows a loss, which without data only a causal model has, of "
+            f"the text it writes: for {type(model).__name__} give batches with labels to "
+            "quantize_model(model, config, batches) and take error_feedback=True, or take another saliency"
+        )
 
 
 def _scores_by_loss(

@@ -1,10 +1,12 @@
 import json
+from functools import partial
 
 import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
 
+import svdq_hf.quantize.layer_inputs
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
@@ -122,6 +124,24 @@ def test_damping_is_chosen_or_one_of_synthetic_batches():
     assert SYNTHETIC.extra_damping == 1.0
     assert SVDQConfig.calibrated().extra_damping == 0.0
     assert SVDQConfig.calibrated(damping=0.3).extra_damping == 0.3
+
+
+@pytest.mark.parametrize("saliency", ["pqi", "requant"])
+def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypatch):
+    few = partial(synthetic_batches, tokens=400)
+    monkeypatch.setattr(svdq_hf.quantize.layer_inputs, "synthetic_batches", few)
+    found = quantize_model(tiny.llama(), SVDQConfig.best(saliency=saliency, error_feedback="synthetic"))
+    given = SVDQConfig.best(saliency=saliency, error_feedback=True, damping=1)
+    expected = quantize_model(tiny.llama(), given, few(tiny.llama()))
+    assert tiny.different_tensors(found, expected) == []
+
+
+@pytest.mark.parametrize("saliency", ["pqi", "requant"])
+@pytest.mark.parametrize("make", [tiny.bert, tiny.t5])
+def test_a_score_by_the_loss_is_refused_at_once_where_a_model_writes_nothing(make, saliency, monkeypatch):
+    monkeypatch.setattr(svdq_hf.quantize.layer_inputs, "synthetic_batches", None)  # none is made
+    with pytest.raises(ValueError, match=f"saliency '{saliency}' follows a loss, .* give batches"):
+        quantize_model(make(), SVDQConfig.best(saliency=saliency, error_feedback="synthetic"))
 
 
 def test_the_more_damping_the_nearer_to_plain_rounding():
