@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from svdq_hf import SVDQConfig
@@ -48,7 +49,8 @@ class Seen(NamedTuple):
 def loaded(folder: str) -> Any:
     """The dense model in FP32: a causal one where its config says so, or else an encoder."""
     named = AutoConfig.from_pretrained(folder).architectures or [""]
-    kind = AutoModelForCausalLM if named[0].endswith("ForCausalLM") else AutoModel
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind = AutoModelForCausalLM if named[0] in causal else AutoModel
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -56,6 +58,8 @@ def some_layers(model: nn.Module, blocks: int) -> dict[str, nn.Module]:
     """The linear layers of so many blocks, spread evenly over the model."""
     layers = layers_to_convert(model, SVDQConfig())
     numbers = sorted({number for name in layers if (number := block_of(name)) is not None})
+    if not numbers:
+        raise ValueError(f"{type(model).__name__}: no linear layer's name has the number of a block")
     wanted = {numbers[(2 * place + 1) * len(numbers) // (2 * blocks)] for place in range(blocks)}
     return {name: layer for name, layer in layers.items() if block_of(name) in wanted}
 
@@ -89,9 +93,11 @@ def what_layers_see(model: nn.Module, layers: dict[str, nn.Module], batches: lis
         layer.register_forward_pre_hook(add(name, column_scale(matrix_of(layer).float()).float()))
         for name, layer in layers.items()
     ]
-    statistics = collect_inputs(model, layers, batches, gram=True)
-    for hook in hooks:
-        hook.remove()
+    try:
+        statistics = collect_inputs(model, layers, batches, gram=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {name: Seen(found, fourth[name]) for name, found in statistics.items()}
 
 
@@ -139,6 +145,8 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
     model = loaded(options.model)
     layers = some_layers(model, options.layers)
     ids = token_ids(read_text(options.text), AutoTokenizer.from_pretrained(options.model))
+    if max(options.tokens, default=0) + HELD > len(ids):
+        raise ValueError(f"{options.text}: {len(ids)} tokens, fewer than are seen and {HELD} more")
     statistics = collect_inputs(model, layers, windows(ids[-HELD:]), gram=True)
     held = {name: seen.gram for name, seen in statistics.items() if seen.gram is not None}
     yield "synthetic", errors(layers, what_layers_see(model, layers, synthetic_batches(model)), held)

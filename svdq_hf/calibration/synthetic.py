@@ -23,7 +23,7 @@ OWN_WORDS, RANDOM_TOKENS = 128, 64
 """Tokens of a text, written or random: too few show only how texts begin, more cost time."""
 
 BATCH_TOKENS = 512
-"""Tokens of a batch: with a large vocabulary, its logits outgrow a small model's weights."""
+"""About so many tokens are a batch: with a large vocabulary, its logits outgrow a small model's weights."""
 
 
 def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -64,8 +64,8 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
     names = ["input_ids"]
     if getattr(model.config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    rows = max(1, BATCH_TOKENS // length)
-    return [dict.fromkeys(names, part) for part in torch.split(ids, rows)]
+    count = -(-ids.numel() // max(BATCH_TOKENS, length))
+    return [dict.fromkeys(names, part) for part in torch.tensor_split(ids, count)]
 
 
 def _device_of(model: nn.Module) -> torch.device:

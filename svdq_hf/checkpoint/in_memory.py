@@ -28,7 +28,7 @@ def checked_batches(config: SVDQConfig, batches: Iterable[Any] | None) -> Iterab
     Raises:
         ValueError: the config needs data and there is none, or there is data that it does not need.
     """
-    if batches is None and config.data_needs and not config.synthetic:
+    if batches is None and config.needs_batches:
         raise config.no_data()
     if batches is not None and (config.synthetic or not config.runs_dense):
         raise ValueError(

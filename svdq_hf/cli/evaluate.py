@@ -52,7 +52,8 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "scores that are compared", "left out where only --preset is given"
     ).add_argument
     add("--k", help=f"salient weights, or shares below 1 {_shown(KS)}", **several("k"))
-    add("--saliency", help=f"scores to compare {_shown(METHODS)}", **several("saliency"))
+    scores = f"scores to compare {_shown(METHODS)}; a preset with another score: svdq compare"
+    add("--saliency", help=scores, **several("saliency"))
     grids = "of scales: that of SVDQConfig(), group (64 columns, linear) or tensor (one scale, the paper's)"
     add("--grid", nargs="+", choices=GRID_NAMES, help=f"{grids} (default)")
     add("--bits", help="of codes, on each grid (4)", **several("bits"))

@@ -14,7 +14,7 @@ from svdq_hf.config.layer_inputs import LayerInput
 from svdq_hf.core.activations import Activations
 from svdq_hf.core.grid import Grid
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
-from svdq_hf.core.saliency import data_needs, no_data, saliency_names
+from svdq_hf.core.saliency import BY_LOSS, data_needs, no_data, saliency_names
 from svdq_hf.format.parts import Scheme
 
 ErrorFeedback = bool | Literal["synthetic"]
@@ -83,8 +83,9 @@ class Chosen:
             )
         of_score = data_needs(self.saliency)
         if of_score:
-            own = "; or, without data, say error_feedback='synthetic' as well: the model makes the batches"
-            return no_data(f"saliency {self.saliency!r}", of_score, own)
+            own = "the model, a causal one," if not set(BY_LOSS).isdisjoint(of_score) else "the model"
+            instead = f"; or, without data, error_feedback='synthetic': {own} makes the batches"
+            return no_data(f"saliency {self.saliency!r}", of_score, instead)
         return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")
 
     @property

@@ -105,7 +105,18 @@ def _data(choices: SVDQConfig) -> str:
     if choices.activations is not None and choices.basis == "data" and not choices.data_needs:
         return "batches, for the axes"
     batches = "none, but synthetic batches" if choices.synthetic else "batches"
-    return f"{batches}, for {', '.join(choices.data_needs)}" if choices.data_needs else "none"
+    uses = [DATA_TELLS[need] for need in choices.data_needs]
+    return f"{batches}, for {' and '.join(uses)}" if uses else "none"
+
+
+DATA_TELLS = {
+    "input_norm": "the sizes of inputs",
+    "input_gram": "how inputs vary together",
+    "tokens": "their number",
+    "sensitivity": "what rounding costs the loss",
+    "given_back": "what rounding costs the loss, in rounds",
+}
+"""What each need of `saliency.FROM_DATA` is, in the words of a card."""
 
 
 def _activations(choices: SVDQConfig) -> dict[str, str]:

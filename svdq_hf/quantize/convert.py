@@ -23,8 +23,8 @@ from svdq_hf.nn.inventory import svdq_experts, svdq_layers
 from svdq_hf.nn.linear import SVDQLinear
 from svdq_hf.quantize.budget import items_of, spend
 from svdq_hf.quantize.experts import check_experts, empty_experts, quantized_experts
+from svdq_hf.quantize.input_statistics import collect_for
 from svdq_hf.quantize.layer import dense_layer, empty_layer, quantized_layer
-from svdq_hf.quantize.layer_inputs import collect_for
 from svdq_hf.quantize.selection import check_biases, dense_weight, layers_to_convert, shape_of
 from svdq_hf.quantize.weight import check_weight
 

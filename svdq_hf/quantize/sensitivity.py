@@ -22,7 +22,7 @@ from svdq_hf.quantize.selection import layers_to_convert
 from svdq_hf.quantize.sensitivity_result import Sensitivity, layer_sensitivity
 
 STEPS = 8
-"""Points of the integral. By the midpoint rule 8 are as near as 32 of a one-sided sum, and nearer."""
+"""Points of the integral. Where rounding leaves a model whole, 8 are nearer than 32 of a one-sided sum."""
 
 
 @checked_arguments(

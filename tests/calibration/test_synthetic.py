@@ -6,7 +6,7 @@ import tiny_models as tiny
 import torch
 from torch import nn
 
-import svdq_hf.quantize.layer_inputs
+import svdq_hf.quantize.input_statistics
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
@@ -97,7 +97,7 @@ def test_outputs_are_nearer_than_without(build, tmp_path):
     assert lost[0] < lost[1]
     stored = json.loads((tmp_path / "synthetic" / "config.json").read_text())["quantization_config"]
     assert (stored["error_feedback"], stored["format_version"]) == ("synthetic", 2)
-    assert "none, but synthetic batches, for input_gram" in model_card(tmp_path / "synthetic")
+    assert "none, but synthetic batches, for how inputs vary together" in model_card(tmp_path / "synthetic")
 
 
 def test_while_loading_it_is_refused_and_says_how(tmp_path):
@@ -129,7 +129,7 @@ def test_damping_is_chosen_or_one_of_synthetic_batches():
 @pytest.mark.parametrize("saliency", ["pqi", "requant"])
 def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypatch):
     few = partial(synthetic_batches, tokens=400)
-    monkeypatch.setattr(svdq_hf.quantize.layer_inputs, "synthetic_batches", few)
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
     found = quantize_model(tiny.llama(), SVDQConfig.best(saliency=saliency, error_feedback="synthetic"))
     given = SVDQConfig.best(saliency=saliency, error_feedback=True, damping=1)
     expected = quantize_model(tiny.llama(), given, few(tiny.llama()))
@@ -139,7 +139,7 @@ def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypa
 @pytest.mark.parametrize("saliency", ["pqi", "requant"])
 @pytest.mark.parametrize("make", [tiny.bert, tiny.t5])
 def test_a_score_by_the_loss_is_refused_at_once_where_a_model_writes_nothing(make, saliency, monkeypatch):
-    monkeypatch.setattr(svdq_hf.quantize.layer_inputs, "synthetic_batches", None)  # none is made
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", None)  # none is made
     with pytest.raises(ValueError, match=f"saliency '{saliency}' follows a loss, .* give batches"):
         quantize_model(make(), SVDQConfig.best(saliency=saliency, error_feedback="synthetic"))
 

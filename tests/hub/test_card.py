@@ -11,7 +11,9 @@ from tiny_models import FAMILIES, bert, classifier, llama, short_name, t5
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.core.saliency import FROM_DATA
 from svdq_hf.format.metadata import tags
+from svdq_hf.hub import card_facts
 from svdq_hf.hub.card import CardResult, model_card, write_card
 from svdq_hf.hub.readme import BEGIN, END, base_metadata, merge, metadata_of, own_text, read_text, section_of
 from svdq_hf.hub.usage import auto_class
@@ -352,3 +354,7 @@ def test_a_base_model_that_the_card_contradicts_is_refused(folder):
     existing = "---\nbase_model: org/one\n---\n"
     with pytest.raises(ValueError, match=r"README.md has base_model: org/one, not org/two; change it there"):
         model_card(folder, existing=existing, base_model="org/two")
+
+
+def test_every_need_of_data_has_words_in_a_card():
+    assert card_facts.DATA_TELLS.keys() == {*FROM_DATA}

@@ -30,7 +30,7 @@ RECORDS = breadth.read()
 NEWEST = list(RECORDS.values())[-1]
 EXPECTED = RECORDS.get(breadth.RELEASE, NEWEST)
 EACH = 1 if os.environ.get("SVDQ_BREADTH") == "files" else 4
-"""One type of so many goes through files; they are sorted by name, and families share theirs."""
+"""One type of so many goes through files; nearly sorted by name, which families share."""
 THROUGH_FILES = {
     name
     for place, name in enumerate(breadth.MODEL_TYPES)
@@ -67,9 +67,9 @@ def test_a_model_type_fares_as_on_record(model_type):
     compare(model_type, EXPECTED.get(model_type), found, recorded=recorded)
 
 
-def test_at_least_a_fourth_goes_through_files():
-    assert len(THROUGH_FILES & passing(NEWEST)) >= 100
-    assert {*breadth.MODEL_TYPES} - passing(EXPECTED) <= THROUGH_FILES
+def test_about_a_fourth_of_what_passes_goes_through_files():
+    there = passing(EXPECTED) & {*breadth.MODEL_TYPES}
+    assert 4.5 * len(THROUGH_FILES & there) >= len(there) >= 150
 
 
 def passing(found):

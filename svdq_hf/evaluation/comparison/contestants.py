@@ -148,7 +148,7 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
         if isinstance(other, SVDQConfig) and other.needs_batches:
             raise ValueError(
                 f"{label(other)}: needs data: svdq quantize MODEL OUT --calibration FILE, with the same "
-                "choices, then svdq compare MODEL OUT"
+                "choices, then svdq compare MODEL OUT; or, without data, --error-feedback synthetic"
             )
     found = [first, *map(entrant, others)]
     _check_once(found)

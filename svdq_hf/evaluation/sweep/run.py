@@ -31,8 +31,8 @@ from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.quantize.budget import affordable, by_loss, items_of
 from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
+from svdq_hf.quantize.input_statistics import collect_for
 from svdq_hf.quantize.layer import matrix_of, quantized_layer
-from svdq_hf.quantize.layer_inputs import collect_for
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import score_weight
 

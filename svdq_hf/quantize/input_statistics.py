@@ -34,7 +34,8 @@ def collect_for(
 
     Raises:
         ValueError: data is needed and `batches` is None, or the opposite; the model does not run on batches
-            made without data; see also `collect_inputs` and `synthetic_batches`.
+            made without data, or they give no loss for a score that follows one; see also `collect_inputs`
+            and `synthetic_batches`.
     """
     needs, whole = config.data_needs, model
     if config.synthetic:
@@ -68,9 +69,10 @@ def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
     """Raise ValueError for a score by the loss where the batches that the model makes give none."""
     if not set(BY_LOSS).isdisjoint(config.data_needs) and not writes(model):
         raise ValueError(
-            f"saliency {config.saliency!r} follows a loss, which without data only a causal model has, of "
-            f"the text it writes: for {type(model).__name__} give batches with labels to "
-            "quantize_model(model, config, batches) and take error_feedback=True, or take another saliency"
+            f"saliency {config.saliency!r} follows a loss, which without data only a causal model with its "
+            f"head has (AutoModelForCausalLM), of the text it writes, and {type(model).__name__} is none: "
+            "give batches with labels to quantize_model(model, config, batches) and error_feedback=True, or "
+            "take saliency 'relative'"
         )
 
 
