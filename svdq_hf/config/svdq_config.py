@@ -45,7 +45,8 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         k: salient weights per layer: a count, or a share of the layer's weights (a float below 1).
         rank: rank of the principal structure that the score "svd" looks at.
         saliency: the score that picks them: "svd", "magnitude", "relative", "random"; "awq", "spqr", "pqi"
-            and "requant", which need batches (`quantize_model`); or your own (`register_saliency`).
+            and "requant", which need batches (`quantize_model`), yours or synthetic ones; or your own
+            (`register_saliency`).
         bits: bits of a code: 4, 3 or 8.
         group_size: columns that share a scale (8, 16, 32, 64 or a multiple of 64), "row" or "tensor".
         scale: how scales are fitted: "mse" (least squared error), "absmax", or "sigma" (clip at
