@@ -29,7 +29,7 @@ from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.cli.command import main
 from svdq_hf.format.parts import PARTS
-from svdq_hf.quantize import layer_inputs
+from svdq_hf.quantize import input_statistics
 
 EXAMPLES = int(os.environ.get("SVDQ_EXAMPLES", "15"))
 LOST = 0.5
@@ -66,7 +66,7 @@ def test_quantize_streamed(drawn: Drawn, choices: dict[str, Any]) -> None:
 @given(drawn=sources(), choices=CHOICES)
 @many
 def test_quantize_in_memory(drawn: Drawn, choices: dict[str, Any]) -> None:
-    with drawn_folder(drawn) as folder, patch.object(layer_inputs, "synthetic_batches", few_tokens):
+    with drawn_folder(drawn) as folder, patch.object(input_statistics, "synthetic_batches", few_tokens):
         command = ["quantize", "--error-feedback", "synthetic", *options(choices)]
         check_command(drawn, folder, command, expected(drawn))
 
