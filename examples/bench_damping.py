@@ -39,11 +39,12 @@ SHRINKAGE = "shrinkage"
 class Seen(NamedTuple):
     """What a layer saw: its statistics, and each token's squared length, squared, summed up.
 
-    Lengths are those of the inputs times the weight's column scale, as feedback has them.
+    Lengths are those of the inputs times the weight's column scale `[in]`, as feedback has them.
     """
 
     statistics: InputStatistics
     fourth: float
+    scale: Tensor
 
 
 def loaded(folder: str) -> Any:
@@ -81,27 +82,25 @@ def windows(ids: Tensor) -> list[dict[str, Tensor]]:
 def what_layers_see(model: nn.Module, layers: dict[str, nn.Module], batches: list[Any]) -> dict[str, Seen]:
     """Statistics of the inputs of some layers, with the fourth powers that shrinkage needs."""
     fourth = dict.fromkeys(layers, 0.0)
+    scales = {name: column_scale(matrix_of(layer).float()).float() for name, layer in layers.items()}
 
-    def add(name: str, scale: Tensor) -> Any:
+    def add(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            lengths = (arguments[0].detach() * scale).square().sum(-1).double()
+            lengths = (arguments[0].detach() * scales[name]).square().sum(-1).double()
             fourth[name] += float(lengths.square().sum())
 
         return hook
 
-    hooks = [
-        layer.register_forward_pre_hook(add(name, column_scale(matrix_of(layer).float()).float()))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
     try:
         statistics = collect_inputs(model, layers, batches, gram=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Seen(found, fourth[name]) for name, found in statistics.items()}
+    return {name: Seen(found, fourth[name], scales[name]) for name, found in statistics.items()}
 
 
-def shrinkage(seen: Seen, scale: Tensor) -> float:
+def shrinkage(seen: Seen) -> float:
     """The damping at which the Gram matrix is expected to be nearest to the true one.
 
     With S the mean of x x^T, and m that of its diagonal, Ledoit and Wolf shrink S to (1 - r) S + r m I, where
@@ -110,7 +109,7 @@ def shrinkage(seen: Seen, scale: Tensor) -> float:
     gram, tokens = seen.statistics.gram, seen.statistics.tokens
     if gram is None:
         raise ValueError("shrinkage needs the Gram matrix")
-    second = (gram * torch.outer(scale, scale)).double() / tokens
+    second = (gram * torch.outer(seen.scale, seen.scale)).double() / tokens
     far = second - second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
     noise = (seen.fourth / tokens - float(second.square().sum())) / tokens
     share = min(max(noise / float(far.square().sum()), 0.0), 0.99)
@@ -128,12 +127,9 @@ def errors(layers: dict[str, nn.Module], seen: dict[str, Seen], held: dict[str, 
     found: dict[str, list[float]] = {}
     for name, layer in layers.items():
         weight = matrix_of(layer).float()
-        scale = column_scale(weight).float()
         plain = error(weight, quantized_layer(name, layer, SVDQConfig.best()).dequantize(), held[name])
-        for title, damping in [
-            *((f"{one:g}", one) for one in DAMPINGS),
-            (SHRINKAGE, shrinkage(seen[name], scale)),
-        ]:
+        dampings = {**{f"{one:g}": one for one in DAMPINGS}, SHRINKAGE: shrinkage(seen[name])}
+        for title, damping in dampings.items():
             config = SVDQConfig.best(error_feedback=True, damping=damping)
             rounded = quantized_layer(name, layer, config, seen[name].statistics).dequantize()
             found.setdefault(title, []).append(error(weight, rounded, held[name]) / plain)

@@ -65,6 +65,11 @@ class Chosen:
         return sorted({*feedback, *score_data(self.saliency)})
 
     @property
+    def follows_loss(self) -> bool:
+        """Whether the score asks what rounding costs a loss, so that batches must give one."""
+        return not set(BY_LOSS).isdisjoint(score_data(self.saliency))
+
+    @property
     def needs_batches(self) -> bool:
         """Whether batches must be given: what they tell is needed, and the model makes none itself."""
         return bool(self.data_needs) and not self.synthetic
@@ -83,7 +88,7 @@ class Chosen:
             )
         of_score = data_needs(self.saliency)
         if of_score:
-            own = "the model, a causal one," if not set(BY_LOSS).isdisjoint(of_score) else "the model"
+            own = "the model, a causal one," if self.follows_loss else "the model"
             instead = f"; or, without data, error_feedback='synthetic': {own} makes the batches"
             return no_data(f"saliency {self.saliency!r}", of_score, instead)
         return no_data("error_feedback", self.data_needs, "; or, without data, error_feedback='synthetic'")

@@ -1,6 +1,6 @@
-"""Presets: named sets of choices, for the class methods of SVDQConfig and for `--preset`."""
+"""Presets: named sets of choices, as class methods of SVDQConfig and for `--preset`."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from svdq_hf.config.choices import VERSION_1
 
@@ -39,3 +39,77 @@ PRESETS = {
         "the reading of arXiv 2512.01343: one absmax scale per matrix, to compare with",
     ),
 }
+
+
+class PresetMethods:
+    """The presets as class methods of a config."""
+
+    if TYPE_CHECKING:  # whoever inherits them takes choices
+
+        def __init__(self, **choices: Any) -> None: ...
+
+    @classmethod
+    def paper(cls, k: int | float = 256, **choices: Any) -> Self:
+        """The reading of arXiv 2512.01343: one absmax scale per matrix, rank 8, every layer but the head.
+
+        Args:
+            k: salient weights per layer.
+            **choices: other choices, as for `SVDQConfig`.
+
+        Raises:
+            ValueError: see `SVDQConfig`.
+
+        Source: arXiv 2512.01343.
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.paper(k=64).group_size
+        'tensor'
+        """
+        return cls(**{"k": k, **PRESETS["paper"].changes, **choices})
+
+    @classmethod
+    def best(cls, **choices: Any) -> Self:
+        """The least loss without data at about 4.5 bits per weight (in layers 384 wide and wider).
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.best().saliency
+        'relative'
+        """
+        return cls(**{**PRESETS["best"].changes, **choices})
+
+    @classmethod
+    def small(cls, **choices: Any) -> Self:
+        """The least loss without data at about 4.28 bits per weight (in layers 384 wide and wider).
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.small().group_size
+        64
+        """
+        return cls(**{**PRESETS["small"].changes, **choices})
+
+    @classmethod
+    def resq(cls, **choices: Any) -> Self:
+        """Weights and activations in 4 bits, in the eighth of the axes that varies most in 8 (ResQ).
+
+        Use: `quantize_model(model, SVDQConfig.resq(), batches)`, or without batches, for models whose
+        residual stream can be rotated: Llama, Qwen2, Qwen3, Mistral and the like.
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.resq().activations, SVDQConfig.resq().subspace
+        (4, 0.125)
+
+        Source: arXiv 2412.14363.
+        """
+        return cls(**{**PRESETS["resq"].changes, **choices})
+
+    @classmethod
+    def calibrated(cls, **choices: Any) -> Self:
+        """For those who have data, at 4.21 to 4.24 bits per weight (in layers 384 wide and wider).
+
+        Use: `quantize_model(model, SVDQConfig.calibrated(), batches)`.
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.calibrated().data_needs
+        ['input_gram', 'input_norm']
+        """
+        return cls(**{**PRESETS["calibrated"].changes, **choices})

@@ -1,7 +1,7 @@
 """SVDQConfig: every choice of the user, checked, as the quantization config that transformers expects.
 
-Not here: what each choice may be (`config.choices`, `config.checks`), what follows from them
-(`config.chosen`), what they do (`core`, `format`), registration (`integrations.registration`).
+Not here: what each choice may be (`config.choices`, `config.checks`), presets (`config.presets`), what
+choices imply (`config.chosen`) and do (`core`, `format`), registration (`integrations.registration`).
 """
 
 import copy
@@ -22,7 +22,7 @@ from svdq_hf.config.choices import (
 )
 from svdq_hf.config.chosen import Chosen, ErrorFeedback, completed, score_data
 from svdq_hf.config.layer_inputs import LayerInput, input_of
-from svdq_hf.config.presets import PRESETS
+from svdq_hf.config.presets import PresetMethods
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
 from svdq_hf.core.release import VERSION, how_to_install
 from svdq_hf.core.saliency import check_name
@@ -35,7 +35,7 @@ REQUIRES = (
 """Stored in config.json, where users look whose transformers does not know "svdq"."""
 
 
-class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+class SVDQConfig(PresetMethods, Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
     """Quantize linear layers to 4 bits (or 3, or 8) and keep the k most salient weights of each in FP32.
 
     A config does not change once it is made: `replace` makes another one. (`update` is what transformers
@@ -136,67 +136,6 @@ class SVDQConfig(Chosen, QuantizationConfigMixin):  # type: ignore[misc]  # tran
         self.__dict__.update(choices, quant_method=QUANT_METHOD, compute_dtype=dtype_name(compute_dtype))
         has_experts = stored.get("format_version", 0) >= EXPERTS_VERSION
         self.__dict__["format_version"] = max(self._oldest_version(), EXPERTS_VERSION if has_experts else 1)
-
-    @classmethod
-    def paper(cls, k: int | float = 256, **choices: Any) -> "SVDQConfig":
-        """The reading of arXiv 2512.01343: one absmax scale per matrix, rank 8, every layer but the head.
-
-        Args:
-            k: salient weights per layer.
-            **choices: other choices, as for `SVDQConfig`.
-
-        Raises:
-            ValueError: see `SVDQConfig`.
-
-        Source: arXiv 2512.01343.
-
-        >>> SVDQConfig.paper(k=64).group_size
-        'tensor'
-        """
-        return cls(**{"k": k, **PRESETS["paper"].changes, **choices})
-
-    @classmethod
-    def best(cls, **choices: Any) -> "SVDQConfig":
-        """The least loss without data at about 4.5 bits per weight (in layers 384 wide and wider).
-
-        >>> SVDQConfig.best().saliency
-        'relative'
-        """
-        return cls(**{**PRESETS["best"].changes, **choices})
-
-    @classmethod
-    def small(cls, **choices: Any) -> "SVDQConfig":
-        """The least loss without data at about 4.28 bits per weight (in layers 384 wide and wider).
-
-        >>> SVDQConfig.small().group_size
-        64
-        """
-        return cls(**{**PRESETS["small"].changes, **choices})
-
-    @classmethod
-    def resq(cls, **choices: Any) -> "SVDQConfig":
-        """Weights and activations in 4 bits, in the eighth of the axes that varies most in 8 (ResQ).
-
-        Use: `quantize_model(model, SVDQConfig.resq(), batches)`, or without batches, for models whose
-        residual stream can be rotated: Llama, Qwen2, Qwen3, Mistral and the like.
-
-        >>> SVDQConfig.resq().activations, SVDQConfig.resq().subspace
-        (4, 0.125)
-
-        Source: arXiv 2412.14363.
-        """
-        return cls(**{**PRESETS["resq"].changes, **choices})
-
-    @classmethod
-    def calibrated(cls, **choices: Any) -> "SVDQConfig":
-        """For those who have data, at 4.21 to 4.24 bits per weight (in layers 384 wide and wider).
-
-        Use: `quantize_model(model, SVDQConfig.calibrated(), batches)`.
-
-        >>> SVDQConfig.calibrated().data_needs
-        ['input_gram', 'input_norm']
-        """
-        return cls(**{**PRESETS["calibrated"].changes, **choices})
 
     # Copies of this config.
 

@@ -20,7 +20,6 @@ from transformers.utils import logging as hf_logging
 
 from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.saliency import BY_LOSS
 from svdq_hf.core.topk import salient_count
 from svdq_hf.format.parts import part_specs
 from svdq_hf.quantize.layer import matrix_of
@@ -111,7 +110,7 @@ def spend(
     if config.layer_k is not None or not (config.target_bits or "given_back" in config.data_needs):
         return config
     total = affordable(layers, config)
-    if set(BY_LOSS).intersection(config.data_needs):
+    if config.follows_loss:
         scores = {name: one.sensitivity for name, one in seen.items() if one.sensitivity is not None}
         return config.replace(layer_k=by_loss(scores, total))
     even, shared = _same_count(layers, total), _same_share(layers, total)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.saliency import BY_LOSS
 from svdq_hf.quantize.budget import affordable, items_of
 from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
@@ -50,7 +49,7 @@ def collect_for(
         return {}
     if batches is None:
         raise config.no_data()
-    given = list(batches) if set(BY_LOSS).intersection(needs) else batches
+    given = list(batches) if config.follows_loss else batches
     try:
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
         for name, scores in _scores_by_loss(whole, layers, config, list(given), seen).items():
@@ -67,7 +66,7 @@ def collect_for(
 
 def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
     """Raise ValueError for a score by the loss where the batches that the model makes give none."""
-    if not set(BY_LOSS).isdisjoint(config.data_needs) and not writes(model):
+    if config.follows_loss and not writes(model):
         raise ValueError(
             f"saliency {config.saliency!r} follows a loss, which without data only a causal model with its "
             f"head has (AutoModelForCausalLM), of the text it writes, and {type(model).__name__} is none: "

@@ -17,7 +17,8 @@ import bench_damping as bench  # examples are no package
 def seen(inputs: torch.Tensor) -> bench.Seen:
     statistics = InputStatistics()
     statistics.add(inputs, with_gram=True)
-    return bench.Seen(statistics, float(inputs.double().square().sum(1).square().sum()))
+    fourth = float(inputs.double().square().sum(1).square().sum())
+    return bench.Seen(statistics, fourth, torch.ones(inputs.shape[1]))
 
 
 @pytest.mark.parametrize("tokens", [32, 128, 4096])
@@ -28,14 +29,23 @@ def test_shrinkage_is_that_of_ledoit_and_wolf(tokens):
     mean = second.diagonal().mean()
     noise = sum(float((torch.outer(x, x) - second).square().sum()) for x in inputs) / tokens**2
     share = min(noise / float((second - mean * torch.eye(16)).square().sum()), 0.99)
-    found = bench.shrinkage(seen(inputs.float()), torch.ones(16))
+    found = bench.shrinkage(seen(inputs.float()))
     assert found == pytest.approx(share / (1 - share), rel=1e-3)
 
 
 def test_the_more_tokens_the_less_damping():
     inputs = torch.randn(4096, 16) * torch.linspace(1, 3, 16)
-    few, many = (bench.shrinkage(seen(inputs[:tokens]), torch.ones(16)) for tokens in (64, 4096))
+    few, many = (bench.shrinkage(seen(inputs[:tokens])) for tokens in (64, 4096))
     assert 0 < 20 * many < few
+
+
+def test_lengths_are_those_of_inputs_in_the_weights_own_scale():
+    layer, inputs = torch.nn.Linear(16, 8), torch.randn(3, 5, 16)
+    layer.weight.data *= torch.linspace(1, 9, 16)
+    found = bench.what_layers_see(layer, {"": layer}, [inputs])[""]
+    lengths = (inputs * found.scale).square().sum(-1)
+    assert found.fourth == pytest.approx(float(lengths.square().sum()), rel=1e-5)
+    assert found.scale.max() > 3 * found.scale.min()
 
 
 def test_error_is_that_of_the_outputs():

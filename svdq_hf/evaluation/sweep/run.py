@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.saliency import BY_LOSS, Scored, data_needs
+from svdq_hf.core.saliency import Scored, data_needs
 from svdq_hf.core.topk import salient_count, top_positions
 from svdq_hf.evaluation.sweep.cell import Evaluator, measured, write_cell
 from svdq_hf.evaluation.sweep.defaults import PRESETS_GRID
@@ -105,7 +105,7 @@ class Sweep:
         if key.method in BASELINES:
             return {}
         config, inputs = key.config, self.inputs
-        if not set(BY_LOSS).isdisjoint(data_needs(key.method)):  # which depends on how weights are rounded
+        if config.follows_loss:  # which depends on how weights are rounded
             inputs = collect_for(self.model, self.layers, config, self.evaluate.calibration())
         elif data_needs(key.method) and not self.inputs:  # one pass for all the scores that need one
             gram = any("input_gram" in data_needs(other) for other in self.plan.methods)
