@@ -59,7 +59,7 @@ OURS: dict[str, Callable[[], SVDQConfig]] = {
     "svdq best": SVDQConfig.best,
     "svdq small": SVDQConfig.small,
     "svdq best, synthetic": lambda: SVDQConfig.best(error_feedback="synthetic"),
-    "svdq best, ReQuant, synthetic": lambda: SVDQConfig.best(saliency="requant", error_feedback="synthetic"),
+    "svdq self-calibrated": SVDQConfig.self_calibrated,
     "svdq, one budget": lambda: SVDQConfig(target_bits=4.31892),
     "svdq best, one budget": lambda: SVDQConfig.best(target_bits=4.46083),
     "svdq calibrated": SVDQConfig.calibrated,

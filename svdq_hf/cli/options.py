@@ -43,12 +43,19 @@ def _hint(message: str, options: Iterable[str]) -> str:
         word, known = strange[1], list(options)
     else:
         return ""
-    if word in PRESETS and PRESETS[word].needs_data:
-        return f"; {word} needs data: svdq quantize MODEL OUT --preset {word} --calibration FILE"
-    if word in PRESETS and PRESETS[word].rotates:
-        return f"; {word} rotates the model, which is done once: svdq quantize MODEL OUT --preset {word}"
+    preset = word.replace("-", "_")
+    if preset in PRESETS and preset not in known:
+        return _elsewhere(preset)
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _elsewhere(preset: str) -> str:
+    """Where a preset can be had that a command does not take, as the end of an error."""
+    command = f"svdq quantize MODEL OUT --preset {preset}"
+    if PRESETS[preset].needs_data:
+        return f"; {preset} needs data: {command} --calibration FILE"
+    return f"; {preset} needs the dense model, so it is done once: {command}"
 
 
 def add_choices(
@@ -69,8 +76,12 @@ def add_choices(
         only: the choices that have an effect; None: all.
     """
     group = parser.add_argument_group("choices")
-    takes_data = command == "quantize" and not several_presets
-    presets = [name for name, one in PRESETS.items() if takes_data or not (one.needs_data or one.rotates)]
+    takes_data, has_dense = command == "quantize" and not several_presets, command == "quantize"
+    presets = [
+        name
+        for name, one in PRESETS.items()
+        if (takes_data or not one.needs_data) and (has_dense or not one.runs_dense)
+    ]
     told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
     if several_presets:
         more = f"start from a preset, and once more from another; {NO_PRESET}: SVDQConfig(); {told}"

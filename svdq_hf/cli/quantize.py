@@ -144,7 +144,8 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
     if needs and options.calibration is None:
         raise ValueError(
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "
-            "(--samples N --length L); without data there is --preset best, or --error-feedback synthetic"
+            "(--samples N --length L); without data there is --preset best, for causal models "
+            "self_calibrated, or --error-feedback synthetic"
         )
     if options.calibration is not None and not needs and config.activations is None:
         raise ValueError(

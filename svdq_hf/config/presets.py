@@ -12,27 +12,35 @@ class Preset(NamedTuple):
     help: str
     needs_data: bool = False
     """Whether it needs calibration batches."""
-    rotates: bool = False
-    """Whether the model is rotated, which not every family allows, and which is not done while loading."""
+    runs_dense: bool = False
+    """Whether the dense model is run or rotated first, which is not done while loading."""
 
 
 PRESETS = {
     "best": Preset(
-        {"k": 0.0018, "saliency": "relative"}, "the least loss without data at about 4.5 bits per weight"
+        {"k": 0.0018, "saliency": "relative"},
+        "the least loss without data and at once, at about 4.5 bits per weight",
     ),
     "small": Preset(
         {"k": 0.0009, "saliency": "relative", "group_size": 64},
-        "the least loss without data at about 4.28 bits per weight",
+        "the least loss without data and at once, at about 4.28 bits per weight",
     ),
     "calibrated": Preset(
         {"k": 0.0005, "saliency": "awq", "group_size": 64, "error_feedback": True},
         "for those who have data, at 4.21 to 4.24 bits per weight",
         needs_data=True,
+        runs_dense=True,
+    ),
+    "self_calibrated": Preset(
+        {"k": 0.0018, "saliency": "requant", "error_feedback": "synthetic"},
+        "of causal models, which write calibration text themselves: the least loss without data, in minutes, "
+        "at about 4.5 bits per weight",
+        runs_dense=True,
     ),
     "resq": Preset(
         {"activations": 4, "subspace": 0.125, "k": 0, "column_scale": False},
         "activations in 4 bits too, rotated (Llama, Qwen, Mistral); better with data",
-        rotates=True,
+        runs_dense=True,
     ),
     "paper": Preset(
         {"group_size": "tensor", "scale": "absmax", **VERSION_1},
@@ -69,7 +77,7 @@ class PresetMethods:
 
     @classmethod
     def best(cls, **choices: Any) -> Self:
-        """The least loss without data at about 4.5 bits per weight (in layers 384 wide and wider).
+        """The least loss without data and at once, at about 4.5 bits per weight (layers 384 wide and wider).
 
         >>> from svdq_hf import SVDQConfig
         >>> SVDQConfig.best().saliency
@@ -79,7 +87,7 @@ class PresetMethods:
 
     @classmethod
     def small(cls, **choices: Any) -> Self:
-        """The least loss without data at about 4.28 bits per weight (in layers 384 wide and wider).
+        """The least loss without data and at once, at about 4.28 bits per weight (layers 384 wide and wider).
 
         >>> from svdq_hf import SVDQConfig
         >>> SVDQConfig.small().group_size
@@ -113,3 +121,20 @@ class PresetMethods:
         ['input_gram', 'input_norm']
         """
         return cls(**{**PRESETS["calibrated"].changes, **choices})
+
+    @classmethod
+    def self_calibrated(cls, **choices: Any) -> Self:
+        """The least loss without data, in minutes, for causal models at about 4.5 bits per weight.
+
+        The model writes its calibration text itself; which weights it misses most is read from that
+        (`saliency="requant"`), and later columns make good what rounding lost.
+
+        Use: `quantize_model(model, SVDQConfig.self_calibrated())`.
+
+        Source: arXiv 2410.17170 (self-calibration), 2503.01901 (ReQuant).
+
+        >>> from svdq_hf import SVDQConfig
+        >>> SVDQConfig.self_calibrated().needs_batches, SVDQConfig.self_calibrated().runs_dense
+        (False, True)
+        """
+        return cls(**{**PRESETS["self_calibrated"].changes, **choices})

@@ -16,6 +16,10 @@ from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import pqi
 
+LOSS_BATCHES = 4
+"""Synthetic batches whose loss is followed, 2048 tokens: all 16 chose no better (docs/results/pqi.md), and
+passes back are most of the time."""
+
 
 def collect_for(
     model: nn.Module, layers: Mapping[str, nn.Module], config: SVDQConfig, batches: Iterable[Any] | None
@@ -52,7 +56,8 @@ def collect_for(
     given = list(batches) if config.follows_loss else batches
     try:
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
-        for name, scores in _scores_by_loss(whole, layers, config, list(given), seen).items():
+        followed = list(given)[:LOSS_BATCHES] if config.synthetic else list(given)
+        for name, scores in _scores_by_loss(whole, layers, config, followed).items():
             seen[name].sensitivity = scores
         return seen
     except (AttributeError, TypeError) as error:
@@ -71,7 +76,7 @@ def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
             f"saliency {config.saliency!r} follows a loss, which without data only a causal model with its "
             f"head has (AutoModelForCausalLM), of the text it writes, and {type(model).__name__} is none: "
             "give batches with labels to quantize_model(model, config, batches) and error_feedback=True, or "
-            "take saliency 'relative'"
+            "take SVDQConfig.best(error_feedback='synthetic')"
         )
 
 
@@ -80,9 +85,8 @@ def _scores_by_loss(
     layers: Mapping[str, nn.Module],
     config: SVDQConfig,
     batches: Sequence[Any],
-    seen: Mapping[str, InputStatistics],
 ) -> dict[str, Tensor]:
     if "given_back" in config.data_needs:
         total = affordable(items_of(layers), config)
-        return ReQuant(model, layers, config, batches, seen).order(total)
+        return ReQuant(model, layers, config, batches).order(total)
     return pqi(model, lines_of(layers, config), batches) if "sensitivity" in config.data_needs else {}

@@ -19,15 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.topk import top_positions
 from svdq_hf.quantize.budget import by_loss
 from svdq_hf.quantize.layer import matrix_of
-from svdq_hf.quantize.rounding_lines import line_of
+from svdq_hf.quantize.rounding_lines import Kept, lines_of
 from svdq_hf.quantize.sensitivity import pqi
 from svdq_hf.quantize.weight import score_weight
 
@@ -36,9 +34,6 @@ OUTLIERS = 0.25
 
 ROUNDS = 2
 """Times that weights are given back; the paper takes a few."""
-
-Kept = dict[str, Tensor]
-"""Salient weights by the layer's name: places in its matrix counted row by row, `[k]`, int64."""
 
 
 @dataclass
@@ -50,14 +45,12 @@ class ReQuant:
         layers: linear layers of it, by name.
         config: how they are rounded.
         batches: what the model's loss takes.
-        seen: statistics of the layers' inputs by the layer's name, for error feedback.
     """
 
     model: nn.Module
     layers: Mapping[str, nn.Module]
     config: SVDQConfig
     batches: Sequence[Any]
-    seen: Mapping[str, InputStatistics]
 
     def order(self, total: int) -> dict[str, Tensor]:
         """The order in which weights are given back.
@@ -83,8 +76,7 @@ class ReQuant:
 
     def _outliers(self, total: int) -> Kept:
         """The outliers of each layer, as many as its share of all costs."""
-        nothing = {name: torch.empty(0, dtype=torch.int64) for name in self.layers}
-        costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes(nothing).items()}
+        costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes({}).items()}
         every = sum(costs.values()) or 1.0
         score = "magnitude" if self.config.group_size == "tensor" else "relative"
         plain, kept = self.config.replace(saliency=score), {}
@@ -96,11 +88,7 @@ class ReQuant:
 
     def _sizes(self, kept: Kept) -> dict[str, Tensor]:
         """The size of each weight's PQI, where some are salient."""
-        lines = {
-            name: line_of(name, module, self.config, kept[name], self.seen.get(name))
-            for name, module in self.layers.items()
-        }
-        return pqi(self.model, lines, self.batches)
+        return pqi(self.model, lines_of(self.layers, self.config, kept), self.batches)
 
 
 def _highest(scores: Mapping[str, Tensor], total: int) -> Kept:

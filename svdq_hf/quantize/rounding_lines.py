@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.calibration.mapped import mapped_zeros
 from svdq_hf.calibration.pqi import Line, Take
 from svdq_hf.config import SVDQConfig
@@ -19,43 +18,37 @@ from svdq_hf.format.decode import reconstruct
 from svdq_hf.quantize.layer import matrix_of
 from svdq_hf.quantize.weight import quantize_weight
 
+Kept = Mapping[str, Tensor]
+"""Salient weights by the layer's name: places in its matrix `[out, in]`, counted row by row, `[k]`, int64."""
 
-def lines_of(layers: Mapping[str, nn.Module], config: SVDQConfig) -> dict[str, Line]:
-    """The lines from dense to rounded weights, where nothing is salient and errors are not fed back.
+
+def lines_of(
+    layers: Mapping[str, nn.Module], config: SVDQConfig, kept: Kept | None = None
+) -> dict[str, Line]:
+    """The lines from dense to rounded weights; errors are not fed back.
+
+    With feedback the weights that cost most are no better found (measured), at several times the work.
 
     Args:
         layers: linear layers, by name.
-        config: how they are rounded.
-    """
-    plain = config.replace(error_feedback=False)
-    nowhere = torch.empty(0, dtype=torch.int64)
-    return {name: line_of(name, module, plain, nowhere) for name, module in layers.items()}
-
-
-def line_of(
-    name: str,
-    module: nn.Module,
-    config: SVDQConfig,
-    kept: Tensor,
-    inputs: InputStatistics | None = None,
-) -> Line:
-    """The line of one layer, of which some weights are salient: those do not move.
-
-    Args:
-        name: of the layer.
-        module: the layer.
-        config: how it is rounded; its score and its k are not used.
-        kept: places of the salient weights in the matrix `[out, in]`, counted row by row, `[k]`, int64.
-        inputs: statistics of the layer's inputs, for error feedback.
+        config: how they are rounded; its score and its k are not used.
+        kept: the salient weights, which do not move; of layers that are missing, none.
 
     Raises:
         ValueError: see `quantize_weight`.
     """
+    salient, none = kept or {}, torch.empty(0, dtype=torch.int64)
+    return {name: _line(name, module, config, salient.get(name, none)) for name, module in layers.items()}
+
+
+def _line(name: str, module: nn.Module, config: SVDQConfig, kept: Tensor) -> Line:
     weight = matrix_of(module)
     scores = torch.zeros(weight.numel(), device=weight.device)
     scores[kept.to(scores.device)] = 1.0
-    chosen = config.replace(k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None)
-    parts, _ = quantize_weight(weight, chosen, name, inputs, Scored(scores.view(weight.shape), {}))
+    chosen = config.replace(
+        k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None, error_feedback=False
+    )
+    parts, _ = quantize_weight(weight, chosen, name, None, Scored(scores.view(weight.shape), {}))
     rounded = partial(reconstruct, parts, weight.shape[1], chosen.scheme)
     return Line(module, partial(matrix_of, module), rounded)
 

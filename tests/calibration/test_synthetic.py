@@ -5,13 +5,16 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import svdq_hf.quantize.input_statistics
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
+from svdq_hf.cli.command import main
 from svdq_hf.core.error_feedback import damped
 from svdq_hf.hub.card import model_card
+from svdq_hf.nn.inventory import svdq_layers
 from svdq_hf.quantize.selection import layers_to_convert
 
 SYNTHETIC = SVDQConfig(k=9, error_feedback="synthetic")
@@ -126,6 +129,20 @@ def test_damping_is_chosen_or_one_of_synthetic_batches():
     assert SVDQConfig.calibrated(damping=0.3).extra_damping == 0.3
 
 
+def test_of_what_a_model_writes_the_loss_of_a_quarter_is_followed(monkeypatch):
+    seen = []
+
+    def followed(model, lines, batches):
+        seen.append([batch["input_ids"] for batch in batches])
+        return {name: torch.zeros_like(line.dense()) for name, line in lines.items()}
+
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "pqi", followed)
+    quantize_model(tiny.llama(), SVDQConfig(k=4, saliency="pqi", error_feedback="synthetic"))
+    written = [batch["input_ids"] for batch in synthetic_batches(tiny.llama())]
+    assert len(written) > 4
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], written[:4], strict=True))
+
+
 @pytest.mark.parametrize("saliency", ["pqi", "requant"])
 def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypatch):
     few = partial(synthetic_batches, tokens=400)
@@ -134,6 +151,20 @@ def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypa
     given = SVDQConfig.best(saliency=saliency, error_feedback=True, damping=1)
     expected = quantize_model(tiny.llama(), given, few(tiny.llama()))
     assert tiny.different_tensors(found, expected) == []
+
+
+def test_the_preset_is_quantized_on_the_command_line_and_loads_the_same(monkeypatch, tmp_path):
+    few = partial(synthetic_batches, tokens=400)
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
+    tiny.llama().save_pretrained(tmp_path / "dense")
+    command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--json"]
+    assert main([*command, "--preset", "self_calibrated"]) == 0
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    expected = quantize_model(tiny.llama(), SVDQConfig.self_calibrated())
+    assert tiny.different_tensors(again, expected) == []
+    assert sum(layer.salient_values.numel() for _, layer in svdq_layers(again)) > 0
+    with pytest.raises(ValueError, match="load it dense and call quantize_model"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=SVDQConfig.self_calibrated())
 
 
 @pytest.mark.parametrize("saliency", ["pqi", "requant"])

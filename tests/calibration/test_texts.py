@@ -164,10 +164,22 @@ def test_dtype_is_of_what_stays_dense_streamed_and_in_memory(folder, text, tmp_p
     assert again.dtype == torch.bfloat16
 
 
-def test_a_demo_says_that_calibrated_needs_data(capsys):
+@pytest.mark.parametrize(
+    ("preset", "told"),
+    [
+        ("calibrated", "calibrated needs data: svdq quantize MODEL OUT --preset calibrated --calibration"),
+        (
+            "self_calibrated",
+            "needs the dense model, so it is done once: svdq quantize MODEL OUT --preset self_",
+        ),
+        ("resq", "needs the dense model, so it is done once: svdq quantize MODEL OUT --preset resq"),
+        ("self-calibrated", "svdq quantize MODEL OUT --preset self_calibrated"),
+    ],
+)
+def test_a_demo_says_where_presets_are_that_run_the_dense_model(preset, told, capsys):
     with pytest.raises(SystemExit):
-        main(["demo", "--preset", "calibrated"])
-    assert "calibrated needs data: svdq quantize MODEL OUT --preset calibrated" in capsys.readouterr().err
+        main(["demo", "--preset", preset])
+    assert told in capsys.readouterr().err
 
 
 def test_batches_without_a_use_are_refused_in_python_too(folder, tmp_path):

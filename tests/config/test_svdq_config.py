@@ -369,7 +369,8 @@ def test_what_the_command_line_offers_is_allowed(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_class_method(name):
     assert getattr(SVDQConfig, name)() == SVDQConfig(**PRESETS[name].changes)
-    assert bool(SVDQConfig(**PRESETS[name].changes).data_needs) == PRESETS[name].needs_data
+    config = SVDQConfig(**PRESETS[name].changes)
+    assert (config.needs_batches, config.runs_dense) == (PRESETS[name].needs_data, PRESETS[name].runs_dense)
 
 
 # It does not change.

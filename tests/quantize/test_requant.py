@@ -60,7 +60,7 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
         return own(self, kept)
 
     monkeypatch.setattr(ReQuant, "_sizes", sizes)
-    found = ReQuant(model, linear(model, config), config, batches(), {}).order(1000)
+    found = ReQuant(model, linear(model, config), config, batches()).order(1000)
     counts = [sum(map(len, kept.values())) for kept in seen]
     assert len(counts) == ROUNDS + 1
     assert counts[0] == 0
@@ -74,7 +74,7 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
 def test_a_weight_that_is_kept_costs_nothing_more():
     model, config = llama(), SVDQConfig(saliency="requant")
     layers = linear(model, config)
-    requant = ReQuant(model, layers, config, batches(), {})
+    requant = ReQuant(model, layers, config, batches())
     kept = {name: torch.arange(5) * 7 for name in layers}
     for name, sizes in requant._sizes(kept).items():
         assert not sizes.flatten()[kept[name]].any()

@@ -23,6 +23,13 @@ LEVELS = (
 """Words for a mean KL in nats below each bound."""
 COSINES = ((0.001, 0), (0.005, 1), (0.03, 2), (0.1, 3), (float("inf"), 4))
 """The same words, for 1 minus a mean cosine below each bound."""
+NEARER = {
+    "best": "--preset best",
+    "bits": "--bits 8",
+    "self_calibrated": "of a causal model, in minutes, --preset self_calibrated",
+    "calibrated": "with texts of yours, svdq quantize --preset calibrated",
+}
+"""Ways to come nearer to the original, by their preset."""
 MOSTLY_DENSE = 0.5
 FEW_BITS = 5.0
 
@@ -152,8 +159,9 @@ def _nearer(config: SVDQConfig) -> Iterator[str]:
     if preset == "paper":
         yield "nearer: --preset best; the preset paper is only for comparisons with the paper"
     elif config.bits < FEW_BITS:
-        best = "" if preset == "best" else "--preset best; "
-        yield f"nearer: {best}--bits 8; with texts of yours, svdq quantize --preset calibrated"
+        not_nearer = {preset, "best"} if config.data_needs else {preset}
+        ways = [way for name, way in NEARER.items() if name not in not_nearer]
+        yield f"nearer: {'; '.join(ways)}"
 
 
 def _mostly_dense(model: ComparedModel) -> Iterator[str]:

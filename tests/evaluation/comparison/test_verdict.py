@@ -33,7 +33,8 @@ def model(quality=GEMMA, config=None, **about):
     return ComparedModel(quality=quality, quantization=quantization, **given)
 
 
-CALIBRATED = "--bits 8; with texts of yours, svdq quantize --preset calibrated"
+OWN = "of a causal model, in minutes, --preset self_calibrated"
+CALIBRATED = "with texts of yours, svdq quantize --preset calibrated"
 DENSE = model(Quality(), name="gemma", bytes=1000, bits=32.0, dense_share=None)
 
 
@@ -90,12 +91,10 @@ def test_words_go_from_near_to_far():
 @pytest.mark.parametrize(
     ("kl", "config", "hint"),
     [
-        (
-            0.1,
-            SVDQConfig(),
-            f"nearer: --preset best; {CALIBRATED}",
-        ),
-        (0.1, SVDQConfig.best(), f"nearer: {CALIBRATED}"),
+        (0.1, SVDQConfig(), f"nearer: --preset best; --bits 8; {OWN}; {CALIBRATED}"),
+        (0.1, SVDQConfig.best(), f"nearer: --bits 8; {OWN}; {CALIBRATED}"),
+        (0.1, SVDQConfig.self_calibrated(), f"nearer: --bits 8; {CALIBRATED}"),
+        (0.1, SVDQConfig.calibrated(), f"nearer: --bits 8; {OWN}"),
         (9.0, SVDQConfig.paper(), "nearer: --preset best; the preset paper is only for comparisons"),
         (0.001, SVDQConfig.best(), "smaller: --preset small"),
         (0.0005, SVDQConfig(bits=8), "smaller: --preset best, of 4 bits"),

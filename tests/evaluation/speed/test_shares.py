@@ -75,6 +75,7 @@ def test_what_was_before_the_beginning_does_not_count(clock):
     [
         (lambda: quantize_model(llama(), SVDQConfig(k=4)), {"quantized layers", "head", "embedding"}),
         (lambda: quantize_model(llama(), SVDQConfig(k=4, embeddings=True)), {"embedding", "head"}),
+        (bert, {"dense layers", "embedding", "attention", "norms"}),
         (lambda: quantize_model(mixtral(), SVDQConfig(k=4)), {"quantized experts", "attention", "head"}),
     ],
 )
