@@ -43,8 +43,8 @@ def _hint(message: str, options: Iterable[str]) -> str:
         word, known = strange[1], list(options)
     else:
         return ""
-    preset = word.replace("-", "_")
-    if preset in PRESETS and preset not in known:
+    preset = word.replace("-", "_").lower()
+    if message.startswith("argument --preset") and preset in PRESETS and preset not in known:
         return _elsewhere(preset)
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -55,7 +55,7 @@ def _elsewhere(preset: str) -> str:
     command = f"svdq quantize MODEL OUT --preset {preset}"
     if PRESETS[preset].needs_data:
         return f"; {preset} needs data: {command} --calibration FILE"
-    return f"; {preset} needs the dense model, so it is done once: {command}"
+    return f"; {preset} runs the dense model, which is not done while loading: {command}, then give OUT"
 
 
 def add_choices(
@@ -71,16 +71,19 @@ def add_choices(
 
     Args:
         parser: the command's parser.
-        command: its name.
+        command: its name, or that of another that takes the same choices.
         several_presets: whether `--preset` may be given again, for another config.
         only: the choices that have an effect; None: all.
     """
     group = parser.add_argument_group("choices")
-    takes_data, has_dense = command == "quantize" and not several_presets, command == "quantize"
+    in_memory = command == "quantize"
+    takes_data = in_memory and not several_presets
     presets = [
         name
         for name, one in PRESETS.items()
-        if (takes_data or not one.needs_data) and (has_dense or not one.runs_dense)
+        if (takes_data or not one.needs_data)
+        and (in_memory or not one.runs_dense)
+        and (only is None or not one.changes.keys().isdisjoint(only))
     ]
     told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
     if several_presets:

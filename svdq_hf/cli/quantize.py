@@ -14,6 +14,7 @@ LAYERS_SHOWN = 4
 
 EXAMPLES = (
     "svdq quantize user/model OUT --preset best",
+    "svdq quantize user/model OUT --preset self_calibrated",
     "svdq quantize FOLDER OUT --embeddings --dtype bfloat16 --dry-run",
     "svdq quantize FOLDER OUT --preset calibrated --calibration texts.txt",
 )
@@ -144,8 +145,13 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
     if needs and options.calibration is None:
         raise ValueError(
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "
-            "(--samples N --length L); without data there is --preset best, for causal models "
+            "(--samples N --length L); without data there is --preset best, for causal models --preset "
             "self_calibrated, or --error-feedback synthetic"
+        )
+    if options.calibration is not None and config.synthetic:
+        raise ValueError(
+            f"--calibration {options.calibration}: the model writes its calibration text itself: leave the "
+            "file out, or give --error-feedback data to read it instead"
         )
     if options.calibration is not None and not needs and config.activations is None:
         raise ValueError(

@@ -19,11 +19,11 @@ class Preset(NamedTuple):
 PRESETS = {
     "best": Preset(
         {"k": 0.0018, "saliency": "relative"},
-        "the least loss without data and at once, at about 4.5 bits per weight",
+        "the least loss without data in seconds to minutes, at about 4.5 bits per weight",
     ),
     "small": Preset(
         {"k": 0.0009, "saliency": "relative", "group_size": 64},
-        "the least loss without data and at once, at about 4.28 bits per weight",
+        "the same at about 4.28 bits per weight",
     ),
     "calibrated": Preset(
         {"k": 0.0005, "saliency": "awq", "group_size": 64, "error_feedback": True},
@@ -33,8 +33,8 @@ PRESETS = {
     ),
     "self_calibrated": Preset(
         {"k": 0.0018, "saliency": "requant", "error_feedback": "synthetic"},
-        "of causal models, which write calibration text themselves: the least loss without data, in minutes, "
-        "at about 4.5 bits per weight",
+        "calibration on text that the model writes itself, for causal models: the least loss of all without "
+        "data, in minutes to hours, at about 4.5 bits per weight",
         runs_dense=True,
     ),
     "resq": Preset(
@@ -77,7 +77,9 @@ class PresetMethods:
 
     @classmethod
     def best(cls, **choices: Any) -> Self:
-        """The least loss without data and at once, at about 4.5 bits per weight (layers 384 wide and wider).
+        """The least loss without data in seconds to minutes, at about 4.5 bits per weight.
+
+        The size is that of layers 384 wide and wider.
 
         >>> from svdq_hf import SVDQConfig
         >>> SVDQConfig.best().saliency
@@ -87,7 +89,9 @@ class PresetMethods:
 
     @classmethod
     def small(cls, **choices: Any) -> Self:
-        """The least loss without data and at once, at about 4.28 bits per weight (layers 384 wide and wider).
+        """The least loss without data in seconds to minutes, at about 4.28 bits per weight.
+
+        The size is that of layers 384 wide and wider.
 
         >>> from svdq_hf import SVDQConfig
         >>> SVDQConfig.small().group_size
@@ -124,10 +128,12 @@ class PresetMethods:
 
     @classmethod
     def self_calibrated(cls, **choices: Any) -> Self:
-        """The least loss without data, in minutes, for causal models at about 4.5 bits per weight.
+        """Calibrated on text that the model writes itself, for causal models, at about 4.5 bits per weight.
 
-        The model writes its calibration text itself; which weights it misses most is read from that
-        (`saliency="requant"`), and later columns make good what rounding lost.
+        ReQuant picks the salient weights by the loss on that text, and error feedback makes good what
+        rounding lost: the least loss of all without data. It takes minutes to hours, and the memory of the
+        dense model and of a backward pass over 512 tokens. Output head, embedding and fused experts cannot be
+        quantized with it; other models than causal ones are refused when they are quantized.
 
         Use: `quantize_model(model, SVDQConfig.self_calibrated())`.
 

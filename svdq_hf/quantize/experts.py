@@ -105,8 +105,8 @@ def check_expert_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) ->
     if data_needs(config.saliency):
         raise ValueError(
             f"saliency {config.saliency!r} needs data, and of fused experts' inputs none is collected "
-            f"({experts[0]}): take a score without data, or keep them dense with "
-            "modules_to_not_convert=['experts']"
+            f"({experts[0]}): take a score without data, such as SVDQConfig.best(error_feedback='synthetic') "
+            "has it, or keep them dense with modules_to_not_convert=['experts']"
         )
     logger.warning(
         "error feedback does not reach fused experts: %d modules are quantized without, %s%s",

@@ -12,13 +12,16 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.budget import affordable, items_of
+from svdq_hf.quantize.experts import check_expert_choices
+from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
+from svdq_hf.quantize.selection import convertible, linear_layers
 from svdq_hf.quantize.sensitivity import pqi
 
 LOSS_BATCHES = 4
-"""Synthetic batches whose loss is followed, 2048 tokens: all 16 chose no better (docs/results/pqi.md), and
-passes back are most of the time."""
+"""Synthetic batches whose loss is followed, each of `synthetic.BATCH_TOKENS`: all 16 chose no better, and
+passes back took most of the time (docs/results/pqi.md)."""
 
 
 def collect_for(
@@ -41,6 +44,8 @@ def collect_for(
             and `synthetic_batches`.
     """
     needs, whole = config.data_needs, model
+    if needs and config.target_bits is not None:
+        affordable(items_of(layers), config)  # which is refused before the work
     if config.synthetic:
         if batches is not None:
             raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
@@ -56,9 +61,10 @@ def collect_for(
     given = list(batches) if config.follows_loss else batches
     try:
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
-        followed = list(given)[:LOSS_BATCHES] if config.synthetic else list(given)
-        for name, scores in _scores_by_loss(whole, layers, config, followed).items():
-            seen[name].sensitivity = scores
+        if isinstance(given, list) and config.follows_loss:
+            followed = given[:LOSS_BATCHES] if config.synthetic else given
+            for name, scores in _scores_by_loss(whole, layers, config, followed).items():
+                seen[name].sensitivity = scores
         return seen
     except (AttributeError, TypeError) as error:
         if not config.synthetic:
@@ -69,14 +75,30 @@ def collect_for(
         ) from error
 
 
+def check_runs(model: nn.Module, config: SVDQConfig) -> None:
+    """Refuse a model that cannot tell what a config needs, before anything is run.
+
+    Args:
+        model: dense, on any device.
+        config: how it is quantized.
+
+    Raises:
+        ValueError: a loss is needed and the model is no causal one, or data of fused experts; with the
+            remedy.
+    """
+    _check_loss(model, config)
+    if config.data_needs:
+        check_expert_choices(convertible(model, linear_layers(model), KeptDense.of(config)), config)
+
+
 def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
-    """Raise ValueError for a score by the loss where the batches that the model makes give none."""
-    if config.follows_loss and not writes(model):
+    if config.synthetic and config.follows_loss and not writes(model):
         raise ValueError(
             f"saliency {config.saliency!r} follows a loss, which without data only a causal model with its "
             f"head has (AutoModelForCausalLM), of the text it writes, and {type(model).__name__} is none: "
-            "give batches with labels to quantize_model(model, config, batches) and error_feedback=True, or "
-            "take SVDQConfig.best(error_feedback='synthetic')"
+            "give batches with labels to quantize_model(model, config, batches) and error_feedback=True; or "
+            "take SVDQConfig.best() (--preset best), for a model that reads token ids with "
+            "error_feedback='synthetic' (--error-feedback synthetic)"
         )
 
 

@@ -27,7 +27,7 @@ def lines_of(
 ) -> dict[str, Line]:
     """The lines from dense to rounded weights; errors are not fed back.
 
-    With feedback the weights that cost most are no better found (measured), at several times the work.
+    With feedback the weights that cost most are no better found (docs/results/pqi.md), at twice the time.
 
     Args:
         layers: linear layers, by name.
@@ -37,8 +37,8 @@ def lines_of(
     Raises:
         ValueError: see `quantize_weight`.
     """
-    salient, none = kept or {}, torch.empty(0, dtype=torch.int64)
-    return {name: _line(name, module, config, salient.get(name, none)) for name, module in layers.items()}
+    salient, nowhere = kept or {}, torch.empty(0, dtype=torch.int64)
+    return {name: _line(name, module, config, salient.get(name, nowhere)) for name, module in layers.items()}
 
 
 def _line(name: str, module: nn.Module, config: SVDQConfig, kept: Tensor) -> Line:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import svdq_hf.quantize.input_statistics
+import svdq_hf.quantize.requant
 from svdq_hf import SVDQConfig, quantize_model
 from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.calibration.synthetic import synthetic_batches
@@ -15,6 +16,7 @@ from svdq_hf.cli.command import main
 from svdq_hf.core.error_feedback import damped
 from svdq_hf.hub.card import model_card
 from svdq_hf.nn.inventory import svdq_layers
+from svdq_hf.quantize.input_statistics import LOSS_BATCHES
 from svdq_hf.quantize.selection import layers_to_convert
 
 SYNTHETIC = SVDQConfig(k=9, error_feedback="synthetic")
@@ -129,18 +131,37 @@ def test_damping_is_chosen_or_one_of_synthetic_batches():
     assert SVDQConfig.calibrated(damping=0.3).extra_damping == 0.3
 
 
-def test_of_what_a_model_writes_the_loss_of_a_quarter_is_followed(monkeypatch):
+@pytest.mark.parametrize("saliency", ["pqi", "requant"])
+def test_the_loss_is_followed_on_all_batches_that_are_given_and_on_some_that_are_made(saliency, monkeypatch):
     seen = []
 
     def followed(model, lines, batches):
         seen.append([batch["input_ids"] for batch in batches])
         return {name: torch.zeros_like(line.dense()) for name, line in lines.items()}
 
-    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "pqi", followed)
-    quantize_model(tiny.llama(), SVDQConfig(k=4, saliency="pqi", error_feedback="synthetic"))
-    written = [batch["input_ids"] for batch in synthetic_batches(tiny.llama())]
-    assert len(written) > 4
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], written[:4], strict=True))
+    for module in (svdq_hf.quantize.input_statistics, svdq_hf.quantize.requant):
+        monkeypatch.setattr(module, "pqi", followed)
+    written = synthetic_batches(tiny.llama())
+    assert len(written) > LOSS_BATCHES
+    for feedback, batches, count in (("synthetic", None, LOSS_BATCHES), (True, written, len(written))):
+        config = SVDQConfig(k=4, saliency=saliency, error_feedback=feedback)
+        quantize_model(tiny.llama(), config, batches)
+        expected = [batch["input_ids"] for batch in written[:count]]
+        assert all(torch.equal(a, b) for a, b in zip(seen[-1], expected, strict=True))
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_a_text_is_written(monkeypatch):
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", None)
+    with pytest.raises(ValueError, match=r"target_bits=3\.0"):
+        quantize_model(tiny.llama(), SVDQConfig.self_calibrated(target_bits=3.0))
+
+
+@pytest.mark.parametrize("family", ["whisper", "vit"])
+def test_the_remedy_of_a_model_that_reads_no_tokens_works(family):
+    make = tiny.FAMILIES[family].build
+    with pytest.raises(ValueError, match=r"take SVDQConfig\.best\(\) \(--preset best\)"):
+        quantize_model(make(), SVDQConfig.self_calibrated())
+    assert sum(1 for _ in svdq_layers(quantize_model(make(), SVDQConfig.best()))) > 0
 
 
 @pytest.mark.parametrize("saliency", ["pqi", "requant"])

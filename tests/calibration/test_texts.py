@@ -127,6 +127,10 @@ def test_calibrated_from_the_command_line_is_that_of_python_in_a_whole_folder(fo
         (["--saliency", "awq"], "--calibration FILE (--samples N --length L)"),
         (["--error-feedback", "data"], "or --error-feedback synthetic"),
         (["--calibration", "t.txt"], "--calibration t.txt: nothing that was chosen needs data"),
+        (
+            ["--preset", "self_calibrated", "--calibration", "t.txt"],
+            "give --error-feedback data to read it",
+        ),
         (["--samples", "4"], "--samples is of --calibration FILE, which is not given"),
         (["--preset", "calibrated", "--calibration", "none"], "none: no such file"),
     ],
@@ -162,24 +166,6 @@ def test_dtype_is_of_what_stays_dense_streamed_and_in_memory(folder, text, tmp_p
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     again = BertModel.from_pretrained(tmp_path / "half")
     assert again.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("preset", "told"),
-    [
-        ("calibrated", "calibrated needs data: svdq quantize MODEL OUT --preset calibrated --calibration"),
-        (
-            "self_calibrated",
-            "needs the dense model, so it is done once: svdq quantize MODEL OUT --preset self_",
-        ),
-        ("resq", "needs the dense model, so it is done once: svdq quantize MODEL OUT --preset resq"),
-        ("self-calibrated", "svdq quantize MODEL OUT --preset self_calibrated"),
-    ],
-)
-def test_a_demo_says_where_presets_are_that_run_the_dense_model(preset, told, capsys):
-    with pytest.raises(SystemExit):
-        main(["demo", "--preset", preset])
-    assert told in capsys.readouterr().err
 
 
 def test_batches_without_a_use_are_refused_in_python_too(folder, tmp_path):

@@ -24,6 +24,7 @@ from svdq_hf.cli.evaluate import EXAMPLE
 from svdq_hf.cli.options import config_of, option_name
 from svdq_hf.config.choice_row import Option
 from svdq_hf.config.choices import CHOICES
+from svdq_hf.config.presets import PRESETS
 from svdq_hf.hub.readme import metadata_of
 from svdq_hf.quantize.empty_model import named_class
 
@@ -136,6 +137,48 @@ def test_error_feedback_without_data_is_a_choice(source, tmp_path):
     assert all(torch.equal(parts[name], known[name]) for name in known)
     stored = json.loads((out / "config.json").read_text())["quantization_config"]
     assert stored["error_feedback"] == "synthetic"
+
+
+OFFERED = {
+    "quantize m o": {*PRESETS},
+    "compare m": {"default", *PRESETS} - {"calibrated"},
+    "evaluate --task rte --model m --out o": {"default", *PRESETS},
+    "sensitivity m --text t": {"small", "calibrated", "resq", "paper"},  # those that choose a grid
+    **{command: {"best", "small", "paper"} for command in ("demo", "bench f", "chat m --quantize")},
+}
+
+
+@pytest.mark.parametrize("command", OFFERED)
+def test_a_command_offers_the_presets_that_it_can_do(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--preset", "nonsense"])
+    listed = capsys.readouterr().err.partition("invalid choice: 'nonsense' (choose from ")[2]
+    assert set(re.findall(r"\w+", listed.partition(")")[0])) == OFFERED[command]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["demo", "--preset", "calibrated"],
+            "calibrated needs data: svdq quantize MODEL OUT --preset cal",
+        ),
+        (
+            ["demo", "--preset", "resq"],
+            "resq runs the dense model, which is not done while loading: svdq",
+        ),
+        (
+            ["bench", "f", "--preset", "Self-Calibrated"],
+            "quantize MODEL OUT --preset self_calibrated, then",
+        ),
+        (["quantize", "m", "o", "--preset", "self-calibrated"], "did you mean self_calibrated?"),
+        (["quantize", "m", "o", "--levels", "small"], "(choose from 'linear', 'normal')\n"),
+    ],
+)
+def test_a_preset_that_is_offered_elsewhere_is_told_where(arguments, told, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,16 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
     assert sum(int(scores.isinf().sum()) for scores in found.values()) == counts[-1]
 
 
+def test_errors_are_not_fed_back_in_the_rounds():
+    model, config = llama(), SVDQConfig(saliency="requant")
+    layers = linear(model, config)
+    plain, fed = (
+        ReQuant(model, layers, config.replace(error_feedback=feedback), batches()).order(500)
+        for feedback in (False, True)
+    )
+    assert all(torch.equal(plain[name], fed[name]) for name in layers)
+
+
 def test_a_weight_that_is_kept_costs_nothing_more():
     model, config = llama(), SVDQConfig(saliency="requant")
     layers = linear(model, config)

@@ -24,6 +24,7 @@ from svdq_hf.config.presets import PRESETS
 from svdq_hf.evaluation.comparison.labels import label
 from svdq_hf.evaluation.speed.memory import check_fits
 from svdq_hf.format.files import weight_files
+from svdq_hf.quantize.input_statistics import check_runs
 
 Model: TypeAlias = str | Path | nn.Module
 """What can be compared: a folder, a name on the Hub, or a model in memory."""
@@ -150,6 +151,8 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
                 f"{label(other)}: needs data: svdq quantize MODEL OUT --calibration FILE, with the same "
                 "choices, then svdq compare MODEL OUT; or, without data, --error-feedback synthetic"
             )
+        if isinstance(other, SVDQConfig):
+            check_runs(first.empty(), other)
     found = [first, *map(entrant, others)]
     _check_once(found)
     return _told_apart(found)
@@ -175,9 +178,10 @@ def entrant(model: Model | SVDQConfig) -> Contestant:
             f"compare takes folders, names on the Hub, transformers models and SVDQConfigs, no "
             f"{type(model).__name__}"
         )
-    if str(model) in PRESETS and not Path(model).exists():
+    preset = str(model).replace("-", "_")
+    if preset in PRESETS and not Path(model).exists():
         raise ValueError(
-            f"{model}: no such folder; made on the way: --preset {model} (in Python SVDQConfig.{model}())"
+            f"{model}: no such folder; made on the way: --preset {preset} (in Python SVDQConfig.{preset}())"
         )
     source = Source.resolve(model, packed=True)
     _ = source.stored, weight_files(source.folder)  # which say what is missing

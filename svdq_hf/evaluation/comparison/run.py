@@ -94,10 +94,11 @@ class Run:
         return found
 
     def _compared(self, place: Path) -> ComparisonResult:
-        measure = self._measure(self._kind(), place)
+        kind = self._kind()
+        measure = self._measure(kind, place)
         seen = self._observed(measure, place)
         found = [self._model(one, of, seen[0]) for one, of in zip(self.contestants, seen, strict=True)]
-        judged = [_judged(one, found[0], measure.counted) for one in found[1:]]
+        judged = [_judged(one, found[0], measure.counted, kind) for one in found[1:]]
         about = measure.about, measure.counted, seen[0].n
         self.notes += _few(int(seen[0].block.max()) + 1)
         return ComparisonResult(*about, found[0], judged, 0.0, tuple(self.notes))
@@ -195,5 +196,5 @@ def _few(blocks: int) -> Iterator[str]:
         yield f"The intervals rest on {blocks} independent parts: give a longer --text, or more --tokens."
 
 
-def _judged(model: ComparedModel, reference: ComparedModel, counted: str) -> ComparedModel:
-    return replace(model, verdict=verdict(model, reference, counted), advice=advice(model))
+def _judged(model: ComparedModel, reference: ComparedModel, counted: str, kind: str) -> ComparedModel:
+    return replace(model, verdict=verdict(model, reference, counted), advice=advice(model, kind))

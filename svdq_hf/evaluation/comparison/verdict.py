@@ -23,13 +23,6 @@ LEVELS = (
 """Words for a mean KL in nats below each bound."""
 COSINES = ((0.001, 0), (0.005, 1), (0.03, 2), (0.1, 3), (float("inf"), 4))
 """The same words, for 1 minus a mean cosine below each bound."""
-NEARER = {
-    "best": "--preset best",
-    "bits": "--bits 8",
-    "self_calibrated": "of a causal model, in minutes, --preset self_calibrated",
-    "calibrated": "with texts of yours, svdq quantize --preset calibrated",
-}
-"""Ways to come nearer to the original, by their preset."""
 MOSTLY_DENSE = 0.5
 FEW_BITS = 5.0
 
@@ -133,18 +126,19 @@ def share(value: Estimate) -> str:
     return "100 %" if percent == 100 else f"{percent:.1f} %" if percent < 99.9 else f"{percent:.2f} %"
 
 
-def advice(model: ComparedModel) -> list[str]:
+def advice(model: ComparedModel, kind: str = "") -> list[str]:
     """What to try next, at most two hints.
 
     Args:
         model: not the reference.
+        kind: of the models, see `kinds.kind_of`.
     """
     known = model.quantization or {}
     if is_identical(model.quality) or known.get("quant_method") != QUANT_METHOD:
         return []
     config = SVDQConfig.from_dict(known)
     close = closeness(model.quality) in {words for _, words in LEVELS[:2]}
-    return [*(_smaller(config) if close else _nearer(config)), *_mostly_dense(model)]
+    return [*(_smaller(config) if close else _nearer(config, kind)), *_mostly_dense(model)]
 
 
 def _smaller(config: SVDQConfig) -> Iterator[str]:
@@ -154,14 +148,26 @@ def _smaller(config: SVDQConfig) -> Iterator[str]:
         yield "smaller: --preset small"
 
 
-def _nearer(config: SVDQConfig) -> Iterator[str]:
-    preset = preset_of(config)
-    if preset == "paper":
+def _nearer(config: SVDQConfig, kind: str) -> Iterator[str]:
+    if preset_of(config) == "paper":
         yield "nearer: --preset best; the preset paper is only for comparisons with the paper"
     elif config.bits < FEW_BITS:
-        not_nearer = {preset, "best"} if config.data_needs else {preset}
-        ways = [way for name, way in NEARER.items() if name not in not_nearer]
-        yield f"nearer: {'; '.join(ways)}"
+        more = "--bits 4" if config.bits < SVDQConfig().bits else "--bits 8"
+        yield f"nearer: {'; '.join([*_ways(config, kind), more])}"
+
+
+def _ways(config: SVDQConfig, kind: str) -> Iterator[str]:
+    """Ways to come nearer at about the same bits; those that have read texts are near already."""
+    if config.follows_loss:
+        if config.synthetic:
+            yield "with texts of yours, the same with --error-feedback data --calibration FILE"
+        return
+    if not config.data_needs and preset_of(config) != "best":
+        yield "--preset best"
+    if kind == "causal":
+        yield "in minutes, --preset self_calibrated"
+    elif not config.error_feedback:
+        yield "with texts of yours, svdq quantize --preset calibrated"
 
 
 def _mostly_dense(model: ComparedModel) -> Iterator[str]:

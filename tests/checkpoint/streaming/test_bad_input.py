@@ -249,6 +249,15 @@ def test_dry_run_says_why_a_model_is_not_streamed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_model_that_writes_nothing_is_not_calibrated_on_its_own_text(dry, tmp_path, capsys):
+    dinov2().save_pretrained(tmp_path / "dense")
+    command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--preset", "self_calibrated"]
+    assert main([*command, *dry]) == 1
+    assert "only a causal model with its head has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_out_folder_that_is_not_empty_is_refused(dry, source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()

@@ -3,6 +3,7 @@
 import letters
 import pytest
 import torch
+from tiny_models import mixtral
 from torch import nn
 
 from svdq_hf import SVDQConfig, quantize_model
@@ -16,6 +17,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contestants")
     letters.saved("causal", folder / "model")
     letters.saved("causal", folder / "other" / "model", seed=1)
+    letters.saved("masked", folder / "reads")
     model = letters.KINDS["causal"][0].from_pretrained(folder / "model")
     quantize_model(model, SVDQConfig(k=4)).save_pretrained(folder / "small")
     return folder
@@ -72,6 +74,9 @@ def test_sizes_in_memory_are_those_of_the_folder(place):
         (["model", SVDQConfig(), SVDQConfig()], "svdq: asked for twice"),
         (["nothing"], "no config.json is there"),
         (["model", "best"], "best: no such folder; made on the way: --preset best"),
+        (["model", "self-calibrated"], "made on the way: --preset self_calibrated"),
+        (["reads", SVDQConfig.self_calibrated()], "BertForMaskedLM is none: .*--error-feedback synthetic"),
+        ([mixtral(), SVDQConfig.self_calibrated()], "of fused experts' inputs none is collected"),
         (["./nowhere"], "no such folder"),
     ],
 )

@@ -33,7 +33,7 @@ def model(quality=GEMMA, config=None, **about):
     return ComparedModel(quality=quality, quantization=quantization, **given)
 
 
-OWN = "of a causal model, in minutes, --preset self_calibrated"
+OWN = "in minutes, --preset self_calibrated"
 CALIBRATED = "with texts of yours, svdq quantize --preset calibrated"
 DENSE = model(Quality(), name="gemma", bytes=1000, bits=32.0, dense_share=None)
 
@@ -91,18 +91,36 @@ def test_words_go_from_near_to_far():
 @pytest.mark.parametrize(
     ("kl", "config", "hint"),
     [
-        (0.1, SVDQConfig(), f"nearer: --preset best; --bits 8; {OWN}; {CALIBRATED}"),
-        (0.1, SVDQConfig.best(), f"nearer: --bits 8; {OWN}; {CALIBRATED}"),
-        (0.1, SVDQConfig.self_calibrated(), f"nearer: --bits 8; {CALIBRATED}"),
-        (0.1, SVDQConfig.calibrated(), f"nearer: --bits 8; {OWN}"),
+        (0.1, SVDQConfig(), f"nearer: --preset best; {OWN}; --bits 8"),
+        (0.1, SVDQConfig.best(), f"nearer: {OWN}; --bits 8"),
+        (0.1, SVDQConfig.best(bits=3), f"nearer: {OWN}; --bits 4"),
+        (0.1, SVDQConfig.calibrated(), f"nearer: {OWN}; --bits 8"),
+        (0.1, SVDQConfig.calibrated(saliency="requant"), "nearer: --bits 8"),
+        (
+            0.1,
+            SVDQConfig.self_calibrated(),
+            "nearer: with texts of yours, the same with --error-feedback data --calibration FILE; --bits 8",
+        ),
         (9.0, SVDQConfig.paper(), "nearer: --preset best; the preset paper is only for comparisons"),
         (0.001, SVDQConfig.best(), "smaller: --preset small"),
         (0.0005, SVDQConfig(bits=8), "smaller: --preset best, of 4 bits"),
     ],
 )
 def test_what_to_try_next_goes_by_the_distance_and_the_choices(kl, config, hint):
-    (found,) = advice(model(Quality(kl=Estimate(kl, kl, kl)), config))
+    (found,) = advice(model(Quality(kl=Estimate(kl, kl, kl)), config), "causal")
     assert found.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        (SVDQConfig(), f"nearer: --preset best; {CALIBRATED}; --bits 8"),
+        (SVDQConfig.calibrated(), "nearer: --bits 8"),
+    ],
+)
+def test_what_does_not_write_is_not_told_to_write_its_own_text(config, hint):
+    quality = Quality(kl=Estimate(0.1, 0.1, 0.1))
+    assert advice(model(quality, config), "labels") == [hint]
 
 
 def test_nothing_is_advised_where_nothing_is_left_and_for_others_models():
