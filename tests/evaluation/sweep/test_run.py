@@ -280,3 +280,11 @@ def test_fused_experts_stay_dense_and_it_is_said(tmp_path, caplog):
     assert "fused experts stay dense in this evaluation: 2 modules, model.layers.0.mlp.experts" in caplog.text
     config = SVDQConfig(k=30, saliency="magnitude", modules_to_not_convert=["experts"], **GRIDS[OURS])
     assert lines(tmp_path)[-1]["loss"] == evaluate(quantize_model(tiny.mixtral(), config))["loss"] > 0
+
+
+def test_a_contestant_that_the_model_cannot_be_is_refused_before_the_model_is_run(tmp_path):
+    plan = SweepPlan(methods=(), contestants={"own": SVDQConfig.self_calibrated()})
+    evaluator = Outputs()
+    with pytest.raises(ValueError, match="only a causal model with its head has"):
+        run(tmp_path, plan, evaluator)
+    assert evaluator.calls == 0
