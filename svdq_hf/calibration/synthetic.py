@@ -2,7 +2,8 @@
 
 Error feedback needs to know which inputs of a layer are large and which vary together. For an encoder, random
 tokens tell most of that; for a causal model hardly any, but text of its own does (measured), which is the
-idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). Not here: the statistics of the inputs
+idea of LLM-QAT (Liu et al. 2023, arXiv 2305.17888), called self-calibration where a model is only quantized
+(Williams et al. 2024, arXiv 2410.17170). Not here: the statistics of the inputs
 (`calibration.inputs`).
 """
 
@@ -44,7 +45,7 @@ def synthetic_batches(model: nn.Module, *, tokens: int = TOKENS, seed: int = 0) 
         ValueError: the model does not read token ids (it sees pictures, hears sound, or is no
             transformers model).
 
-    Source: LLM-QAT, arXiv 2305.17888.
+    Source: LLM-QAT, arXiv 2305.17888; self-calibration, arXiv 2410.17170.
     """
     text = _text_config(model)
     vocabulary = getattr(text, "vocab_size", None)

@@ -7,8 +7,9 @@
    given back, in `ROUNDS` of which each spends half of what is left, and the last all of it.
 
 Each time a layer is rounded again its salient weights stay out of it, and the errors that remain are other
-ones. The result is an order of weights, for the score "requant": quantizing by it stores nothing new.
-Not here: PQI (`quantize.sensitivity`), and how many weights the budget pays for (`quantize.budget`).
+ones. Error feedback is left out of the rounds, and applied when the layers are quantized in the end. The
+result is an order of weights, for the score "requant": quantizing by it stores nothing new. Not here: PQI
+(`quantize.sensitivity`), and how many weights the budget pays for (`quantize.budget`).
 
 Source: arXiv 2503.01901 has these steps. Its algorithms were not at hand: how the outliers are shared out,
 which weights they are, that PQI counts by its size, and how much each round spends are ours.
@@ -43,7 +44,7 @@ class ReQuant:
     Attributes:
         model: the dense model.
         layers: linear layers of it, by name.
-        config: how they are rounded.
+        config: how they are rounded; in the rounds without error feedback.
         batches: what the model's loss takes.
     """
 
