@@ -32,7 +32,7 @@ from svdq_hf.checkpoint.unfinished import check_own, unfinished_folder
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.arguments import checked_arguments
 from svdq_hf.quantize.footprint import Footprint
-from svdq_hf.quantize.input_statistics import check_runs
+from svdq_hf.quantize.input_statistics import check_loss
 from svdq_hf.quantize.weight import quantize_weight
 
 SAMPLES = 4
@@ -125,7 +125,7 @@ def estimate_checkpoint(
     try:
         plan = make_plan(source, config, size, dtype, has_data=run.get("batches") is not None)
     except Unstreamable as reason:
-        check_runs(source.empty, config)
+        check_loss(source.empty, config)
         after = reason.footprint
         disk = after.total_bytes if after is not None else before
         return Estimate(before, after, None, None, disk, free, in_memory=str(reason))

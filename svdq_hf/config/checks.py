@@ -52,11 +52,6 @@ def check_together(choices: Mapping[str, Any], score_needs: Sequence[str]) -> No
     Raises:
         ValueError: it names one of the two, its value and what is allowed beside the other.
     """
-    score = f"False with saliency={choices['saliency']!r}"
-    head, table, free = choices["lm_head"], choices["embeddings"], not score_needs
-    instead = "; take saliency='relative' for it"
-    require(free or not head, "lm_head", head, f"{score}: of the head's inputs no data is collected{instead}")
-    require(free or not table, "embeddings", table, f"{score}: an embedding has no inputs to weigh{instead}")
     size = choices["group_size"]
     grouped = isinstance(size, int) or not choices["error_feedback"]
     require(grouped, "group_size", size, "a number of columns where error_feedback is on")

@@ -18,6 +18,8 @@ from svdq_hf.core.saliency import BY_LOSS, data_needs, no_data, saliency_names
 from svdq_hf.format.parts import Scheme
 
 ErrorFeedback = bool | Literal["synthetic"]
+WITHOUT_DATA = "relative"
+"""The score of matrices of whose inputs nothing is known, where the config's score needs data."""
 
 
 class Chosen:

@@ -132,8 +132,7 @@ class PresetMethods:
 
         ReQuant picks the salient weights by the loss on that text, and error feedback makes good what
         rounding lost: the least loss of all without data. It takes minutes to hours, and the memory of the
-        dense model and of a backward pass over 512 tokens. Output head, embedding and fused experts cannot be
-        quantized with it; other models than causal ones are refused when they are quantized.
+        dense model and of a backward pass over 512 tokens. Models that are not causal are refused.
 
         Use: `quantize_model(model, SVDQConfig.self_calibrated())`.
 

@@ -112,14 +112,16 @@ def spend(
     total = affordable(layers, config)
     if config.follows_loss:
         scores = {name: one.sensitivity for name, one in seen.items() if one.sensitivity is not None}
-        return config.replace(layer_k=by_loss(scores, total))
+        unseen = _unseen(layers, config, scores, total)
+        return config.replace(layer_k=by_loss(scores, total - sum(unseen.values())) | unseen)
     even, shared = _same_count(layers, total), _same_share(layers, total)
     measured: dict[str, Measured] = {}
 
     def measure(name: str, ks: set[int]) -> None:
         weight = layers[name].weight()
         known = measured.setdefault(name, Measured({}))
-        known.error |= errors_at(weight, config, name, sorted(ks - known.error.keys()), seen.get(name))
+        own = config if name in seen else config.without_data()
+        known.error |= errors_at(weight, own, name, sorted(ks - known.error.keys()), seen.get(name))
 
     for name, layer in hf_logging.tqdm(layers.items(), desc="Measuring errors"):
         top = min(layer.numel, total)
@@ -223,6 +225,18 @@ def _same_count(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
     """The same k in every layer; a layer with fewer weights gets as many as it has."""
     k = total // len(layers)
     return {name: min(k, layer.numel) for name, layer in layers.items()}
+
+
+def _unseen(
+    layers: Mapping[str, BudgetItem], config: SVDQConfig, scores: Mapping[str, Tensor], total: int
+) -> dict[str, int]:
+    """K of the layers of which the loss tells nothing: what `k` says, or else their share of a budget."""
+    shares = _same_share(layers, total)
+    return {
+        name: shares[name] if config.target_bits else salient_count(config.k, layer.out, layer.in_features)
+        for name, layer in layers.items()
+        if name not in scores
+    }
 
 
 def _same_share(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from svdq_hf.config.chosen import score_data
+from svdq_hf.nn.integer_linear import SVDQIntegerLinear
 
 _DTYPES = {"F32": "FP32", "float32": "FP32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
@@ -39,9 +39,8 @@ def dense_tensors(model: Any, rest: Mapping[str, Tensor]) -> tuple[DenseTensor, 
     table, head = (_weight(model, get) for get in ("get_input_embeddings", "get_output_embeddings"))
     choices = {id(table): "lm_head" if table is head else "embeddings", id(head): "lm_head"}
     choices.pop(id(None), None)
-    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantization is not None and _stay_dense(vars(quantization)):
-        choices = {}
+    if any(isinstance(module, SVDQIntegerLinear) for module in model.modules()):
+        choices = {}  # these have neither
     return _sorted(
         DenseTensor(name, one.nbytes, _dtype(str(one.dtype)), choices.get(id(one), ""))
         for name, one in rest.items()
@@ -58,11 +57,10 @@ def stored_dense_tensors(folder: str | Path, rest: Mapping[str, tuple[int, str]]
     apart = any(_HEAD.search(name) for name in rest)
     config = _config(folder)
     table = "embeddings" if apart or not _has_head(config) else "lm_head"
-    quantization = config.get("quantization_config")
 
     def choice(name: str) -> str:
-        if _stay_dense(quantization if isinstance(quantization, dict) else {}):
-            return ""
+        if _rounds_activations(config):
+            return ""  # which have neither
         return "lm_head" if _HEAD.search(name) else table if _TABLE.search(name) else ""
 
     return _sorted(
@@ -95,11 +93,9 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     return isinstance(named, list) and bool(named) and _WITH_HEAD.search(str(named[0])) is not None
 
 
-def _stay_dense(choices: Mapping[str, Any]) -> bool:
-    """Whether head and embedding stay dense beside other choices, as config.json has them."""
-    saliency = choices.get("saliency")
-    needs_data = isinstance(saliency, str) and bool(score_data(saliency))
-    return needs_data or choices.get("activations") is not None
+def _rounds_activations(config: Mapping[str, Any]) -> bool:
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("activations") is not None
 
 
 def _dtype(name: str) -> str:

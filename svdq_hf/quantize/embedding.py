@@ -142,7 +142,7 @@ def quantize_embedding(model: nn.Module, table: Embedding, config: SVDQConfig) -
     Raises:
         ValueError: see `quantize_weight`.
     """
-    parts, facts = quantize_weight(table.module.weight.detach(), config, table.name)
+    parts, facts = quantize_weight(table.module.weight.detach(), config.without_data(), table.name)
     layer = put_empty_embedding(model, table, config)
     layer.load_parts(parts)
     layer.facts = facts

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from torch import nn
 
 from svdq_hf.config import SVDQConfig
-from svdq_hf.core.saliency import data_needs
 from svdq_hf.nn.expert_layouts import layout_of, stacks_of, unknown_experts
 from svdq_hf.nn.experts import SVDQExperts
 from svdq_hf.quantize.weight import check_weight, quantize_stack
@@ -40,7 +39,7 @@ def quantized_experts(name: str, module: nn.Module, config: SVDQConfig) -> SVDQE
     Raises:
         ValueError: see `quantize_weight`.
     """
-    experts = empty_experts(module, config)
+    experts, config = empty_experts(module, config), config.without_data()
     for matrix in experts.stacks:
         dense = getattr(module, matrix).detach()
         parts, experts.facts[matrix] = quantize_stack(
@@ -83,9 +82,9 @@ def warn_of_unknown(modules: Mapping[str, nn.Module]) -> None:
 
 
 def check_expert_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) -> None:
-    """Check the choices that fused experts do not support: a budget, and scores or error feedback from data.
+    """Check the choices that do not reach fused experts: a budget, and what is read from data.
 
-    A budget or a score from data is refused; that error feedback is left out is logged as a warning.
+    A budget is refused; that scores from data and error feedback are left out is logged as a warning.
 
     Args:
         chosen: the modules to quantize, by name.
@@ -102,14 +101,10 @@ def check_expert_choices(chosen: Mapping[str, nn.Module], config: SVDQConfig) ->
         )
     if not experts or not config.data_needs:
         return
-    if data_needs(config.saliency):
-        raise ValueError(
-            f"saliency {config.saliency!r} needs data, and of fused experts' inputs none is collected "
-            f"({experts[0]}): take a score without data, such as SVDQConfig.best(error_feedback='synthetic') "
-            "has it, or keep them dense with modules_to_not_convert=['experts']"
-        )
     logger.warning(
-        "error feedback does not reach fused experts: %d modules are quantized without, %s%s",
+        "fused experts are quantized without data, by saliency %r and without error feedback: %d modules, "
+        "%s%s",
+        config.without_data().saliency,
         len(experts),
         ", ".join(experts[:3]),
         ", ..." if len(experts) > 3 else "",

@@ -153,7 +153,7 @@ def quantize_head(model: nn.Module, head: Head, config: SVDQConfig) -> None:
     Raises:
         ValueError: see `quantize_weight`.
     """
-    layer = quantized_layer(head.name, head.module, config)
+    layer = quantized_layer(head.name, head.module, config.without_data())
     if layer.bias is not None and head.embeddings:  # it may be tied too: a tensor of its own from now on
         layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     put_head(model, head, layer)

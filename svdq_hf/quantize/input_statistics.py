@@ -12,11 +12,8 @@ from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
 from svdq_hf.quantize.budget import affordable, items_of
-from svdq_hf.quantize.experts import check_expert_choices
-from svdq_hf.quantize.kept_dense import KeptDense
 from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
-from svdq_hf.quantize.selection import convertible, linear_layers
 from svdq_hf.quantize.sensitivity import pqi
 
 LOSS_BATCHES = 4
@@ -49,7 +46,7 @@ def collect_for(
     if config.synthetic:
         if batches is not None:
             raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
-        _check_loss(model, config)
+        check_loss(model, config)
         batches = synthetic_batches(model, seed=config.seed)
         model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed
     if not needs and batches is not None:
@@ -75,23 +72,16 @@ def collect_for(
         ) from error
 
 
-def check_runs(model: nn.Module, config: SVDQConfig) -> None:
-    """Refuse a model that cannot tell what a config needs, before anything is run.
+def check_loss(model: nn.Module, config: SVDQConfig) -> None:
+    """Refuse a score by the loss where the batches that the model would make give none, before any work.
 
     Args:
         model: dense, on any device.
         config: how it is quantized.
 
     Raises:
-        ValueError: a loss is needed and the model is no causal one, or data of fused experts; with the
-            remedy.
+        ValueError: the model is no causal one; with the remedy.
     """
-    _check_loss(model, config)
-    if config.data_needs:
-        check_expert_choices(convertible(model, linear_layers(model), KeptDense.of(config)), config)
-
-
-def _check_loss(model: nn.Module, config: SVDQConfig) -> None:
     if config.synthetic and config.follows_loss and not writes(model):
         raise ValueError(
             f"saliency {config.saliency!r} follows a loss, which without data only a causal model with its "

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import transformers as hf
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import svdq_hf.quantize.input_statistics
 from svdq_hf import SVDQConfig, dequantize_model, footprint, quantize_model, read_footprint
+from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.format.parts import part_specs
 from svdq_hf.kernels import experts_op as kernel
 from svdq_hf.nn.expert_layouts import layout_of
@@ -392,25 +395,28 @@ def test_unknown_classes_stay_dense_and_are_named(caplog):
     ]
 
 
-def test_scores_that_need_data_refuse_experts():
-    source = tiny_experts.build("mixtral")
-    with pytest.raises(ValueError, match=r"none is collected.*modules_to_not_convert=") as error:
-        quantize_model(source, SVDQConfig(saliency="awq"), [tiny.tokens()])
-    assert "model.layers.0.mlp.experts" in str(error.value)
-    config = SVDQConfig(k=32, saliency="awq", modules_to_not_convert=["experts"])
-    assert not any(svdq_experts(quantize_model(source, config, [tiny.tokens()])))
-
-
-def test_error_feedback_leaves_experts_alone_and_says_so(caplog):
-    choices = {"k": 32, "group_size": 32}
-    model = quantize_model(
-        tiny_experts.build("mixtral"), SVDQConfig(**choices, error_feedback=True), [tiny.tokens()]
-    )
-    assert "error feedback does not reach fused experts: 2 modules are quantized without" in caplog.text
-    plain = quantize_model(tiny_experts.build("mixtral"), SVDQConfig(**choices))
+@pytest.mark.parametrize(
+    ("choices", "saliency"), [({"error_feedback": True}, "svd"), ({"saliency": "awq"}, "relative")]
+)
+def test_data_does_not_reach_experts_and_a_warning_says_so(choices, saliency, caplog):
+    data = SVDQConfig(k=32, group_size=32, **choices)
+    model = quantize_model(tiny_experts.build("mixtral"), data, [tiny.tokens()])
+    told = f"without data, by saliency '{saliency}' and without error feedback: 2 modules, model.layers.0"
+    assert told in caplog.text
+    config = SVDQConfig(k=32, group_size=32, saliency=saliency)
+    plain = quantize_model(tiny_experts.build("mixtral"), config)
     for (_, ours), (_, theirs) in zip(svdq_experts(model), svdq_experts(plain), strict=True):
         assert tiny.different_tensors(ours, theirs) == []
     assert tiny.different_tensors(model.model.layers[0].self_attn, plain.model.layers[0].self_attn)
+
+
+def test_a_mixture_of_experts_is_calibrated_on_its_own_words(monkeypatch):
+    few = partial(synthetic_batches, tokens=400)
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
+    model = quantize_model(tiny_experts.build("mixtral"), SVDQConfig.self_calibrated())
+    assert len(list(svdq_experts(model))) == 2
+    counts = [layer.k for layer in footprint(model).layers if "self_attn" in layer.name]
+    assert len(set(counts)) > 1  # chosen for the whole model at once
 
 
 def test_frozen_experts_stay_frozen_and_others_train():

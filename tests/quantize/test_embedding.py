@@ -251,11 +251,6 @@ def test_embeddings_is_true_or_false():
         SVDQConfig(embeddings="yes")
 
 
-def test_a_score_that_needs_data_has_none_of_an_embedding():
-    with pytest.raises(ValueError, match="embeddings=True: must be False with saliency='awq'"):
-        SVDQConfig.calibrated(embeddings=True)
-
-
 def test_an_embedding_that_the_models_code_reads_is_refused():
     class Reader(torch.nn.Module):
         def __init__(self):

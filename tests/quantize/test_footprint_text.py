@@ -50,16 +50,6 @@ def test_an_embedding_that_is_the_head_too_is_the_heads_choice(tied, choice, tmp
         assert tied or found["lm_head.weight"] == "lm_head"
 
 
-def test_a_choice_that_would_be_refused_is_not_advised(tmp_path):
-    model = LlamaForCausalLM(llama_config(vocab_size=2000))
-    given = [{"input_ids": torch.arange(8).view(1, 8)}]
-    quantize_model(model, SVDQConfig(k=2, saliency="awq"), given).save_pretrained(tmp_path)
-    for result in (footprint(model), read_footprint(tmp_path)):
-        assert {one.choice for one in result.dense} == {""}
-    with pytest.raises(ValueError, match=r"of the head's inputs no data is collected; take saliency='rel"):
-        SVDQConfig.self_calibrated(lm_head=True)
-
-
 def test_nothing_to_shrink_is_not_said():
     model = quantize_model(BertModel(bert_config(vocab_size=40)), SVDQConfig(k=2))
     assert "to shrink it" not in rows(footprint(model))

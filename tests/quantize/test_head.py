@@ -245,10 +245,32 @@ def test_an_id_beyond_the_vocabulary_is_an_error_as_it_is_of_a_dense_embedding()
 def test_lm_head_is_true_or_false():
     with pytest.raises(ValueError, match="lm_head='yes': must be true or false"):
         SVDQConfig(lm_head="yes")
-    with pytest.raises(ValueError, match="lm_head=True: must be False with saliency='awq'"):
-        SVDQConfig.calibrated(lm_head=True)
     assert SVDQConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert SVDQConfig.paper(lm_head=True).format_version == 2
+
+
+@pytest.mark.parametrize("saliency", ["awq", "pqi", "requant"])
+def test_head_and_embedding_have_a_score_without_data_where_layers_have_one_with(saliency, tmp_path):
+    both = {"k": 0.01, "lm_head": True, "embeddings": True}
+    given = [{"input_ids": tiny.tokens()}]
+    config = SVDQConfig(saliency=saliency, error_feedback=True, **both)
+    model = quantize_model(tiny.llama(), config, given)
+    plain = quantize_model(tiny.llama(), SVDQConfig(saliency="relative", **both))
+    for name in ("lm_head", "model.embed_tokens"):
+        assert tiny.different_tensors(model.get_submodule(name), plain.get_submodule(name)) == []
+    assert tiny.different_tensors(model.model.layers[0].mlp, plain.model.layers[0].mlp)
+    if saliency != "awq":  # one budget, of which head and embedding have what k says
+        assert footprint(model).bits_per_weight == pytest.approx(footprint(plain).bits_per_weight, rel=1e-3)
+    model.save_pretrained(tmp_path)
+    assert tiny.different_tensors(hf.LlamaForCausalLM.from_pretrained(tmp_path), model) == []
+
+
+@pytest.mark.parametrize("saliency", ["awq", "pqi", "requant"])
+def test_a_budget_is_met_with_a_head_of_which_data_tells_nothing(saliency):
+    config = SVDQConfig(saliency=saliency, lm_head=True, target_bits=5.5)
+    model = quantize_model(tiny.llama(), config, [{"input_ids": tiny.tokens()}])
+    assert footprint(model).bits_per_weight == pytest.approx(5.5, abs=0.01)
+    assert next(layer.k for layer in footprint(model).layers if layer.name == "lm_head") > 0
 
 
 def test_a_head_that_the_files_do_not_have_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from svdq_hf.config.presets import PRESETS
 from svdq_hf.evaluation.comparison.labels import label
 from svdq_hf.evaluation.speed.memory import check_fits
 from svdq_hf.format.files import weight_files
-from svdq_hf.quantize.input_statistics import check_runs
+from svdq_hf.quantize.input_statistics import check_loss
 
 Model: TypeAlias = str | Path | nn.Module
 """What can be compared: a folder, a name on the Hub, or a model in memory."""
@@ -152,7 +152,7 @@ def entrants(reference: Model, others: Sequence[Model | SVDQConfig]) -> list[Con
                 "choices, then svdq compare MODEL OUT; or, without data, --error-feedback synthetic"
             )
         if isinstance(other, SVDQConfig):
-            check_runs(first.empty(), other)
+            check_loss(first.empty(), other)
     found = [first, *map(entrant, others)]
     _check_once(found)
     return _told_apart(found)

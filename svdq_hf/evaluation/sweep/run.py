@@ -31,7 +31,7 @@ from svdq_hf.nn.expert_layouts import layout_of
 from svdq_hf.quantize.budget import affordable, by_loss, items_of
 from svdq_hf.quantize.convert import progress
 from svdq_hf.quantize.footprint import footprint
-from svdq_hf.quantize.input_statistics import check_runs, collect_for
+from svdq_hf.quantize.input_statistics import check_loss, collect_for
 from svdq_hf.quantize.layer import matrix_of, quantized_layer
 from svdq_hf.quantize.selection import dense_weight, layers_to_convert
 from svdq_hf.quantize.weight import score_weight
@@ -85,7 +85,7 @@ class Sweep:
 
     def _run(self, todo: Sequence[Key]) -> None:
         for config in self.plan.contestants.values():
-            check_runs(self.model, config)
+            check_loss(self.model, config)
         started = time.perf_counter()
         reference = self.evaluate(self.model)
         seconds = {"quantize": 0.0, "evaluate": time.perf_counter() - started}
