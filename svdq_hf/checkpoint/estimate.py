@@ -126,7 +126,7 @@ def estimate_checkpoint(
         plan = make_plan(source, config, size, dtype, has_data=run.get("batches") is not None)
     except Unstreamable as reason:
         check_loss(source.empty, config)
-        after = reason.footprint
+        after = reason.footprint or _sizes_beside_data(source, config, size, dtype)
         disk = after.total_bytes if after is not None else before
         return Estimate(before, after, None, None, disk, free, in_memory=str(reason))
     idle = peak_memory()
@@ -135,6 +135,18 @@ def estimate_checkpoint(
     memory = peak if workers == 1 else idle + workers * peak
     disk = bytes_needed(plan, work)
     return Estimate(before, plan.footprint, seconds / workers, memory, disk, free, tuple(sampled))
+
+
+def _sizes_beside_data(
+    source: Source, config: SVDQConfig, shard_size: int, dtype: str | None
+) -> Footprint | None:
+    """Sizes of a model that data is needed for, which are those that it has without; None: not known."""
+    if not config.data_needs or config.activations is not None or config.target_bits is not None:
+        return None
+    try:
+        return make_plan(source, config.without_data(), shard_size, dtype, has_data=False).footprint
+    except Unstreamable as reason:
+        return reason.footprint
 
 
 def _measured(plan: StreamPlan) -> tuple[float, list[str]]:

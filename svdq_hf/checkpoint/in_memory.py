@@ -31,7 +31,7 @@ def checked_batches(config: SVDQConfig, batches: Iterable[Any] | None) -> Iterab
     if batches is None and config.needs_batches:
         raise config.no_data()
     if batches is not None and config.synthetic:
-        raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
+        raise config.no_use()
     if batches is not None and not config.runs_dense:
         raise ValueError(
             "batches are given, and nothing in this config needs data: take SVDQConfig.calibrated(), "

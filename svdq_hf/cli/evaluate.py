@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
-from svdq_hf.cli.options import add_rows, check_there, examples, given_choices, several
+from svdq_hf.cli.options import add_rows, check_there, examples, given_choices, preset_word, several
 from svdq_hf.config.choices import CHOICES
 from svdq_hf.config.presets import PRESETS
 from svdq_hf.core.release import how_to_install
@@ -65,7 +65,8 @@ def _add_contestants(parser: argparse.ArgumentParser) -> None:
     """Options of whole configs to compare."""
     group = parser.add_argument_group("presets that are compared", "each with the further choices given here")
     names = ["default", *PRESETS]
-    group.add_argument("--preset", nargs="+", choices=names, default=[], help="whole configs to compare")
+    help_ = "whole configs to compare"
+    group.add_argument("--preset", nargs="+", type=preset_word, choices=names, default=[], help=help_)
     add_rows(group, "evaluate")
 
 

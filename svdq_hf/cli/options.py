@@ -43,11 +43,20 @@ def _hint(message: str, options: Iterable[str]) -> str:
         word, known = strange[1], list(options)
     else:
         return ""
-    preset = word.replace("-", "_").lower()
+    preset = preset_word(word)
     if message.startswith("argument --preset") and preset in PRESETS and preset not in known:
         return _elsewhere(preset)
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def preset_word(word: str) -> str:
+    """A preset's name as it was typed: options have hyphens, names underscores.
+
+    >>> preset_word("Self-Calibrated")
+    'self_calibrated'
+    """
+    return word.replace("-", "_").lower()
 
 
 def _elsewhere(preset: str) -> str:
@@ -88,9 +97,11 @@ def add_choices(
     told = "; ".join(f"{name}: {PRESETS[name].help}" for name in presets)
     if several_presets:
         more = f"start from a preset, and once more from another; {NO_PRESET}: SVDQConfig(); {told}"
-        group.add_argument("--preset", choices=[NO_PRESET, *presets], action="append", help=more)
+        names = [NO_PRESET, *presets]
+        group.add_argument("--preset", type=preset_word, choices=names, action="append", help=more)
     else:
-        group.add_argument("--preset", choices=presets, help=f"start from a preset; {told}")
+        told = f"start from a preset; {told}"
+        group.add_argument("--preset", type=preset_word, choices=presets, help=told)
     add_rows(group, command, only)
 
 

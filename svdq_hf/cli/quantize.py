@@ -52,7 +52,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     """Options of how the work is done."""
     base = "name on the Hub of the model that is quantized, for the card; known where MODEL is one"
     parser.add_argument("--base-model", metavar="user/model", help=base)
-    group = parser.add_argument_group("work", "a run that is cut off is just run again, and goes on")
+    group = parser.add_argument_group(
+        "work", "a run that is cut off is just run again; what is streamed goes on, the rest begins anew"
+    )
     size = "of a file of the output, such as 500MB; what is done is kept by file (1GB)"
     group.add_argument("--shard-size", default=argparse.SUPPRESS, metavar="SIZE", help=size)
     workers = "processes that share the work, its threads, and need its memory each (1)"
@@ -146,7 +148,7 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
         raise ValueError(
             "these choices need data: give a text of the kind that the model will read, --calibration FILE "
             "(--samples N --length L); without data there is --preset best, for causal models --preset "
-            "self_calibrated, or --error-feedback synthetic"
+            "self_calibrated, or --error-feedback synthetic instead of data"
         )
     if options.calibration is not None and config.synthetic:
         raise ValueError(

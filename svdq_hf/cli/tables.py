@@ -96,6 +96,7 @@ def estimate_table(result: "Estimate") -> Table:
         rows["memory, about"] = readable(result.memory_bytes)
     if result.in_memory is not None:
         rows["memory"] = f"the whole model is quantized in memory: {result.in_memory}"
+        rows["time"] = "not estimated"
     short = "" if result.disk_bytes <= result.free_bytes else ": NOT ENOUGH"
     rows["disk"] = f"{readable(result.disk_bytes)}, {readable(result.free_bytes)} are free{short}"
     for name, text in rows.items():

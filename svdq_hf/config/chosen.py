@@ -81,12 +81,18 @@ class Chosen:
         """Whether the dense model is in memory first, to be run or rotated; then batches are of use."""
         return bool(self.data_needs) or self.activations is not None
 
+    def no_use(self) -> ValueError:
+        """The error for batches that are given beside a config whose model makes them."""
+        return ValueError(
+            "error_feedback 'synthetic' makes its batches: leave yours out, or say error_feedback=True"
+        )
+
     def no_data(self) -> ValueError:
         """The error for a config that needs batches, where there are none and the model cannot be run."""
         if self.synthetic:
             return ValueError(
-                "error_feedback 'synthetic' runs the dense model: load it dense and call "
-                "quantize_model(model, config)"
+                "error_feedback 'synthetic', which SVDQConfig.self_calibrated() has too, runs the dense "
+                "model: load it dense and call quantize_model(model, config), or run `svdq quantize`"
             )
         of_score = data_needs(self.saliency)
         if of_score:

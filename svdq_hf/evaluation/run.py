@@ -128,12 +128,13 @@ def _load(request: EvaluationRequest, folder: Path) -> tuple[Any, Any]:
 def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+    from svdq_hf.checkpoint.load import load_complete
     from svdq_hf.evaluation.tasks.language_modeling import PerplexityEvaluator
     from svdq_hf.evaluation.tasks.perplexity import context_of
 
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
-    model = kind.from_pretrained(folder)
+    model, _ = load_complete(kind, folder, heads=False)  # a head that is missing would be random
     context = context_of(model, request.context)
     return model, PerplexityEvaluator(_text(request), tokenizer, context=context, limit=request.tokens)
 

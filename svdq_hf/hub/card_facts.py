@@ -104,17 +104,18 @@ def _data(choices: SVDQConfig) -> str:
     """The data that quantizing needed."""
     if choices.activations is not None and choices.basis == "data" and not choices.data_needs:
         return "batches, for the axes"
-    batches = "none, but synthetic batches" if choices.synthetic else "batches"
+    written = "what the model wrote itself" if choices.follows_loss else "synthetic batches"
+    batches = f"none, but {written}" if choices.synthetic else "batches"
     uses = [DATA_TELLS[need] for need in choices.data_needs]
     return f"{batches}, for {' and '.join(uses)}" if uses else "none"
 
 
 DATA_TELLS = {
     "input_norm": "the sizes of inputs",
-    "input_gram": "how inputs vary together",
+    "input_gram": "how inputs vary together (error feedback)",
     "tokens": "their number",
-    "sensitivity": "what rounding costs the loss",
-    "given_back": "what rounding costs the loss, in rounds",
+    "sensitivity": "what rounding costs the loss (PQI)",
+    "given_back": "what rounding costs the loss (ReQuant)",
 }
 """What each need of `saliency.FROM_DATA` is, in the words of a card."""
 

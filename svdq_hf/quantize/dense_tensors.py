@@ -56,10 +56,10 @@ def stored_dense_tensors(folder: str | Path, rest: Mapping[str, tuple[int, str]]
     """
     apart = any(_HEAD.search(name) for name in rest)
     config = _config(folder)
-    table = "embeddings" if apart or not _has_head(config) else "lm_head"
+    table = "embeddings" if apart or not _has_head(config) or _chosen(config, "lm_head") else "lm_head"
 
     def choice(name: str) -> str:
-        if _rounds_activations(config):
+        if _chosen(config, "activations"):
             return ""  # which have neither
         return "lm_head" if _HEAD.search(name) else table if _TABLE.search(name) else ""
 
@@ -93,9 +93,10 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     return isinstance(named, list) and bool(named) and _WITH_HEAD.search(str(named[0])) is not None
 
 
-def _rounds_activations(config: Mapping[str, Any]) -> bool:
+def _chosen(config: Mapping[str, Any], choice: str) -> bool:
+    """Whether the model was quantized with a choice that is on."""
     stored = config.get("quantization_config")
-    return isinstance(stored, dict) and stored.get("activations") is not None
+    return isinstance(stored, dict) and bool(stored.get(choice))
 
 
 def _dtype(name: str) -> str:

@@ -45,7 +45,7 @@ def collect_for(
         affordable(items_of(layers), config)  # which is refused before the work
     if config.synthetic:
         if batches is not None:
-            raise ValueError("error_feedback 'synthetic' makes its batches: leave yours out, or say True")
+            raise config.no_use()
         check_loss(model, config)
         batches = synthetic_batches(model, seed=config.seed)
         model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed

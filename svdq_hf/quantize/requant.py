@@ -68,7 +68,7 @@ class ReQuant:
         """
         kept = self._outliers(round(OUTLIERS * total))
         for left in reversed(range(ROUNDS)):
-            sizes = self._sizes(kept)
+            sizes = self._sizes(kept, ROUNDS + 1 - left)
             for name, chosen in kept.items():
                 sizes[name].view(-1)[chosen] = math.inf
             if left:
@@ -77,7 +77,7 @@ class ReQuant:
 
     def _outliers(self, total: int) -> Kept:
         """The outliers of each layer, as many as its share of all costs."""
-        costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes({}).items()}
+        costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes({}, 1).items()}
         every = sum(costs.values()) or 1.0
         score = "magnitude" if self.config.group_size == "tensor" else "relative"
         plain, kept = self.config.replace(saliency=score), {}
@@ -87,9 +87,10 @@ class ReQuant:
             kept[name] = _first(score_weight(weight, plain, name).scores, k)
         return kept
 
-    def _sizes(self, kept: Kept) -> dict[str, Tensor]:
-        """The size of each weight's PQI, where some are salient."""
-        return pqi(self.model, lines_of(self.layers, self.config, kept), self.batches)
+    def _sizes(self, kept: Kept, number: int) -> dict[str, Tensor]:
+        """The size of each weight's PQI, where some are salient, by the pass of a number from 1 on."""
+        lines = lines_of(self.layers, self.config, kept)
+        return pqi(self.model, lines, self.batches, pass_of=f"{number} of {ROUNDS + 1}")
 
 
 def _highest(scores: Mapping[str, Tensor], total: int) -> Kept:

@@ -74,7 +74,11 @@ def sensitivity(
 
 
 def pqi(
-    model: nn.Module, lines: Mapping[str, Line], batches: Sequence[Any], loss: Loss = model_loss
+    model: nn.Module,
+    lines: Mapping[str, Line],
+    batches: Sequence[Any],
+    loss: Loss = model_loss,
+    pass_of: str = "",
 ) -> dict[str, Tensor]:
     """The size of the PQI of each weight: the root of the sum of its squares over the sequences.
 
@@ -89,6 +93,7 @@ def pqi(
         batches: what the loss takes, of as many sequences each; each batch has a place of its own on the
             line, so that one pass over all makes the integral.
         loss: of a model and a batch.
+        pass_of: which of several such passes this is, such as "1 of 3", for the bar of progress.
 
     Returns:
         `[out, in]`, float32, by the layer's name.
@@ -98,7 +103,9 @@ def pqi(
     """
     given = _several(batches)
     summed, steps = GradientSums(lines), zip(given, places(len(given)), strict=True)
-    for batch, place in hf_logging.tqdm(steps, total=len(given), desc="Integrating the loss"):
+    for batch, place in hf_logging.tqdm(
+        steps, total=len(given), desc=f"Integrating the loss {pass_of}".rstrip()
+    ):
         for _ in walk(model, lines, [batch], [place], summed.take_square, loss):
             pass
     return summed.sizes()

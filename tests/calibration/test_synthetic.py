@@ -112,7 +112,7 @@ def test_while_loading_it_is_refused_and_says_how(tmp_path):
 
 
 def test_batches_beside_it_are_refused():
-    with pytest.raises(ValueError, match="makes its batches: leave yours out, or say True"):
+    with pytest.raises(ValueError, match="makes its batches: leave yours out, or say error_feedback=True"):
         quantize_model(tiny.bert(), SYNTHETIC, [tiny.text()])
 
 
@@ -135,7 +135,7 @@ def test_damping_is_chosen_or_one_of_synthetic_batches():
 def test_the_loss_is_followed_on_all_batches_that_are_given_and_on_some_that_are_made(saliency, monkeypatch):
     seen = []
 
-    def followed(model, lines, batches):
+    def followed(model, lines, batches, pass_of=""):
         seen.append([batch["input_ids"] for batch in batches])
         return {name: torch.zeros_like(line.dense()) for name, line in lines.items()}
 

@@ -166,7 +166,9 @@ def make_plan(
 def _check_usual(source: Source, config: SVDQConfig, *, has_data: bool) -> None:
     """Refuse configs and models that are never streamed, whatever the files hold."""
     if config.synthetic:
-        raise Unstreamable("its error feedback runs the dense model")
+        raise Unstreamable(
+            "the dense model makes its calibration batches and reads them, which takes minutes"
+        )
     if config.activations is not None:
         raise Unstreamable("for integer activations it is rotated as a whole")
     if config.target_bits is not None and config.layer_k is None:

@@ -144,7 +144,9 @@ def advice(model: ComparedModel, kind: str = "") -> list[str]:
 def _smaller(config: SVDQConfig) -> Iterator[str]:
     if config.bits > FEW_BITS:
         yield "smaller: --preset best, of 4 bits"
-    elif preset_of(config) != "small":
+    elif preset_of(config) == "self_calibrated":
+        yield "smaller: --preset self_calibrated --k 0.0009 --group-size 64"
+    elif config.group_size == SVDQConfig().group_size:
         yield "smaller: --preset small"
 
 

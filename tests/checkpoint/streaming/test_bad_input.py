@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import letters
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,9 @@ from tiny_models import classifier, dinov2, llama
 
 import svdq_hf.checkpoint.source
 import svdq_hf.checkpoint.streaming.resume
+import svdq_hf.quantize.input_statistics
 from svdq_hf import SVDQConfig, quantize_model
+from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.checkpoint.estimate import estimate_checkpoint
 from svdq_hf.checkpoint.folders import parse_size
 from svdq_hf.checkpoint.quantize import quantize_checkpoint
@@ -246,6 +250,23 @@ def test_dry_run_says_why_a_model_is_not_streamed(tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "the whole model is quantized in memory: its files join or cut tensors" in told
     assert "encoder.layer.1.attention.o_proj" in told
+
+
+@pytest.mark.parametrize("command", [["--preset", "self-calibrated"], ["--preset", "calibrated"]])
+def test_dry_run_of_a_model_that_is_run_first_tells_its_sizes(command, source, tmp_path, monkeypatch, capsys):
+    few = partial(synthetic_batches, tokens=400)
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
+    (tmp_path / "text").write_text("A text that is read. " * 99)
+    letters.tokenizer().save_pretrained(source)
+    if command[1] == "calibrated":
+        command = [*command, "--calibration", str(tmp_path / "text"), "--samples", "1", "--length", "16"]
+    command = ["quantize", str(source), str(tmp_path / "out"), "--json", *command]
+    assert main([*command, "--dry-run"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert main(command) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert told["totals"] == pytest.approx(made["totals"], rel=1e-3)
+    assert told["seconds"] is None
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
