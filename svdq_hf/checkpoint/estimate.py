@@ -127,7 +127,7 @@ def estimate_checkpoint(
     except Unstreamable as reason:
         check_loss(source.empty, config)
         after = reason.footprint or _sizes_beside_data(source, config, size, dtype)
-        disk = after.total_bytes if after is not None else before
+        disk = before if reason.footprint is None else reason.footprint.total_bytes  # as the run asks for
         return Estimate(before, after, None, None, disk, free, in_memory=str(reason))
     idle = peak_memory()
     seconds, sampled = _measured(plan)

@@ -43,6 +43,7 @@ from svdq_hf.hub.card_facts import dense_layers
 from svdq_hf.hub.readme import README, read_text
 from svdq_hf.integrations.transformers.in_memory import AS_BATCHES
 from svdq_hf.quantize.footprint import Footprint, read_footprint
+from svdq_hf.quantize.input_statistics import check_loss
 from svdq_hf.quantize.selection import all_names, kept_by_name, linear_layers, unmatched
 
 KINDS_SHOWN = 6
@@ -153,6 +154,7 @@ def quantize_source(
     batches = checked_batches(config, run.get("batches"))
     source = Source.resolve(model)
     source.check()
+    check_loss(source.empty, config)
     found: list[Result] = []
 
     def finish(work: Path) -> None:

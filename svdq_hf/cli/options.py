@@ -45,7 +45,7 @@ def _hint(message: str, options: Iterable[str]) -> str:
         return ""
     preset = preset_word(word)
     if message.startswith("argument --preset") and preset in PRESETS and preset not in known:
-        return _elsewhere(preset)
+        return _elsewhere(preset, only_grid="calibrated" in known)  # as of `svdq sensitivity`
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -59,11 +59,13 @@ def preset_word(word: str) -> str:
     return word.replace("-", "_").lower()
 
 
-def _elsewhere(preset: str) -> str:
+def _elsewhere(preset: str, only_grid: bool) -> str:
     """Where a preset can be had that a command does not take, as the end of an error."""
     command = f"svdq quantize MODEL OUT --preset {preset}"
     if PRESETS[preset].needs_data:
         return f"; {preset} needs data: {command} --calibration FILE"
+    if only_grid:
+        return f"; {preset} chooses no grid of its own: leave it out"
     return f"; {preset} runs the dense model, which is not done while loading: {command}, then give OUT"
 
 

@@ -152,7 +152,7 @@ def _check_data(options: argparse.Namespace, config: Any) -> None:
         )
     if options.calibration is not None and config.synthetic:
         raise ValueError(
-            f"--calibration {options.calibration}: the model writes its calibration text itself: leave the "
+            f"--calibration {options.calibration}: the model makes its calibration batches itself: leave the "
             "file out, or give --error-feedback data to read it instead"
         )
     if options.calibration is not None and not needs and config.activations is None:

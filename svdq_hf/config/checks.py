@@ -98,7 +98,7 @@ def check_stored(stored: Mapping[str, Any]) -> None:
         if key not in STORED_ONLY:
             known, meant = list(CHOICES), _meant(key)
             hint = f"; did you mean {meant!r}?" if meant else ""
-            hint = f"; presets are methods: SVDQConfig.{value}()" if key == "preset" else hint
+            hint = "; presets are methods, such as SVDQConfig.best()" if key == "preset" else hint
             raise ValueError(f"{key}={value!r}: SVDQConfig knows no such key, only {known}{hint}")
 
 

@@ -18,8 +18,6 @@ from svdq_hf.core.saliency import BY_LOSS, data_needs, no_data, saliency_names
 from svdq_hf.format.parts import Scheme
 
 ErrorFeedback = bool | Literal["synthetic"]
-WITHOUT_DATA = "relative"
-"""The score of matrices of whose inputs nothing is known, where the config's score needs data."""
 
 
 class Chosen:
@@ -65,6 +63,16 @@ class Chosen:
         """What only batches can give, of `saliency.NEEDS`; empty where the model need not be run."""
         feedback = ["input_gram"] if self.error_feedback else []
         return sorted({*feedback, *score_data(self.saliency)})
+
+    @property
+    def plain_score(self) -> str:
+        """The score that takes this one's place where nothing is known of a matrix's inputs or of the loss.
+
+        With one scale for a matrix no weight is large beside its group, but beside the matrix.
+        """
+        if not score_data(self.saliency):
+            return self.saliency
+        return "magnitude" if self.group_size == "tensor" else "relative"
 
     @property
     def follows_loss(self) -> bool:

@@ -20,7 +20,7 @@ from svdq_hf.config.choices import (
     not_stored,
     stored_in,
 )
-from svdq_hf.config.chosen import WITHOUT_DATA, Chosen, ErrorFeedback, completed, score_data
+from svdq_hf.config.chosen import Chosen, ErrorFeedback, completed, score_data
 from svdq_hf.config.layer_inputs import LayerInput, input_of
 from svdq_hf.config.presets import PresetMethods
 from svdq_hf.core.grid_values import GroupSize, Levels, ScaleRule
@@ -184,15 +184,14 @@ class SVDQConfig(PresetMethods, Chosen, QuantizationConfigMixin):  # type: ignor
     def without_data(self) -> "SVDQConfig":
         """The config of a matrix of whose inputs nothing is known: an output head, an embedding, an expert.
 
-        Errors are not fed back, and `WITHOUT_DATA` takes the place of a score that needs data.
+        Errors are not fed back, and a plain score takes the place of one that needs data.
 
         >>> SVDQConfig.calibrated().without_data().saliency, SVDQConfig(k=3).without_data().saliency
         ('relative', 'svd')
         """
         if not self.data_needs:
             return self
-        saliency = WITHOUT_DATA if score_data(self.saliency) else self.saliency
-        return self.replace(saliency=saliency, error_feedback=False)
+        return self.replace(saliency=self.plain_score, error_feedback=False)
 
     # Methods that transformers calls.
 

@@ -134,7 +134,11 @@ def _load_language_model(request: EvaluationRequest, folder: Path, tokenizer: An
 
     names = AutoConfig.from_pretrained(folder).architectures or []
     kind = AutoModelForMaskedLM if any("MaskedLM" in name for name in names) else AutoModelForCausalLM
-    model, _ = load_complete(kind, folder, heads=False)  # a head that is missing would be random
+    try:
+        model, _ = load_complete(kind, folder, heads=False)  # a head that is missing would be random
+    except ValueError as error:
+        told = "a model without an output head has no perplexity, and svdq compare measures it"
+        raise ValueError(f"{error} ({told})") from error
     context = context_of(model, request.context)
     return model, PerplexityEvaluator(_text(request), tokenizer, context=context, limit=request.tokens)
 

@@ -48,7 +48,7 @@ def fact_rows(
         "size": _sizes(folder, weights, known),
         "layers quantized": f"{len(weights.layers)}, of {weights.weights:,} weights",
         "k, weights in FP32": f"{_k(choices, weights)}, {weights.salient_share:.3%} of all",
-        "score": _score(choices),
+        "score": _score(choices, weights),
         "scales": _scales(choices),
         "levels": choices.levels,
         "data": _data(choices),
@@ -84,8 +84,12 @@ def _reported(file: Path) -> int | None:
     return size if type(size) is int and size > 0 else None
 
 
-def _score(choices: SVDQConfig) -> str:
+def _score(choices: SVDQConfig, weights: Footprint) -> str:
     """The score's name, and its rank where it has one; the rank of an unregistered score is not known."""
+    plain = choices.without_data().saliency
+    experts = any(len(layer.shape) == 3 for layer in weights.layers)
+    if plain != choices.saliency and (choices.lm_head or choices.embeddings or experts):
+        return f"{code(choices.saliency)}; {code(plain)} in head, embedding and experts"
     known = choices.saliency in saliency_names()
     ranked = known and "rank" in score_needs(choices.saliency)
     return f"{code(choices.saliency)}{f', rank {choices.rank}' if ranked else ''}"

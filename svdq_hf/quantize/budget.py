@@ -9,7 +9,7 @@ of all layers are salient. Not here: the errors of one layer (`quantize.weight`)
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -109,11 +109,11 @@ def spend(
     """
     if config.layer_k is not None or not (config.target_bits or "given_back" in config.data_needs):
         return config
-    total = affordable(layers, config)
     if config.follows_loss:
         scores = {name: one.sensitivity for name, one in seen.items() if one.sensitivity is not None}
-        unseen = _unseen(layers, config, scores, total)
-        return config.replace(layer_k=by_loss(scores, total - sum(unseen.values())) | unseen)
+        budget, others = by_the_loss(layers, config, scores)
+        return config.replace(layer_k=by_loss(scores, budget) | others)
+    total = affordable(layers, config)
     even, shared = _same_count(layers, total), _same_share(layers, total)
     measured: dict[str, Measured] = {}
 
@@ -178,6 +178,8 @@ def by_loss(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
     >>> by_loss({"a": torch.tensor([[2.0, 1.0]]), "b": torch.tensor([[3.0, -1.0]])}, 2)
     {'a': 1, 'b': 1}
     """
+    if not scores:
+        return {}
     best = torch.empty(0)
     for values in scores.values():
         part = values.flatten().topk(min(total, values.numel())).values.cpu()
@@ -227,16 +229,32 @@ def _same_count(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
     return {name: min(k, layer.numel) for name, layer in layers.items()}
 
 
-def _unseen(
-    layers: Mapping[str, BudgetItem], config: SVDQConfig, scores: Mapping[str, Tensor], total: int
-) -> dict[str, int]:
-    """K of the layers of which the loss tells nothing: what `k` says, or else their share of a budget."""
+def by_the_loss(
+    layers: Mapping[str, BudgetItem], config: SVDQConfig, followed: Container[str]
+) -> tuple[int, dict[str, int]]:
+    """The salient weights that go by the loss, and k of the layers of which it tells nothing.
+
+    Those have what `k` says, or else their share of a budget by their size.
+
+    Args:
+        layers: what the budget is spent on, by name.
+        config: the config.
+        followed: names of the layers of which the loss tells something.
+
+    Returns:
+        How many go to the layers that are followed, and k of each of the others, by name.
+
+    Raises:
+        ValueError: see `affordable`.
+    """
+    total = affordable(layers, config)
     shares = _same_share(layers, total)
-    return {
+    others = {
         name: shares[name] if config.target_bits else salient_count(config.k, layer.out, layer.in_features)
         for name, layer in layers.items()
-        if name not in scores
+        if name not in followed
     }
+    return total - sum(others.values()), others
 
 
 def _same_share(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:

@@ -78,7 +78,7 @@ def convert_layers(
     linear = {name: module for name, module in chosen.items() if layout_of(module) is None}
     check_layer_k([*linear, *(others or {})], config)
     check_layer_inputs(chosen, config)
-    seen = collect_for(model, linear, config, batches)
+    seen = collect_for(model, linear, config, batches, others)
     config = spend(items_of({**linear, **(others or {})}), config, seen)
     linear.clear()  # it would keep dense weights alive
     for name in progress(list(chosen), "Quantizing"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
-from svdq_hf.quantize.budget import affordable, items_of
+from svdq_hf.quantize.budget import affordable, by_the_loss, items_of
 from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import pqi
@@ -22,7 +22,11 @@ passes back took most of the time (docs/results/pqi.md)."""
 
 
 def collect_for(
-    model: nn.Module, layers: Mapping[str, nn.Module], config: SVDQConfig, batches: Iterable[Any] | None
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    config: SVDQConfig,
+    batches: Iterable[Any] | None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, InputStatistics]:
     """The input statistics that a config needs.
 
@@ -31,9 +35,10 @@ def collect_for(
         layers: the layers to be quantized, by name.
         config: says whether data is needed, and of what kind.
         batches: the user's calibration batches; None: there are none.
+        others: modules of whose inputs nothing is collected, and that share a budget.
 
     Returns:
-        Statistics by the layer's name; empty where the config needs no data.
+        Statistics by the layer's name; empty where the config needs no data, or there is no layer.
 
     Raises:
         ValueError: data is needed and `batches` is None, or the opposite; the model does not run on batches
@@ -41,14 +46,17 @@ def collect_for(
             and `synthetic_batches`.
     """
     needs, whole = config.data_needs, model
+    if needs and not layers:  # but fused experts, of whose inputs nothing is collected
+        return {}
+    every = items_of({**layers, **(others or {})})
     if needs and config.target_bits is not None:
-        affordable(items_of(layers), config)  # which is refused before the work
+        affordable(every, config)  # which is refused before the work
     if config.synthetic:
         if batches is not None:
             raise config.no_use()
         check_loss(model, config)
         batches = synthetic_batches(model, seed=config.seed)
-        model = getattr(model, "base_model", model)  # heads stay dense: their outputs are not needed
+        model = getattr(model, "base_model", model)  # of heads nothing is collected
     if not needs and batches is not None:
         raise ValueError(f"saliency {config.saliency!r} needs no data: leave the batches out")
     if not needs:
@@ -60,7 +68,8 @@ def collect_for(
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
         if isinstance(given, list) and config.follows_loss:
             followed = given[:LOSS_BATCHES] if config.synthetic else given
-            for name, scores in _scores_by_loss(whole, layers, config, followed).items():
+            budget = by_the_loss(every, config, layers)[0]
+            for name, scores in _scores_by_loss(whole, layers, config, followed, seen, budget).items():
                 seen[name].sensitivity = scores
         return seen
     except (AttributeError, TypeError) as error:
@@ -97,8 +106,10 @@ def _scores_by_loss(
     layers: Mapping[str, nn.Module],
     config: SVDQConfig,
     batches: Sequence[Any],
+    seen: Mapping[str, InputStatistics],
+    budget: int,
 ) -> dict[str, Tensor]:
     if "given_back" in config.data_needs:
-        total = affordable(items_of(layers), config)
-        return ReQuant(model, layers, config, batches).order(total)
+        fed_back = {} if config.synthetic else seen
+        return ReQuant(model, layers, config, batches, fed_back).order(budget)
     return pqi(model, lines_of(layers, config), batches) if "sensitivity" in config.data_needs else {}

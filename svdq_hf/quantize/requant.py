@@ -7,9 +7,11 @@
    given back, in `ROUNDS` of which each spends half of what is left, and the last all of it.
 
 Each time a layer is rounded again its salient weights stay out of it, and the errors that remain are other
-ones. Error feedback is left out of the rounds, and applied when the layers are quantized in the end. The
-result is an order of weights, for the score "requant": quantizing by it stores nothing new. Not here: PQI
-(`quantize.sensitivity`), and how many weights the budget pays for (`quantize.budget`).
+ones. With error feedback by batches of the user the rounds feed errors back as well, as the layers will be
+rounded in the end; by batches that the model made, which are damped more, they need not
+(docs/results/pqi.md). The result is an order of weights, for the score "requant": quantizing by it stores
+nothing new. Not here: PQI (`quantize.sensitivity`), and how many weights the budget pays for
+(`quantize.budget`).
 
 Source: arXiv 2503.01901 has these steps. Its algorithms were not at hand: how the outliers are shared out,
 which weights they are, that PQI counts by its size, and how much each round spends are ours.
@@ -22,6 +24,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.config import SVDQConfig
 from svdq_hf.core.topk import top_positions
 from svdq_hf.quantize.budget import by_loss
@@ -44,14 +47,16 @@ class ReQuant:
     Attributes:
         model: the dense model.
         layers: linear layers of it, by name.
-        config: how they are rounded; in the rounds without error feedback.
+        config: how they are rounded.
         batches: what the model's loss takes.
+        seen: statistics of the layers' inputs by name, where errors are fed back in the rounds.
     """
 
     model: nn.Module
     layers: Mapping[str, nn.Module]
     config: SVDQConfig
     batches: Sequence[Any]
+    seen: Mapping[str, InputStatistics]
 
     def order(self, total: int) -> dict[str, Tensor]:
         """The order in which weights are given back.
@@ -79,8 +84,7 @@ class ReQuant:
         """The outliers of each layer, as many as its share of all costs."""
         costs = {name: float(sizes.square().sum()) for name, sizes in self._sizes({}, 1).items()}
         every = sum(costs.values()) or 1.0
-        score = "magnitude" if self.config.group_size == "tensor" else "relative"
-        plain, kept = self.config.replace(saliency=score), {}
+        plain, kept = self.config.replace(saliency=self.config.plain_score), {}
         for name, module in self.layers.items():
             weight = matrix_of(module)
             k = min(weight.numel(), int(total * costs[name] / every))
@@ -89,7 +93,7 @@ class ReQuant:
 
     def _sizes(self, kept: Kept, number: int) -> dict[str, Tensor]:
         """The size of each weight's PQI, where some are salient, by the pass of a number from 1 on."""
-        lines = lines_of(self.layers, self.config, kept)
+        lines = lines_of(self.layers, self.config, kept, self.seen)
         return pqi(self.model, lines, self.batches, pass_of=f"{number} of {ROUNDS + 1}")
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from svdq_hf.calibration.inputs import InputStatistics
 from svdq_hf.calibration.mapped import mapped_zeros
 from svdq_hf.calibration.pqi import Line, Take
 from svdq_hf.config import SVDQConfig
@@ -23,32 +24,41 @@ Kept = Mapping[str, Tensor]
 
 
 def lines_of(
-    layers: Mapping[str, nn.Module], config: SVDQConfig, kept: Kept | None = None
+    layers: Mapping[str, nn.Module],
+    config: SVDQConfig,
+    kept: Kept | None = None,
+    seen: Mapping[str, InputStatistics] | None = None,
 ) -> dict[str, Line]:
-    """The lines from dense to rounded weights; errors are not fed back.
-
-    With feedback the weights that cost most are no better found (docs/results/pqi.md), at twice the time.
+    """The lines from dense to rounded weights.
 
     Args:
         layers: linear layers, by name.
         config: how they are rounded; its score and its k are not used.
         kept: the salient weights, which do not move; of layers that are missing, none.
+        seen: statistics of the layers' inputs by name, where the config's error feedback is to be followed;
+            of layers that are missing, errors are not fed back.
 
     Raises:
         ValueError: see `quantize_weight`.
     """
-    salient, nowhere = kept or {}, torch.empty(0, dtype=torch.int64)
-    return {name: _line(name, module, config, salient.get(name, nowhere)) for name, module in layers.items()}
+    salient, inputs, nowhere = kept or {}, seen or {}, torch.empty(0, dtype=torch.int64)
+    return {
+        name: _line(name, module, config, salient.get(name, nowhere), inputs.get(name))
+        for name, module in layers.items()
+    }
 
 
-def _line(name: str, module: nn.Module, config: SVDQConfig, kept: Tensor) -> Line:
+def _line(
+    name: str, module: nn.Module, config: SVDQConfig, kept: Tensor, inputs: InputStatistics | None
+) -> Line:
     weight = matrix_of(module)
     scores = torch.zeros(weight.numel(), device=weight.device)
     scores[kept.to(scores.device)] = 1.0
+    feedback = False if inputs is None else config.error_feedback
     chosen = config.replace(
-        k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None, error_feedback=False
+        k=kept.numel(), saliency="magnitude", target_bits=None, layer_k=None, error_feedback=feedback
     )
-    parts, _ = quantize_weight(weight, chosen, name, None, Scored(scores.view(weight.shape), {}))
+    parts, _ = quantize_weight(weight, chosen, name, inputs, Scored(scores.view(weight.shape), {}))
     rounded = partial(reconstruct, parts, weight.shape[1], chosen.scheme)
     return Line(module, partial(matrix_of, module), rounded)
 

@@ -164,19 +164,33 @@ def test_the_remedy_of_a_model_that_reads_no_tokens_works(family):
     assert sum(1 for _ in svdq_layers(quantize_model(make(), SVDQConfig.best()))) > 0
 
 
-@pytest.mark.parametrize("saliency", ["pqi", "requant"])
-def test_a_score_by_the_loss_reads_what_a_causal_model_writes(saliency, monkeypatch):
-    few = partial(synthetic_batches, tokens=400)
-    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
-    found = quantize_model(tiny.llama(), SVDQConfig.best(saliency=saliency, error_feedback="synthetic"))
-    given = SVDQConfig.best(saliency=saliency, error_feedback=True, damping=1)
-    expected = quantize_model(tiny.llama(), given, few(tiny.llama()))
-    assert tiny.different_tensors(found, expected) == []
+@pytest.fixture
+def few(monkeypatch):
+    made = partial(synthetic_batches, tokens=400)
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", made)
+    return made
 
 
-def test_the_preset_is_quantized_on_the_command_line_and_loads_the_same(monkeypatch, tmp_path):
-    few = partial(synthetic_batches, tokens=400)
-    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)
+def test_pqi_reads_what_a_causal_model_writes(few):
+    found = quantize_model(tiny.llama(), SVDQConfig.best(saliency="pqi", error_feedback="synthetic"))
+    given = SVDQConfig.best(saliency="pqi", error_feedback=True, damping=1)
+    assert tiny.different_tensors(found, quantize_model(tiny.llama(), given, few(tiny.llama()))) == []
+
+
+def test_requant_reads_what_a_causal_model_writes_and_feeds_nothing_back_in_its_rounds(few):
+    found = quantize_model(tiny.llama(), SVDQConfig.self_calibrated())
+    plain = quantize_model(tiny.llama(), SVDQConfig.best(saliency="requant"), few(tiny.llama()))
+    layers = zip(svdq_layers(found), svdq_layers(plain), strict=True)
+    assert all(
+        torch.equal(ours.salient_rows, theirs.salient_rows)
+        and torch.equal(ours.salient_columns, theirs.salient_columns)
+        for (_, ours), (_, theirs) in layers
+    )
+    assert tiny.different_tensors(found, plain) != []  # codes, by feedback
+
+
+@pytest.mark.usefixtures("few")
+def test_the_preset_is_quantized_on_the_command_line_and_loads_the_same(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "dense")
     command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--json"]
     assert main([*command, "--preset", "self_calibrated"]) == 0

@@ -171,6 +171,10 @@ def test_a_command_offers_the_presets_that_it_can_do(command, capsys):
             ["bench", "f", "--preset", "Self-Calibrated"],
             "quantize MODEL OUT --preset self_calibrated, then",
         ),
+        (
+            ["sensitivity", "m", "--text", "t", "--preset", "best"],
+            "best chooses no grid of its own: leave it",
+        ),
         (["quantize", "m", "o", "--preset", "selfcalibrated"], "did you mean self_calibrated?"),
         (["quantize", "m", "o", "--levels", "small"], "(choose from 'linear', 'normal')\n"),
     ],

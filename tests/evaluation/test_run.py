@@ -104,6 +104,13 @@ def test_models_of_one_name_are_refused_before_anything_is_done(tmp_path, perple
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_head_has_no_perplexity(tmp_path, perplexity):
+    model = saved(tmp_path / "model", hf.BertModel(hf.BertConfig(**BERT)))
+    code, said = perplexity(model)
+    assert code == 1
+    assert "a model without an output head has no perplexity, and svdq compare measures it" in said
+
+
 def test_model_of_the_working_directory_has_its_name(tmp_path, perplexity, monkeypatch):
     gpt2(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")

@@ -410,6 +410,15 @@ def test_data_does_not_reach_experts_and_a_warning_says_so(choices, saliency, ca
     assert tiny.different_tensors(model.model.layers[0].self_attn, plain.model.layers[0].self_attn)
 
 
+@pytest.mark.parametrize("saliency", ["awq", "pqi", "requant"])
+def test_experts_alone_need_no_data(saliency, monkeypatch):
+    monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", None)
+    config = SVDQConfig(k=8, saliency=saliency, modules_to_not_convert=["self_attn"])
+    model = quantize_model(tiny_experts.build("mixtral"), config.replace(error_feedback="synthetic"))
+    plain = quantize_model(tiny_experts.build("mixtral"), config.replace(saliency="relative"))
+    assert tiny.different_tensors(model, plain) == []
+
+
 def test_a_mixture_of_experts_is_calibrated_on_its_own_words(monkeypatch):
     few = partial(synthetic_batches, tokens=400)
     monkeypatch.setattr(svdq_hf.quantize.input_statistics, "synthetic_batches", few)

@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 
 from svdq_hf import SVDQConfig, SVDQLinear, dequantize_model, footprint, quantize_model
+from svdq_hf.hub.card import model_card
 from svdq_hf.nn.embedding import TiedEmbedding
 
 CONFIG = SVDQConfig(k=16, rank=2, lm_head=True)
@@ -263,6 +264,32 @@ def test_head_and_embedding_have_a_score_without_data_where_layers_have_one_with
         assert footprint(model).bits_per_weight == pytest.approx(footprint(plain).bits_per_weight, rel=1e-3)
     model.save_pretrained(tmp_path)
     assert tiny.different_tensors(hf.LlamaForCausalLM.from_pretrained(tmp_path), model) == []
+
+
+def test_a_budget_between_what_layers_take_with_a_head_and_without_is_met():
+    """A head has fewer scales of columns for a weight: with it all layers take fewer bits."""
+    choices = {"k": 0, "saliency": "relative", "lm_head": True}
+    least = footprint(quantize_model(tiny.llama(), SVDQConfig(**choices))).bits_per_weight
+    alone = footprint(
+        quantize_model(tiny.llama(), SVDQConfig(**choices | {"lm_head": False}))
+    ).bits_per_weight
+    assert abs(alone - least) > 0.01
+    config = SVDQConfig(saliency="requant", lm_head=True, target_bits=(least + max(least, alone)) / 2 + 0.005)
+    model = quantize_model(tiny.llama(), config, [{"input_ids": tiny.tokens()}])
+    assert footprint(model).bits_per_weight == pytest.approx(config.target_bits, abs=0.01)
+
+
+def test_one_scale_a_matrix_takes_magnitude_in_a_head():
+    config = SVDQConfig.paper(k=9, saliency="awq", lm_head=True)
+    model = quantize_model(tiny.llama(), config, [{"input_ids": tiny.tokens()}])
+    plain = quantize_model(tiny.llama(), config.replace(saliency="magnitude"))
+    assert tiny.different_tensors(model.lm_head, plain.lm_head) == []
+
+
+def test_the_card_tells_the_score_of_the_head(tmp_path):
+    model = quantize_model(tiny.llama(), SVDQConfig.calibrated(lm_head=True), [{"input_ids": tiny.tokens()}])
+    model.save_pretrained(tmp_path)
+    assert "`awq`; `relative` in head, embedding and experts" in model_card(tmp_path)
 
 
 @pytest.mark.parametrize("saliency", ["awq", "pqi", "requant"])

@@ -7,7 +7,9 @@ import torch
 from tiny_models import LOUD, llama, tokens
 
 from svdq_hf import SVDQConfig, footprint, quantize_model
+from svdq_hf.calibration.inputs import collect_inputs
 from svdq_hf.quantize.requant import OUTLIERS, ROUNDS, ReQuant
+from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import linear
 
 CONFIGS = {
@@ -60,7 +62,7 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
         return own(self, kept, number)
 
     monkeypatch.setattr(ReQuant, "_sizes", sizes)
-    found = ReQuant(model, linear(model, config), config, batches()).order(1000)
+    found = ReQuant(model, linear(model, config), config, batches(), {}).order(1000)
     counts = [sum(map(len, kept.values())) for kept in seen]
     assert len(counts) == ROUNDS + 1
     assert counts[0] == 0
@@ -71,20 +73,37 @@ def test_the_rounds_spend_half_of_what_is_left(monkeypatch):
     assert sum(int(scores.isinf().sum()) for scores in found.values()) == counts[-1]
 
 
-def test_errors_are_not_fed_back_in_the_rounds():
-    model, config = llama(), SVDQConfig(saliency="requant")
+@pytest.mark.parametrize(("feedback", "given"), [(True, True), ("synthetic", False)])
+def test_errors_are_fed_back_in_the_rounds_by_batches_of_the_users(feedback, given, monkeypatch):
+    fed = []
+    own = ReQuant._sizes
+
+    def sizes(self, kept, number):
+        fed.append(set(self.seen))
+        return own(self, kept, number)
+
+    monkeypatch.setattr(ReQuant, "_sizes", sizes)
+    model, config = llama(), SVDQConfig(k=4, saliency="requant", error_feedback=feedback)
+    names = set(linear(model, config))
+    quantize_model(model, config, batches() if given else None)
+    assert fed == [names if given else set()] * (ROUNDS + 1)
+
+
+def test_feedback_is_part_of_what_a_round_rounds():
+    model, config = llama(), SVDQConfig(error_feedback=True)
     layers = linear(model, config)
-    plain, fed = (
-        ReQuant(model, layers, config.replace(error_feedback=feedback), batches()).order(500)
-        for feedback in (False, True)
-    )
-    assert all(torch.equal(plain[name], fed[name]) for name in layers)
+    seen = collect_inputs(model, layers, batches(), gram=True)
+    plain, fed = lines_of(layers, config), lines_of(layers, config, None, seen)
+    expected = quantize_model(llama(), SVDQConfig(k=0, error_feedback=True), batches())
+    name = next(iter(layers))
+    assert torch.equal(fed[name].rounded(), expected.get_submodule(name).dequantize())
+    assert not torch.equal(plain[name].rounded(), fed[name].rounded())
 
 
 def test_a_weight_that_is_kept_costs_nothing_more():
     model, config = llama(), SVDQConfig(saliency="requant")
     layers = linear(model, config)
-    requant = ReQuant(model, layers, config, batches())
+    requant = ReQuant(model, layers, config, batches(), {})
     kept = {name: torch.arange(5) * 7 for name in layers}
     for name, sizes in requant._sizes(kept, 1).items():
         assert not sizes.flatten()[kept[name]].any()

@@ -178,7 +178,7 @@ def entrant(model: Model | SVDQConfig) -> Contestant:
             f"compare takes folders, names on the Hub, transformers models and SVDQConfigs, no "
             f"{type(model).__name__}"
         )
-    preset = str(model).replace("-", "_")
+    preset = str(model).replace("-", "_").lower()
     if preset in PRESETS and not Path(model).exists():
         raise ValueError(
             f"{model}: no such folder; made on the way: --preset {preset} (in Python SVDQConfig.{preset}())"

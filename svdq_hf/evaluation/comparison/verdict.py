@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from svdq_hf.config import SVDQConfig
 from svdq_hf.config.choices import QUANT_METHOD
+from svdq_hf.config.presets import PRESETS
+from svdq_hf.evaluation.comparison.kinds import OF_SPEECH
 from svdq_hf.evaluation.comparison.labels import preset_of
 from svdq_hf.evaluation.comparison.result import ComparedModel, Quality
 from svdq_hf.evaluation.comparison.statistics import Estimate
@@ -146,8 +148,14 @@ def _smaller(config: SVDQConfig) -> Iterator[str]:
         yield "smaller: --preset best, of 4 bits"
     elif preset_of(config) == "self_calibrated":
         yield "smaller: --preset self_calibrated --k 0.0009 --group-size 64"
-    elif config.group_size == SVDQConfig().group_size:
+    elif config.bits == SVDQConfig().bits and config.activations is None and _has_finer_scales(config):
         yield "smaller: --preset small"
+
+
+def _has_finer_scales(config: SVDQConfig) -> bool:
+    """Whether groups are smaller than those of the preset `small`."""
+    coarse = PRESETS["small"].changes["group_size"]
+    return isinstance(config.group_size, int) and config.group_size < coarse
 
 
 def _nearer(config: SVDQConfig, kind: str) -> Iterator[str]:
@@ -162,13 +170,14 @@ def _ways(config: SVDQConfig, kind: str) -> Iterator[str]:
     """Ways to come nearer at about the same bits; those that have read texts are near already."""
     if config.follows_loss:
         if config.synthetic:
-            yield "with texts of yours, the same with --error-feedback data --calibration FILE"
+            with_texts = "--preset self_calibrated --error-feedback data --calibration FILE"
+            yield f"with texts of yours, svdq quantize {with_texts}"
         return
     if not config.data_needs and preset_of(config) != "best":
         yield "--preset best"
     if kind == "causal":
-        yield "in minutes, --preset self_calibrated"
-    elif not config.error_feedback:
+        yield "in minutes to hours, --preset self_calibrated"
+    elif kind not in OF_SPEECH and not config.error_feedback:
         yield "with texts of yours, svdq quantize --preset calibrated"
 
 

@@ -33,7 +33,7 @@ def model(quality=GEMMA, config=None, **about):
     return ComparedModel(quality=quality, quantization=quantization, **given)
 
 
-OWN = "in minutes, --preset self_calibrated"
+OWN = "in minutes to hours, --preset self_calibrated"
 CALIBRATED = "with texts of yours, svdq quantize --preset calibrated"
 DENSE = model(Quality(), name="gemma", bytes=1000, bits=32.0, dense_share=None)
 
@@ -99,10 +99,12 @@ def test_words_go_from_near_to_far():
         (
             0.1,
             SVDQConfig.self_calibrated(),
-            "nearer: with texts of yours, the same with --error-feedback data --calibration FILE; --bits 8",
+            "nearer: with texts of yours, svdq quantize --preset self_calibrated --error-feedback data "
+            "--calibration FILE; --bits 8",
         ),
         (9.0, SVDQConfig.paper(), "nearer: --preset best; the preset paper is only for comparisons"),
         (0.001, SVDQConfig.best(), "smaller: --preset small"),
+        (0.001, SVDQConfig.self_calibrated(), "smaller: --preset self_calibrated --k 0.0009 --group-size 64"),
         (0.0005, SVDQConfig(bits=8), "smaller: --preset best, of 4 bits"),
     ],
 )
@@ -123,9 +125,15 @@ def test_what_does_not_write_is_not_told_to_write_its_own_text(config, hint):
     assert advice(model(quality, config), "labels") == [hint]
 
 
+def test_speech_is_not_told_to_take_texts():
+    quality = Quality(kl=Estimate(0.1, 0.1, 0.1))
+    assert advice(model(quality, SVDQConfig()), "speech") == ["nearer: --preset best; --bits 8"]
+
+
 def test_nothing_is_advised_where_nothing_is_left_and_for_others_models():
     near = Quality(kl=Estimate(0.001, 0.001, 0.001))
-    assert advice(model(near, SVDQConfig.small())) == []
+    for config in (SVDQConfig.small(), SVDQConfig.best(bits=3), SVDQConfig.resq()):
+        assert advice(model(near, config)) == []
     assert advice(model(near)) == []
 
 
