@@ -167,11 +167,8 @@ def _nearer(config: SVDQConfig, kind: str) -> Iterator[str]:
 
 
 def _ways(config: SVDQConfig, kind: str) -> Iterator[str]:
-    """Ways to come nearer at about the same bits; those that have read texts are near already."""
+    """Ways to come nearer at about the same bits; what follows the loss is as near as is known."""
     if config.follows_loss:
-        if config.synthetic:
-            with_texts = "--preset self_calibrated --error-feedback data --calibration FILE"
-            yield f"with texts of yours, svdq quantize {with_texts}"
         return
     if not config.data_needs and preset_of(config) != "best":
         yield "--preset best"

@@ -96,12 +96,7 @@ def test_words_go_from_near_to_far():
         (0.1, SVDQConfig.best(bits=3), f"nearer: {OWN}; --bits 4"),
         (0.1, SVDQConfig.calibrated(), f"nearer: {OWN}; --bits 8"),
         (0.1, SVDQConfig.calibrated(saliency="requant"), "nearer: --bits 8"),
-        (
-            0.1,
-            SVDQConfig.self_calibrated(),
-            "nearer: with texts of yours, svdq quantize --preset self_calibrated --error-feedback data "
-            "--calibration FILE; --bits 8",
-        ),
+        (0.1, SVDQConfig.self_calibrated(), "nearer: --bits 8"),
         (9.0, SVDQConfig.paper(), "nearer: --preset best; the preset paper is only for comparisons"),
         (0.001, SVDQConfig.best(), "smaller: --preset small"),
         (0.001, SVDQConfig.self_calibrated(), "smaller: --preset self_calibrated --k 0.0009 --group-size 64"),
