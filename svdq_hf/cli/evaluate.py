@@ -65,8 +65,8 @@ def _add_contestants(parser: argparse.ArgumentParser) -> None:
     """Options of whole configs to compare."""
     group = parser.add_argument_group("presets that are compared", "each with the further choices given here")
     names = ["default", *PRESETS]
-    help_ = "whole configs to compare"
-    group.add_argument("--preset", nargs="+", type=preset_word, choices=names, default=[], help=help_)
+    told = "whole configs to compare"
+    group.add_argument("--preset", nargs="+", type=preset_word, choices=names, default=[], help=told)
     add_rows(group, "evaluate")
 
 

@@ -128,7 +128,7 @@ class PresetMethods:
 
     @classmethod
     def self_calibrated(cls, **choices: Any) -> Self:
-        """Calibrated on text that the model writes itself, for causal models, at about 4.5 bits per weight.
+        """Calibration on text that the model writes itself, for causal models, at about 4.5 bits per weight.
 
         ReQuant picks the salient weights by the loss on that text, and error feedback makes good what
         rounding lost: the least loss of all without data. It takes minutes to hours, and the memory of the

@@ -59,8 +59,8 @@ class SVDQConfig(PresetMethods, Chosen, QuantizationConfigMixin):  # type: ignor
         error_feedback: whether the weights that are not rounded yet compensate for the error of rounding, as
             in GPTQ. True needs batches; "synthetic" lets the model make them without data. Both work with
             `quantize_model`.
-        lm_head: whether the output head is quantized too, without error feedback; an embedding tied to it
-            reads the head's packed rows.
+        lm_head: whether the output head is quantized too, without error feedback and by a score that needs
+            no data; an embedding tied to it reads the head's packed rows.
         embeddings: whether the input embedding is quantized too, row by row. Where it is tied to the output
             head, `lm_head` decides instead.
         target_bits: stored bits per weight, as `footprint` counts them, instead of `k`: spent where they

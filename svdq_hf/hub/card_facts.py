@@ -86,7 +86,7 @@ def _reported(file: Path) -> int | None:
 
 def _score(choices: SVDQConfig, weights: Footprint) -> str:
     """The score's name, and its rank where it has one; the rank of an unregistered score is not known."""
-    plain = choices.without_data().saliency
+    plain = choices.plain_score
     experts = any(len(layer.shape) == 3 for layer in weights.layers)
     if plain != choices.saliency and (choices.lm_head or choices.embeddings or experts):
         return f"{code(choices.saliency)}; {code(plain)} in head, embedding and experts"

@@ -111,7 +111,7 @@ def spend(
         return config
     if config.follows_loss:
         scores = {name: one.sensitivity for name, one in seen.items() if one.sensitivity is not None}
-        budget, others = by_the_loss(layers, config, scores)
+        budget, others = followed_budget(layers, config, scores)
         return config.replace(layer_k=by_loss(scores, budget) | others)
     total = affordable(layers, config)
     even, shared = _same_count(layers, total), _same_share(layers, total)
@@ -229,7 +229,7 @@ def _same_count(layers: Mapping[str, BudgetItem], total: int) -> dict[str, int]:
     return {name: min(k, layer.numel) for name, layer in layers.items()}
 
 
-def by_the_loss(
+def followed_budget(
     layers: Mapping[str, BudgetItem], config: SVDQConfig, followed: Container[str]
 ) -> tuple[int, dict[str, int]]:
     """The salient weights that go by the loss, and k of the layers of which it tells nothing.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdq_hf.calibration.inputs import InputStatistics, collect_inputs, writes
 from svdq_hf.calibration.synthetic import synthetic_batches
 from svdq_hf.config import SVDQConfig
-from svdq_hf.quantize.budget import affordable, by_the_loss, items_of
+from svdq_hf.quantize.budget import BudgetItem, affordable, followed_budget, items_of
 from svdq_hf.quantize.requant import ReQuant
 from svdq_hf.quantize.rounding_lines import lines_of
 from svdq_hf.quantize.sensitivity import pqi
@@ -66,10 +66,9 @@ def collect_for(
     given = list(batches) if config.follows_loss else batches
     try:
         seen = collect_inputs(model, layers, given, gram="input_gram" in needs)
-        if isinstance(given, list) and config.follows_loss:
-            followed = given[:LOSS_BATCHES] if config.synthetic else given
-            budget = by_the_loss(every, config, layers)[0]
-            for name, scores in _scores_by_loss(whole, layers, config, followed, seen, budget).items():
+        if config.follows_loss:
+            followed = list(given)[: LOSS_BATCHES if config.synthetic else None]
+            for name, scores in _scores_by_loss(whole, layers, config, followed, seen, every).items():
                 seen[name].sensitivity = scores
         return seen
     except (AttributeError, TypeError) as error:
@@ -107,9 +106,9 @@ def _scores_by_loss(
     config: SVDQConfig,
     batches: Sequence[Any],
     seen: Mapping[str, InputStatistics],
-    budget: int,
+    every: Mapping[str, BudgetItem],
 ) -> dict[str, Tensor]:
     if "given_back" in config.data_needs:
-        fed_back = {} if config.synthetic else seen
-        return ReQuant(model, layers, config, batches, fed_back).order(budget)
-    return pqi(model, lines_of(layers, config), batches) if "sensitivity" in config.data_needs else {}
+        budget, _ = followed_budget(every, config, layers)
+        return ReQuant(model, layers, config, batches, {} if config.synthetic else seen).order(budget)
+    return pqi(model, lines_of(layers, config), batches)
